@@ -1,0 +1,1 @@
+"""Everything of FlareField that touches files, clusters and people."""
