@@ -12,10 +12,12 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress as Bar,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+)
+from rich.progress import (
+    Progress as Bar,
 )
 
 LOG_INTERVAL = 10.0
@@ -83,7 +85,8 @@ class Progress:
     def line(self) -> str:
         """State of the job in one line: done, rate, remaining time."""
         share = 100.0 * self.done / self.total if self.total else 100.0
-        text = f"{self.title}: {self.done}/{self.total} {self.unit} ({share:.0f} %), {self.rate:,.1f} {self.unit}/s"
+        text = f"{self.title}: {self.done}/{self.total} {self.unit} ({share:.0f} %)"
+        text += f", {self.rate:,.1f} {self.unit}/s"
         if 0 < self.done < self.total and self.rate > 0:
             text += f", ETA {(self.total - self.done) / self.rate:,.0f} s"
         return text
