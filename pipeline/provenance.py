@@ -1,4 +1,4 @@
-"""What every store says of its origin: version, the call that made it, hashes of what it was made from."""
+"""What every store says of its origin: version, the call that made it, hashes of its sources."""
 
 from __future__ import annotations
 
