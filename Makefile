@@ -1,0 +1,36 @@
+# Two commands do everything on a fresh machine with Python >= 3.11, git and make:
+#   make demo    set up .venv, run the main job on data it makes, compare with the truth
+#   make test    set up .venv, run ruff, mypy and every test that needs no GPU
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: setup demo test lint bench clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml deploy/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "FlareField needs Python >= 3.11; $(PYTHON) is $$($(PYTHON) --version). Try: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint deploy/constraints.txt --editable '.[development]'
+	@touch $(READY)
+
+demo: $(READY)
+	$(BIN)/flarefield demo demo
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest -m "not gpu"
+
+bench: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint deploy/constraints.txt --editable '.[benchmark]'
+	$(BIN)/python -m tests.benchmarks.posterior
+
+clean:
+	rm -rf $(VENV) demo dist build
