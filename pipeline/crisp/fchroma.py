@@ -1,0 +1,378 @@
+"""FITS files of the F-CHROMA flare database: one file is one CRISP scan of one line.
+
+The primary HDU holds 16-bit integers (wavelength, y, x), in data numbers; the image extension
+``lambda-coordinate`` the vacuum wavelengths in Angstrom. ``DATE-AVG`` is the only time. The field may lie
+rotated within a pad of one constant value. The database: Cauzzi et al. 2014, "F-CHROMA flare database",
+https://star.pst.qub.ac.uk/wiki/doku.php/public/solarflares/start.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from astropy.io import fits
+from astropy.io.fits.verify import VerifyError
+from astropy.time import ScaleValueError, Time
+from astropy.utils.exceptions import AstropyWarning
+from astropy.wcs import WCS
+from numpy.typing import ArrayLike, NDArray
+
+from pipeline.crisp.scan import ForeignFileError, Frame, Scan, identify_line
+from pipeline.errors import InputError, MisuseError
+
+FORMAT = "fchroma"
+AXIS_HDU = "lambda-coordinate"
+SIGNATURE = b"SIMPLE  ="
+UNITS = "DN"
+FETCH_AGAIN = "fetch the file again, or leave it out"
+
+# What the database calls the lines: EXTNAME and WDESC1 of the primary header, and the part of a file's name.
+DESIGNATIONS = {"halpha": ("H_I_6563", "H I 6563", "6563"), "ca8542": ("Ca_II_8542", "Ca II 8542", "8542")}
+
+
+def read_scans(path: str | Path) -> tuple[Scan, ...]:
+    """Describe the one scan of an F-CHROMA file, from its headers and wavelength axis alone.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file; its name says nothing.
+
+    Returns
+    -------
+    tuple of Scan
+        One scan.
+
+    Raises
+    ------
+    ForeignFileError
+        The file is not FITS, is of another instrument, layout or line.
+    InputError
+        It is an F-CHROMA file, but cannot be read or is incomplete.
+    """
+    file = Path(path).absolute()
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(len(SIGNATURE))
+    except OSError as failure:
+        raise InputError(
+            "the file cannot be read",
+            where=file,
+            found=failure.strerror,
+            remedy="check the name and the permissions",
+        ) from failure
+    if start != SIGNATURE:
+        raise ForeignFileError(
+            "not a FITS file",
+            where=file,
+            found=f"it begins with {start!r}" if start else "an empty file",
+            expected=f"{SIGNATURE!r}",
+            remedy="unpack it first" if start.startswith(b"\x1f\x8b") else "leave this file out",
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AstropyWarning)  # what astropy warns of is an error or harmless here
+        try:
+            with fits.open(file, memmap=None) as hdus:
+                return (_describe(hdus, file),)
+        except InputError:
+            raise
+        except (OSError, VerifyError, ValueError, TypeError, KeyError, IndexError, AttributeError) as failure:
+            # astropy reports damage with whichever of these the damaged card leads to
+            raise InputError(
+                "a damaged FITS file",
+                where=file,
+                found=f"{type(failure).__name__}: {failure}",
+                remedy=FETCH_AGAIN,
+            ) from failure
+
+
+def open_intensity(scan: Scan) -> NDArray[Any]:
+    """Intensities of a scan, shape (wavelength, y, x), memory-mapped: only what is indexed is read.
+
+    Files whose integers are scaled (``BSCALE``, ``BZERO``) cannot be mapped; they are read whole.
+
+    Parameters
+    ----------
+    scan : Scan
+        As `read_scans` returned it.
+
+    Returns
+    -------
+    ndarray
+        In the file's own number type (big-endian; float where scaled), not to be written to.
+
+    Raises
+    ------
+    InputError
+        The file has changed or gone since it was described.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", AstropyWarning)
+            # memmap=None maps the file unless its numbers are scaled, which astropy cannot map.
+            data: NDArray[Any] = fits.getdata(scan.path, 0, memmap=None)
+    except (OSError, VerifyError, ValueError, TypeError) as failure:
+        raise InputError(
+            "the file cannot be read any more",
+            where=scan.path,
+            found=f"{type(failure).__name__}: {failure}",
+            remedy=FETCH_AGAIN,
+        ) from failure
+    shape = (len(scan.wavelength), *scan.shape)
+    if data is None or data.shape != shape:
+        raise InputError(
+            "the file has changed since it was looked at",
+            where=scan.path,
+            found=None if data is None else data.shape,
+            expected=shape,
+            remedy="run the command again",
+        )
+    return data
+
+
+def write_fchroma(
+    path: str | Path,
+    cube: ArrayLike,
+    wavelength: ArrayLike,
+    time: np.datetime64 | str,
+    *,
+    pointing: tuple[float, float] = (-729.826, -313.432),
+    scale: float = 0.057,
+    reference_pixel: tuple[float, float] | None = None,
+    rotation: ArrayLike | None = None,
+    start: np.datetime64 | str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write one scan as the F-CHROMA database lays it out.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file; `file_name` makes the database's own name.
+    cube : array_like, shape (wavelength, y, x)
+        Intensities in data numbers, rounded to 16-bit integers; the pad included.
+    wavelength : array_like, shape (wavelength,)
+        Vacuum wavelengths, Angstrom, increasing; they say which line it is.
+    time : numpy.datetime64 or str
+        Mean time of the scan, UTC (``DATE-AVG``).
+    pointing : tuple of float
+        Helioprojective longitude and latitude of the reference pixel, arcsec.
+    scale : float
+        Size of a pixel, arcsec.
+    reference_pixel : tuple of float, optional
+        Zero-based ``(x, y)`` of the reference pixel; the middle of the frame by default.
+    rotation : array_like, shape (2, 2), optional
+        The PC matrix; that of no rotation by default.
+    start : numpy.datetime64 or str, optional
+        Start of the series (``POINT_ID``); `time` by default.
+    overwrite : bool
+        Replace an existing file.
+
+    Returns
+    -------
+    Path
+        The file written.
+
+    Raises
+    ------
+    MisuseError
+        Sizes do not fit, numbers do not fit 16 bits, or the file exists.
+    ForeignFileError
+        The wavelengths are of neither line.
+    """
+    file = Path(path)
+    axis = np.asarray(wavelength, dtype=np.float64)
+    intensity = np.asarray(cube)
+    if intensity.ndim != 3 or axis.shape != intensity.shape[:1] or axis.size < 2:
+        raise MisuseError(
+            "cube and wavelengths do not fit",
+            where=file,
+            found=f"cube {intensity.shape}, wavelengths {axis.shape}",
+            expected="(wavelength, y, x) and (wavelength,)",
+        )
+    rounded = np.rint(intensity)
+    limits = np.iinfo(np.int16)
+    if not np.all((rounded >= limits.min) & (rounded <= limits.max)):
+        raise MisuseError(
+            "the intensities do not fit 16-bit integers",
+            where=file,
+            found=f"{np.min(intensity)} to {np.max(intensity)}",
+            expected=f"finite numbers, {limits.min} to {limits.max}",
+        )
+    if file.exists() and not overwrite:
+        raise MisuseError("the file exists", where=file, remedy="choose another name, or overwrite=True")
+    name, description, _ = DESIGNATIONS[identify_line(axis, str(file))]
+    rows, columns = intensity.shape[1:]
+    centre = ((columns - 1) / 2.0, (rows - 1) / 2.0) if reference_pixel is None else reference_pixel
+    matrix = np.eye(2) if rotation is None else np.asarray(rotation, dtype=np.float64)
+    middle = axis.size // 2
+    average = np.datetime64(time).astype("datetime64[ms]")
+
+    header = fits.Header()
+    header["DATE"] = str(average.astype("datetime64[D]"))
+    header["EXTNAME"] = name
+    header["SOLARNET"] = 0.5
+    header["OBS_HDU"] = 1
+    header["OBSRVTRY"] = "ORM"
+    header["TELESCOP"] = "SST"
+    header["INSTRUME"] = "CRISP"
+    header["DATE-AVG"] = str(average)
+    header["POINT_ID"] = str(np.datetime64(average if start is None else start).astype("datetime64[s]"))
+    steps = (scale, scale, float(axis[-1] - axis[0]) / (axis.size - 1))
+    pixels = (centre[0] + 1.0, centre[1] + 1.0, middle + 1.0)
+    values = (pointing[0], pointing[1], float(axis[middle]))
+    for number, (step, pixel, value) in enumerate(zip(steps, pixels, values, strict=True), start=1):
+        header[f"CDELT{number}"], header[f"CRPIX{number}"], header[f"CRVAL{number}"] = step, pixel, value
+    header["CTYPE1"], header["CTYPE2"], header["CTYPE3"] = "HPLN-TAN", "HPLT-TAN", "WAVE"
+    header["CUNIT1"], header["CUNIT2"], header["CUNIT3"] = "arcsec", "arcsec", "Angstrom"
+    for row in range(2):
+        for column in range(2):
+            if row == column or matrix[row, column] != 0.0:
+                header[f"PC{row + 1}_{column + 1}"] = float(matrix[row, column])
+    header["PC3_3"] = 1.0
+    header["NWIN"], header["WSTART1"], header["WWIDTH1"] = 1, 0, axis.size
+    header["WDESC1"] = description
+    header["TWAVE1"] = float(axis[middle])
+
+    extension = fits.ImageHDU(axis, name=AXIS_HDU)
+    extension.header["EXTNAME"] = AXIS_HDU  # astropy would write it in capitals; the database does not
+    extension.header["BTYPE"] = "lambda axis"
+    extension.header["BUNIT"] = "Angstrom"
+    primary = fits.PrimaryHDU(rounded.astype(">i2"), header)
+    fits.HDUList([primary, extension]).writeto(file, overwrite=overwrite)
+    return file
+
+
+def file_name(line: str, start: np.datetime64 | str, number: int) -> str:
+    """Name of a scan's file as the database gives it.
+
+    Parameters
+    ----------
+    line : str
+        ``"halpha"`` or ``"ca8542"``.
+    start : numpy.datetime64 or str
+        Start of the series, UTC.
+    number : int
+        The scan's number within the series.
+    """
+    moment = (
+        str(np.datetime64(start).astype("datetime64[s]")).replace("-", "").replace(":", "").replace("T", "_")
+    )
+    return f"crisp_l2_{moment}_{DESIGNATIONS[line][2]}_r{number:05d}.fits"
+
+
+def _describe(hdus: fits.HDUList, file: Path) -> Scan:
+    header = hdus[0].header
+    instrument = str(header.get("INSTRUME", "")).strip()
+    if instrument.upper() != "CRISP":
+        raise ForeignFileError(
+            "a FITS file of another instrument",
+            where=file,
+            found=f"INSTRUME = {instrument!r}",
+            expected="'CRISP'",
+            remedy="leave this file out",
+        )
+    axes = tuple(header.get(f"NAXIS{number}") for number in range(header["NAXIS"], 0, -1))
+    if len(axes) != 3:
+        raise ForeignFileError(
+            "a CRISP file of another layout than F-CHROMA's",
+            where=file,
+            found=f"a primary array of {len(axes)} axes {axes}",
+            expected="three: (wavelength, y, x)",
+            remedy="leave this file out",
+        )
+    _check_length(hdus, file)
+    names = [hdu.name.lower() for hdu in hdus]
+    if AXIS_HDU not in names:
+        raise InputError(
+            "the wavelength axis is missing",
+            where=file,
+            found=f"HDUs {', '.join(repr(hdu.name) for hdu in hdus)}",
+            expected=f"an image extension named {AXIS_HDU!r}",
+            remedy=FETCH_AGAIN,
+        )
+    wavelength = np.asarray(hdus[names.index(AXIS_HDU)].data, dtype=np.float64)
+    if wavelength.shape != axes[:1]:
+        raise InputError(
+            "the wavelength axis does not fit the intensities",
+            where=file,
+            found=f"{wavelength.shape} wavelengths, {axes[0]} images",
+            expected="one wavelength for each image",
+            remedy=FETCH_AGAIN,
+        )
+    return Scan(
+        path=str(file),
+        format=FORMAT,
+        line=identify_line(wavelength, str(file)),
+        time=_time(header, file),
+        wavelength=tuple(wavelength.tolist()),
+        shape=(int(axes[1]), int(axes[2])),
+        units=UNITS,
+        frame=_frame(header, file),
+        headers=tuple(_text(hdu.header) for hdu in hdus),
+    )
+
+
+def _check_length(hdus: fits.HDUList, file: Path) -> None:
+    # astropy maps a truncated file without complaint, and the process dies when it touches the missing part.
+    needed = 0
+    for index in range(len(hdus)):
+        place = hdus.fileinfo(index)
+        needed = max(needed, place["datLoc"] + hdus[index].size)
+    present = file.stat().st_size
+    if present < needed:
+        raise InputError(
+            "the file is truncated",
+            where=file,
+            found=f"{present} bytes",
+            expected=f"{needed} bytes or more",
+            remedy=FETCH_AGAIN,
+        )
+
+
+def _time(header: fits.Header, file: Path) -> np.datetime64:
+    text = str(header.get("DATE-AVG", "")).strip()
+    if not text:
+        raise InputError(
+            "the scan's time is missing",
+            where=file,
+            found="no DATE-AVG",
+            expected="DATE-AVG, the mean time of the scan",
+            remedy="add the card, or leave the file out",
+        )
+    scale = str(header.get("TIMESYS", "UTC")).strip().lower()
+    try:
+        moment = Time(text.removesuffix("Z"), format="fits", scale=scale)
+        return np.datetime64(moment.utc.datetime64, "ns")
+    except (ValueError, ScaleValueError) as failure:
+        raise InputError(
+            "the scan's time cannot be read",
+            where=file,
+            found=f"DATE-AVG = {text!r}, time scale {scale.upper()}",
+            expected="a date and time such as 2014-09-06T16:55:57.057, UTC",
+            remedy="mend the card, or leave the file out",
+        ) from failure
+
+
+def _frame(header: fits.Header, file: Path) -> Frame:
+    missing = [
+        name for name in ("CRPIX1", "CRPIX2", "CRVAL1", "CRVAL2", "CDELT1", "CDELT2") if name not in header
+    ]
+    types = [str(header.get(f"CTYPE{number}", "")).strip() for number in (1, 2)]
+    if missing or types != ["HPLN-TAN", "HPLT-TAN"]:
+        raise InputError(
+            "the scan's pointing is missing",
+            where=file,
+            found=f"CTYPE1, CTYPE2 = {types}" + (f"; no {', '.join(missing)}" if missing else ""),
+            expected="helioprojective axes HPLN-TAN, HPLT-TAN with CRPIX, CRVAL and CDELT",
+            remedy="add the cards, or leave the file out",
+        )
+    return Frame.from_wcs(WCS(header).celestial)
+
+
+def _text(header: fits.Header) -> str:
+    text = str(header.tostring(sep="\n", endcard=False, padding=False))
+    return "\n".join(card.rstrip() for card in text.split("\n"))

@@ -1,0 +1,199 @@
+"""One scan of one spectral line, as every reader describes it: what it is and where, not its intensities."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from astropy.wcs import WCS
+from numpy.typing import NDArray
+
+from inn.layout import CA8542, HALPHA, LineWindow
+from pipeline.errors import InputError
+
+LINES: dict[str, LineWindow] = {HALPHA.name: HALPHA, CA8542.name: CA8542}
+"""The lines that an observation holds, by name."""
+
+NEAR = 3.5  # Angstrom: an axis centred this near to a line is of that line (wide enough for an axis in air)
+ARCSEC_PER_DEGREE = 3600.0
+
+
+class ForeignFileError(InputError):
+    """A file that is not a scan of the lines wanted in a known format; it may still be a sound file."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where the pixels of a scan lie on the sky: a gnomonic (TAN) helioprojective frame.
+
+    Attributes
+    ----------
+    reference_pixel : tuple of float
+        Zero-based ``(x, y)`` of the reference pixel (FITS ``CRPIX`` less one).
+    reference_value : tuple of float
+        Helioprojective ``(longitude, latitude)`` of the reference pixel, arcsec (``CRVAL``).
+    scale : tuple of float
+        Size of a pixel along x and y, arcsec (``CDELT``).
+    rotation : tuple of tuple of float
+        The matrix ``((PC1_1, PC1_2), (PC2_1, PC2_2))``.
+
+    Notes
+    -----
+    Thompson 2006, A&A 449, 791, doi:10.1051/0004-6361:20054262.
+    """
+
+    reference_pixel: tuple[float, float]
+    reference_value: tuple[float, float]
+    scale: tuple[float, float]
+    rotation: tuple[tuple[float, float], tuple[float, float]]
+
+    @classmethod
+    def from_wcs(cls, wcs: WCS) -> Frame:
+        """Take the frame from the celestial part of an astropy WCS (whose unit is the degree)."""
+        crpix, crval, cdelt, pc = wcs.wcs.crpix, wcs.wcs.crval, wcs.wcs.get_cdelt(), wcs.wcs.get_pc()
+        return cls(
+            (float(crpix[0]) - 1.0, float(crpix[1]) - 1.0),
+            (float(crval[0]) * ARCSEC_PER_DEGREE, float(crval[1]) * ARCSEC_PER_DEGREE),
+            (float(cdelt[0]) * ARCSEC_PER_DEGREE, float(cdelt[1]) * ARCSEC_PER_DEGREE),
+            ((float(pc[0, 0]), float(pc[0, 1])), (float(pc[1, 0]), float(pc[1, 1]))),
+        )
+
+    @property
+    def wcs(self) -> WCS:
+        """The frame as an astropy WCS of two celestial axes."""
+        wcs = WCS(naxis=2)
+        wcs.wcs.ctype = ["HPLN-TAN", "HPLT-TAN"]
+        wcs.wcs.cunit = ["arcsec", "arcsec"]
+        wcs.wcs.crpix = [self.reference_pixel[0] + 1.0, self.reference_pixel[1] + 1.0]
+        wcs.wcs.crval = list(self.reference_value)
+        wcs.wcs.cdelt = list(self.scale)
+        wcs.wcs.pc = np.array(self.rotation)
+        wcs.wcs.set()
+        return wcs
+
+    def coordinates(
+        self, x: NDArray[np.float64], y: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Helioprojective longitude and latitude of zero-based pixel positions.
+
+        Parameters
+        ----------
+        x, y : ndarray
+            Positions along a row and along a column, of one shape.
+
+        Returns
+        -------
+        longitude, latitude : ndarray
+            Arcsec, of the same shape; longitude within half a turn of the disc's centre.
+        """
+        longitude, latitude = self.wcs.wcs_pix2world(x, y, 0)
+        longitude = (np.asarray(longitude) + 180.0) % 360.0 - 180.0
+        return longitude * ARCSEC_PER_DEGREE, np.asarray(latitude) * ARCSEC_PER_DEGREE
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One scan of one line: everything but its intensities, which `pipeline.crisp.open_intensity` opens.
+
+    It is small and travels to workers as it is. Checked here, trusted afterwards.
+
+    Attributes
+    ----------
+    path : str
+        The file, as an absolute path.
+    format : str
+        Name of the reader that made this description, for example ``"fchroma"``.
+    line : str
+        The line's name, a key of `LINES`.
+    time : numpy.datetime64
+        The scan's mean time, UTC, to the nanosecond.
+    wavelength : tuple of float
+        Vacuum wavelengths, Angstrom, increasing.
+    shape : tuple of int
+        Pixels ``(y, x)``.
+    units : str
+        Unit of the intensities, as astropy parses it.
+    frame : Frame
+        Where the pixels lie on the sky.
+    headers : tuple of str
+        The header of every HDU, whole, one card a line
+        (``astropy.io.fits.Header.fromstring(text, sep="\\n")`` reads it back).
+
+    Raises
+    ------
+    InputError
+        When made with an axis, a shape or a time that cannot be.
+    """
+
+    path: str
+    format: str
+    line: str
+    time: np.datetime64
+    wavelength: tuple[float, ...]
+    shape: tuple[int, int]
+    units: str
+    frame: Frame
+    headers: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        _check_axis(np.asarray(self.wavelength), self.path)
+        if self.line not in LINES:
+            raise InputError("unknown line", where=self.path, found=self.line, expected=", ".join(LINES))
+        if min(self.shape) < 1:
+            raise InputError("the scan holds no pixels", where=self.path, found=f"{self.shape} (y, x)")
+        if np.isnat(self.time):
+            raise InputError("the scan has no time", where=self.path)
+        numbers = (*self.frame.reference_pixel, *self.frame.reference_value, *self.frame.scale)
+        if not np.all(np.isfinite(numbers)) or 0.0 in self.frame.scale:
+            raise InputError(
+                "the scan's pointing or pixel size is not a number",
+                where=self.path,
+                found=self.frame,
+                expected="finite CRPIX, CRVAL and CDELT, and pixels of some size",
+            )
+
+    @property
+    def window(self) -> LineWindow:
+        """The scan's line, with its laboratory rest wavelength in vacuum."""
+        return LINES[self.line]
+
+
+def identify_line(wavelength: NDArray[np.float64], where: str) -> str:
+    """Name of the line that a wavelength axis is centred on.
+
+    Parameters
+    ----------
+    wavelength : ndarray
+        Angstrom.
+    where : str
+        The file, for the error.
+
+    Raises
+    ------
+    ForeignFileError
+        The axis belongs to neither H-alpha nor Ca II 8542.
+    InputError
+        It is no wavelength axis at all.
+    """
+    _check_axis(wavelength, where)
+    centre = 0.5 * (float(wavelength[0]) + float(wavelength[-1]))
+    for name, window in LINES.items():
+        if abs(centre - window.rest_wavelength) <= NEAR:
+            return name
+    raise ForeignFileError(
+        "a scan of another line",
+        where=where,
+        found=f"wavelengths centred on {centre:.2f} Angstrom",
+        expected=" or ".join(f"{window.rest_wavelength} ({name})" for name, window in LINES.items()),
+        remedy="leave this file out",
+    )
+
+
+def _check_axis(axis: NDArray[np.float64], where: str) -> None:
+    if axis.size < 2 or not np.all(np.isfinite(axis)) or not np.all(np.diff(axis) > 0.0):
+        raise InputError(
+            "the wavelength axis must hold two values or more, all finite, and increase",
+            where=where,
+            found=f"{axis.size} values, {np.array2string(axis, threshold=6, precision=3)}",
+            remedy="fetch the file again, or leave it out",
+        )

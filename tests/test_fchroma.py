@@ -1,0 +1,294 @@
+"""The F-CHROMA reader and writer: layout, times, pointing, and every way in which a file can be unusable."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import pickle
+import warnings
+from pathlib import Path
+
+import astropy.units as u
+import numpy as np
+import pytest
+from astropy.io import fits
+from astropy.wcs import WCS
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeline.crisp import ForeignFileError, find_scans, open_intensity, read_scans
+from pipeline.crisp.fchroma import file_name, write_fchroma
+from pipeline.errors import InputError, MisuseError
+from tests.fchroma_files import PAD, START, WAVELENGTH_CA8542, WAVELENGTH_HALPHA, write_pair
+
+REAL = Path(__file__).parents[2] / "shared" / "data" / "crisp"
+needs_real_pair = [
+    pytest.mark.observation,
+    pytest.mark.skipif(not REAL.is_dir(), reason="the real pair is not here"),
+]
+
+
+@pytest.fixture
+def cube():
+    return np.random.default_rng(1).integers(800, 6000, (WAVELENGTH_HALPHA.size, 9, 13))
+
+
+@pytest.fixture
+def file(tmp_path, cube):
+    return write_fchroma(tmp_path / "no name of the database.fits", cube, WAVELENGTH_HALPHA, START)
+
+
+def rewrite(path, change):
+    """Let `change` alter the file's HDU list."""
+    with fits.open(path, memmap=False) as hdus:
+        hdus = fits.HDUList([hdu.copy() for hdu in hdus])
+    change(hdus)
+    hdus.writeto(path, overwrite=True)
+    return path
+
+
+def test_round_trip(file, cube):
+    (scan,) = read_scans(file)
+    assert scan.line == "halpha"
+    assert scan.time == START
+    assert scan.shape == cube.shape[1:]
+    assert scan.units == "DN"
+    assert u.Unit(scan.units) == u.DN
+    np.testing.assert_array_equal(scan.wavelength, WAVELENGTH_HALPHA)
+    np.testing.assert_array_equal(open_intensity(scan), cube)
+    assert pickle.loads(pickle.dumps(scan)) == scan
+
+
+def test_intensities_are_mapped_not_read(file):
+    owner = open_intensity(read_scans(file)[0])
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    assert isinstance(owner, mmap.mmap)
+
+
+def test_scaled_integers_are_unscaled(file, cube):
+    raw = file.read_bytes()
+    scaled = raw.replace(b"SOLARNET=                  0.5", b"BSCALE  =                  0.5")
+    assert scaled != raw
+    file.write_bytes(scaled)
+    np.testing.assert_array_equal(open_intensity(read_scans(file)[0]), cube * 0.5)
+
+
+def test_headers_are_whole(file):
+    (scan,) = read_scans(file)
+    with fits.open(file) as hdus:
+        assert len(scan.headers) == len(hdus) == 2
+        for text, hdu in zip(scan.headers, hdus, strict=True):
+            restored = fits.Header.fromstring(text, sep="\n")
+            assert [card.image for card in restored.cards] == [card.image for card in hdu.header.cards]
+
+
+def test_coordinates_agree_with_astropy_wcs(tmp_path, cube):
+    angle = np.deg2rad(31.0)
+    rotation = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    path = write_fchroma(
+        tmp_path / "rotated.fits",
+        cube,
+        WAVELENGTH_HALPHA,
+        START,
+        pointing=(880.0, -350.0),
+        reference_pixel=(2.5, 700.0),
+        rotation=rotation,
+    )
+    (scan,) = read_scans(path)
+    y, x = np.mgrid[:1470:210, :1930:193].astype(float)
+    longitude, latitude = scan.frame.coordinates(x, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wcs = WCS(fits.getheader(path))
+    first, second, _ = wcs.all_pix2world(x, y, np.zeros_like(x), 0)
+    first = (first + 180.0) % 360.0 - 180.0
+    np.testing.assert_allclose(longitude, first * 3600.0, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(latitude, second * 3600.0, rtol=0, atol=1e-6)
+    # and by hand, near the disc's centre of the tangent plane: rotation, then scale
+    centre = np.array(scan.frame.coordinates(np.array([2.5 + 100.0]), np.array([700.0])))[:, 0]
+    step = 100 * 0.057 * np.array([np.cos(angle), np.sin(angle)])
+    np.testing.assert_allclose(centre, np.array([880.0, -350.0]) + step, atol=1e-3)
+
+
+def test_time_scale_is_honoured(file):
+    rewrite(file, lambda hdus: hdus[0].header.set("TIMESYS", "TAI"))
+    # TAI was 35 s ahead of UTC in September 2014
+    assert START - read_scans(file)[0].time == np.timedelta64(35, "s")
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "words"),
+    [
+        (lambda h: h[0].header.set("INSTRUME", "IBIS"), ForeignFileError, "another instrument"),
+        (lambda h: h[0].header.remove("INSTRUME"), ForeignFileError, "another instrument"),
+        (lambda h: setattr(h[0], "data", h[0].data[None, None]), ForeignFileError, "another layout"),
+        (lambda h: setattr(h[1], "data", h[1].data - 263.0), ForeignFileError, "another line"),
+        (lambda h: h.pop(1), InputError, "wavelength axis is missing"),
+        (lambda h: setattr(h[1], "data", h[1].data[:-1]), InputError, "does not fit"),
+        (lambda h: setattr(h[1], "data", h[1].data[::-1].copy()), InputError, "increase"),
+        (lambda h: setattr(h[1], "data", h[1].data * np.nan), InputError, "finite|another line"),
+        (lambda h: h[0].header.remove("DATE-AVG"), InputError, "time is missing"),
+        (lambda h: h[0].header.set("DATE-AVG", "yesterday"), InputError, "time cannot be read"),
+        (lambda h: h[0].header.set("TIMESYS", "MARS"), InputError, "time cannot be read"),
+        (lambda h: h[0].header.remove("CRVAL1"), InputError, "pointing is missing"),
+        (lambda h: h[0].header.set("CTYPE1", "RA---TAN"), InputError, "pointing is missing"),
+        (lambda h: h[0].header.set("CDELT1", 0.0), InputError, "pixel size|damaged"),
+    ],
+)
+def test_unusable_files(file, change, kind, words):
+    rewrite(file, change)
+    with pytest.raises(kind, match=words) as caught:
+        read_scans(file)
+    assert type(caught.value) is kind
+    assert str(file) in str(caught.value)
+    assert caught.value.found
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [(b"", "empty file"), (b"%PDF-1.4", "%PDF"), (b"\x1f\x8b\x08", "x1f")]
+)
+def test_not_fits(tmp_path, content, words):
+    path = tmp_path / "scan.fits"
+    path.write_bytes(content)
+    with pytest.raises(ForeignFileError, match="not a FITS file") as caught:
+        read_scans(path)
+    assert words in str(caught.value)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(InputError, match="cannot be read"):
+        read_scans(tmp_path / "nowhere.fits")
+
+
+@pytest.mark.parametrize("kept", [0.98, 0.7, 0.5, 0.3])
+def test_truncated_file(file, kept):
+    # 0.98 cuts the last padding only when that is longer than 2 %: the data of the axis go in any case here
+    size = file.stat().st_size
+    os.truncate(file, int(size * kept) if kept < 0.9 else size - 2880)
+    with pytest.raises(InputError, match=r"truncated|damaged|missing") as caught:
+        read_scans(file)
+    assert str(file) in str(caught.value)
+    assert not isinstance(caught.value, ForeignFileError)
+
+
+def test_file_changed_after_it_was_described(file, cube):
+    (scan,) = read_scans(file)
+    write_fchroma(file, cube[:, 1:], WAVELENGTH_HALPHA, START, overwrite=True)
+    with pytest.raises(InputError, match="has changed"):
+        open_intensity(scan)
+    file.unlink()
+    with pytest.raises(InputError, match="cannot be read any more"):
+        open_intensity(scan)
+
+
+def test_writer_refuses_what_does_not_fit(tmp_path, cube):
+    path = tmp_path / "scan.fits"
+    with pytest.raises(MisuseError, match="16-bit"):
+        write_fchroma(path, cube * 10.0, WAVELENGTH_HALPHA, START)
+    with pytest.raises(MisuseError, match="16-bit"):
+        write_fchroma(path, np.full(cube.shape, np.nan), WAVELENGTH_HALPHA, START)
+    with pytest.raises(MisuseError, match="do not fit"):
+        write_fchroma(path, cube[1:], WAVELENGTH_HALPHA, START)
+    with pytest.raises(ForeignFileError, match="another line"):
+        write_fchroma(path, cube, WAVELENGTH_HALPHA - 20.0, START)
+    assert not path.exists()
+    write_fchroma(path, cube, WAVELENGTH_HALPHA, START)
+    with pytest.raises(MisuseError, match="exists"):
+        write_fchroma(path, cube, WAVELENGTH_HALPHA, START)
+
+
+def test_database_names():
+    assert file_name("halpha", "2014-09-06T15:27:24", 459) == "crisp_l2_20140906_152724_6563_r00459.fits"
+    assert file_name("ca8542", "2014-09-06T15:27:24", 459) == "crisp_l2_20140906_152724_8542_r00459.fits"
+
+
+def test_found_by_content_in_any_order(tmp_path):
+    halpha, ca8542, _ = write_pair(tmp_path, shape=(30, 40))
+    renamed = halpha.rename(tmp_path / "zz.fits")
+    (tmp_path / "deeper").mkdir()
+    moved = ca8542.rename(tmp_path / "deeper" / "a.FITS")
+    (tmp_path / "notes.txt").write_text("not looked at in a directory")
+    fits.PrimaryHDU(np.zeros((3, 3))).writeto(tmp_path / "other.fits")
+    (tmp_path / "broken.fits").write_text("text")
+
+    scans, passed_over = find_scans([tmp_path])
+    assert [(scan.line, scan.path) for scan in scans] == [("ca8542", str(moved)), ("halpha", str(renamed))]
+    assert {Path(refusal.where).name for refusal in passed_over} == {"other.fits", "broken.fits"}
+
+    by_pattern, _ = find_scans([f"{tmp_path}/zz*", f"{tmp_path}/**/a.FITS", str(renamed)])
+    assert by_pattern == scans
+
+    with pytest.raises(InputError, match="another instrument"):
+        find_scans([tmp_path / "other.fits", tmp_path])
+    with pytest.raises(InputError, match=r"(?s)2 files cannot be used.*other.fits.*broken.fits"):
+        find_scans([tmp_path / "other.fits", tmp_path / "broken.fits"])
+    with pytest.raises(InputError, match="no file matches"):
+        find_scans([f"{tmp_path}/*.sav"])
+
+
+def test_damaged_scan_in_a_directory_is_an_error(tmp_path):
+    halpha, _, _ = write_pair(tmp_path, shape=(30, 40))
+    os.truncate(halpha, halpha.stat().st_size // 2)
+    with pytest.raises(InputError, match="truncated"):
+        find_scans([tmp_path])
+
+
+def test_pair_of_the_fixture_has_pad_and_both_lines(tmp_path):
+    halpha, ca8542, truth = write_pair(tmp_path, shift=(2.3, -1.4))
+    for path, axis, field in (
+        (halpha, WAVELENGTH_HALPHA, truth.field_halpha),
+        (ca8542, WAVELENGTH_CA8542, truth.field_ca8542),
+    ):
+        (scan,) = read_scans(path)
+        np.testing.assert_array_equal(scan.wavelength, axis)
+        assert (open_intensity(scan)[:, ~field] == PAD).all()
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=needs_real_pair) for name in ("*6563*.fits", "*8542*.fits")]
+)
+def test_real_files(name):
+    (path,) = REAL.glob(name)
+    (scan,) = read_scans(path)
+    data = open_intensity(scan)
+    points, line = {"*6563*.fits": (15, "halpha"), "*8542*.fits": (25, "ca8542")}[name]
+    assert scan.line == line
+    assert data.shape == (points, 21, 21)
+    assert scan.shape == (21, 21)
+    with fits.open(path) as hdus:
+        np.testing.assert_array_equal(data, hdus[0].data)
+        np.testing.assert_array_equal(scan.wavelength, hdus["lambda-coordinate"].data)
+    assert scan.frame.scale == pytest.approx((0.057, 0.057))
+    assert scan.frame.reference_value == pytest.approx((-729.82, -313.43), abs=0.01)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damage_gives_typed_errors_only(tmp_path, file, cube, data):
+    """Bytes changed or cut anywhere in the headers: a scan of the true shape, or an `InputError`."""
+    content = bytearray(file.read_bytes())
+    for _ in range(data.draw(st.integers(1, 6), label="changes")):
+        where = data.draw(
+            st.one_of(
+                st.integers(0, 2880 * 2 - 1),
+                st.integers(len(content) - 2 * 2880, len(content) - 2880 - 1),
+            )
+        )
+        content[where] = data.draw(st.integers(0, 255))
+    if data.draw(st.booleans(), label="cut"):
+        del content[data.draw(st.integers(0, len(content))) :]
+    damaged = tmp_path / "damaged.fits"
+    damaged.write_bytes(content)
+    try:
+        (scan,) = read_scans(damaged)
+        intensity = open_intensity(scan)
+    except InputError as error:
+        message = str(error)
+    else:
+        message = str(damaged)
+        assert intensity.shape == (len(scan.wavelength), *scan.shape)
+        assert intensity.dtype.kind in "iuf"
+        intensity.sum()
+    assert str(damaged) in message
