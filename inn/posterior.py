@@ -280,8 +280,8 @@ def misfit(
     """How well a pixel's posterior reproduces its profiles: a posterior predictive check.
 
     The network's emulator turns posterior draws back into profiles. The misfit of a draw is the root mean
-    square of observed minus emulated over all points of both lines, in units of the joint maximum; the median
-    over the draws is returned.
+    square of observed minus emulated over all points of both lines, in units of the joint maximum, at the
+    microturbulence that suits it best; the median over the draws is returned.
 
     Parameters
     ----------
@@ -310,10 +310,11 @@ def misfit(
             atmosphere = batch.atmosphere[torch.from_numpy(batch.good).to(batch.atmosphere.device)]
             observed = torch.from_numpy(array[batch.pixels][batch.good]).to(atmosphere)
             angle = torch.from_numpy(mu_array[batch.pixels][batch.good]).to(atmosphere)
-            emulated = emulator(
-                atmosphere.reshape(-1, atmosphere.shape[-1]), angle.repeat_interleave(draws)
-            ).reshape(observed.shape[0], draws, -1)
-            distance = (emulated - observed[:, None]).square().mean(dim=-1).sqrt()
+            distance = emulator.distance(
+                atmosphere.reshape(-1, atmosphere.shape[-1]),
+                observed.repeat_interleave(draws, dim=0),
+                angle.repeat_interleave(draws),
+            ).reshape(-1, draws)
             result[batch.pixels][batch.good] = distance.quantile(0.5, dim=1).cpu().numpy()
     return result
 
