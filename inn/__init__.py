@@ -1,14 +1,20 @@
 """The networks of FlareField: spectral lines to posterior atmospheres, in torch and nothing else."""
 
-from inn.checkpoint import BUNDLED, import_weights, load_model, model_hash, save_model
-from inn.conditional import ConditionalNetwork
-from inn.emulator import Emulator
-from inn.errors import FlareFieldError, MisuseError, ModelError
-from inn.joint import JointNetwork
-from inn.latent import draw_latent
-from inn.layout import CA8542, HALPHA, HEIGHTS, QUANTITIES, Layout, LineWindow
-from inn.posterior import posterior_quantiles, sample
-from inn.scaling import scale, unscale
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from inn.checkpoint import BUNDLED, import_weights, load_model, model_hash, save_model
+    from inn.conditional import ConditionalNetwork
+    from inn.emulator import Emulator
+    from inn.errors import FlareFieldError, MisuseError, ModelError
+    from inn.joint import JointNetwork
+    from inn.latent import draw_latent
+    from inn.layout import CA8542, HALPHA, HEIGHTS, QUANTITIES, Layout, LineWindow
+    from inn.posterior import posterior_quantiles, sample
+    from inn.scaling import scale, unscale
 
 __all__ = [
     "BUNDLED",
@@ -34,3 +40,27 @@ __all__ = [
     "scale",
     "unscale",
 ]
+
+_MODULES = {
+    "checkpoint": ("BUNDLED", "import_weights", "load_model", "model_hash", "save_model"),
+    "conditional": ("ConditionalNetwork",),
+    "emulator": ("Emulator",),
+    "errors": ("FlareFieldError", "MisuseError", "ModelError"),
+    "joint": ("JointNetwork",),
+    "latent": ("draw_latent",),
+    "layout": ("CA8542", "HALPHA", "HEIGHTS", "QUANTITIES", "Layout", "LineWindow"),
+    "posterior": ("posterior_quantiles", "sample"),
+    "scaling": ("scale", "unscale"),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    # On first use: a command's help, and workers that compute no network, need not wait for torch or hold it.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'inn' has no attribute {name!r}")
+    return getattr(import_module(f"inn.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
