@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from inn.joint import JointNetwork
     from inn.latent import draw_latent
     from inn.layout import CA8542, HALPHA, HEIGHTS, QUANTITIES, Layout, LineWindow
+    from inn.novelty import Novelty
     from inn.posterior import posterior_quantiles, sample
     from inn.scaling import scale, unscale
 
@@ -30,6 +31,7 @@ __all__ = [
     "LineWindow",
     "MisuseError",
     "ModelError",
+    "Novelty",
     "draw_latent",
     "import_weights",
     "load_model",
@@ -49,6 +51,7 @@ _MODULES = {
     "joint": ("JointNetwork",),
     "latent": ("draw_latent",),
     "layout": ("CA8542", "HALPHA", "HEIGHTS", "QUANTITIES", "Layout", "LineWindow"),
+    "novelty": ("Novelty",),
     "posterior": ("posterior_quantiles", "sample"),
     "scaling": ("scale", "unscale"),
 }

@@ -33,6 +33,7 @@ from inn.emulator import Emulator
 from inn.errors import FlareFieldError, MisuseError, ModelError
 from inn.joint import JointNetwork
 from inn.layout import CA8542, HALPHA, HEIGHTS, Layout
+from inn.novelty import Novelty
 from inn.scaling import SCALINGS, UNITS
 
 BUNDLED = Path(__file__).parent / "models" / "conditional"
@@ -49,7 +50,8 @@ _KINDS: dict[str, type[JointNetwork] | type[ConditionalNetwork]] = {
     "joint": JointNetwork,
     "conditional": ConditionalNetwork,
 }
-_COMPANIONS: dict[str, type[Emulator]] = {"emulator": Emulator}
+_COMPANIONS: dict[str, type[Novelty] | type[Emulator]] = {"novelty": Novelty, "emulator": Emulator}
+"""What a network may carry, stored with it under its name."""
 
 
 def save_model(model: Network, path: str | Path, record: Mapping[str, Any] | None = None) -> None:
