@@ -63,7 +63,7 @@ def draw_latent(draws: int, size: int, seed: int, kind: LatentKind = "sobol") ->
     engine = SobolEngine(size, scramble=True, seed=seed)  # type: ignore[no-untyped-call]
     points = engine.draw(draws, dtype=torch.float64)
     # Coordinates are multiples of 2**-30, 0 among them, and the engine rounds its first point to float32,
-    # where it may become 1: both are infinite as normal deviates. Half a step away from the edge is +-6.2.
+    # where it may become 1: both are infinite as normal deviates. Half a step away from the edge is +-6.1.
     edge = 0.5 * 2.0**-SobolEngine.MAXBIT
     deviates: torch.Tensor = torch.special.ndtri(points.clamp(edge, 1.0 - edge))
     return deviates.to(torch.float32)
