@@ -28,6 +28,12 @@ from inn.layout import Layout
 FAINTEST = 1e-3
 """Normalised intensity below which a line's logarithm is held constant."""
 
+SMALLEST_SCALE = 0.02
+"""Smallest scale (network units) by which a number of an atmosphere is divided before the rotation."""
+
+SMALLEST_SPREAD = 1e-3
+"""Smallest standard deviation of a principal component, in scaled numbers."""
+
 DEFAULT_CALIBRATION_ERROR = 0.05
 """Relative error between the two lines that is assumed where none is given."""
 
@@ -196,25 +202,18 @@ class ConditionalNetwork(nn.Module):
         """
         values = atmosphere.double()
         mean = values.mean(dim=0)
-        scale = self._quantity_scale(values - mean)
-        centred = (values - mean) / scale
-        _, singular, rotation = torch.linalg.svd(centred, full_matrices=True)
-        spread = torch.zeros(self.latent_size, dtype=torch.float64)
-        spread[: singular.numel()] = singular[: self.latent_size] / math.sqrt(max(len(values) - 1, 1))
+        # Every number counts alike, but those that hardly vary (the photosphere's) are not blown up.
+        scale = (values - mean).square().mean(dim=0).sqrt().clamp_min(SMALLEST_SCALE)
+        variance, rotation = torch.linalg.eigh(torch.cov(((values - mean) / scale).T))
+        spread = variance.clamp_min(0.0).sqrt().flip(0)
         self.atmosphere_mean.copy_(mean)
         self.atmosphere_scale.copy_(scale)
-        self.rotation.copy_(rotation.T)
+        self.rotation.copy_(rotation.flip(1))
         # Components without variance still get some: a bijection in float32 cannot divide by nothing.
         self.component_scale.copy_(spread.clamp_min(SMALLEST_SPREAD))
         features = self._features(lines.double(), mu.double(), calibration_error.double())
         self.feature_mean.copy_(features.mean(dim=0))
         self.feature_scale.copy_(features.std(dim=0).clamp_min(1e-3))
-
-    def _quantity_scale(self, centred: Tensor) -> Tensor:
-        """Spread of each quantity over all samples and heights, repeated for its heights."""
-        heights = self.layout.heights.size
-        spread = centred.reshape(len(centred), -1, heights).square().mean(dim=(0, 2)).sqrt()
-        return spread.clamp_min(1e-3).repeat_interleave(heights)
 
     def to_components(self, atmosphere: Tensor) -> Tensor:
         """Whitened principal components (n, atmosphere_size), by falling variance, of atmospheres."""
@@ -282,8 +281,8 @@ class ConditionalNetwork(nn.Module):
         count = lines.shape[0]
         features = self._features(
             lines,
-            torch.as_tensor(mu).to(lines).expand(count),
-            torch.as_tensor(calibration_error).to(lines).expand(count),
+            torch.as_tensor(mu, dtype=lines.dtype, device=lines.device).expand(count),
+            torch.as_tensor(calibration_error, dtype=lines.dtype, device=lines.device).expand(count),
         )
         embedded: Tensor = self.embed((features - self.feature_mean) / self.feature_scale)
         return embedded
@@ -437,10 +436,6 @@ class ConditionalNetwork(nn.Module):
         # The rotation leaves volumes as they are.
         volume = self.atmosphere_scale.log().sum() + self.component_scale.log().sum()
         return leading + others - volume
-
-
-SMALLEST_SPREAD = 1e-3
-"""Smallest standard deviation of a principal component, in units of its quantity's spread."""
 
 
 def _log_normal(values: Tensor) -> Tensor:
