@@ -45,7 +45,7 @@ class Sequence(nn.Module):
 
 
 class Graph(nn.Module):
-    """The network of release 1.0.0: a FrEIA graph, whose first node is the input."""
+    """The network of release 1.0.0: a FrEIA graph."""
 
     def __init__(self, width):
         super().__init__()
@@ -73,12 +73,15 @@ def reference(kind, width=384, seed=0):
 
 
 def layout_a(network, *, latent, halpha, ca8542, heights=50, z=None, **entries):
-    """What release 1.0.0 holds: no permutations, old names, sizes stated."""
-    state = {
-        key.removeprefix("model.").replace("subnet_", ""): value
-        for key, value in network.state_dict().items()
-        if "perm" not in key
-    }
+    """What release 1.0.0 holds: no permutations, old names, sizes stated.
+
+    FrEIA of that time counted the input as the first module.
+    """
+    state = {}
+    for key, value in network.state_dict().items():
+        index, _, name = key.removeprefix("model.module_list.").partition(".")
+        if not name.startswith("perm"):
+            state[f"module_list.{int(index) + 1}.{name.removeprefix('subnet_')}"] = value
     checkpoint = {
         "epoch": 11400,
         "state_dict": state,
