@@ -16,7 +16,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -285,28 +285,24 @@ def import_weights(
     state = checkpoint.get("state_dict") if isinstance(checkpoint, Mapping) else None
     if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
         raise _not_published(file, "no `state_dict`")
-    if any(key.startswith("model.module_list.") for key in state):
-        name, prefix, first, subnet = "B", "model.module_list.", 0, "subnet_"
+    if any(key.startswith(_LAYOUT_B.prefix) for key in state):
+        naming = _LAYOUT_B
         points = 30 if line_points is None else line_points
         layout = _layout_with_points(file, HEIGHTS, points, points)
         latent_size, heights_from = 150 if latent is None else latent, "published"
-    elif any(key.startswith("module_list.") for key in state):
-        name, prefix, first, subnet = "A", "module_list.", 1, ""
+    elif any(key.startswith(_LAYOUT_A.prefix) for key in state):
+        naming = _LAYOUT_A
         heights, halpha_points, ca8542_points, latent_size, heights_from = _stated_sizes(file, checkpoint)
         _agree(file, "line_points", line_points, {halpha_points, ca8542_points})
         _agree(file, "latent", latent, {latent_size})
         layout = _layout_with_points(file, heights, halpha_points, ca8542_points)
     else:
         raise _not_published(file, f"weights named {', '.join(list(state)[:3]) or 'nothing'}")
-    steps = {int(match[1]) for key in state if (match := re.match(re.escape(prefix) + r"(\d{1,3})\.", key))}
-    couplings = sorted(steps)[:: 1 if name == "A" else 2]
-    if couplings != list(range(first, first + 2 * len(couplings), 2)):
-        raise _not_published(file, f"coupling blocks numbered {couplings}")
-    remaining = dict(state)
-    width = _width(file, remaining, f"{prefix}{first}.{subnet}")
+    blocks = _count_blocks(file, state, naming)
+    width = _width(file, state, naming)
     try:
         with torch.random.fork_rng(devices=[]):
-            model = JointNetwork(layout, latent_size=latent_size, width=width, blocks=len(couplings))
+            model = JointNetwork(layout, latent_size=latent_size, width=width, blocks=blocks)
     except ModelError as failure:
         raise ModelError(
             failure.problem,
@@ -315,13 +311,13 @@ def import_weights(
             expected=failure.expected,
             remedy="where the file states no sizes, give the latent size and line length it was trained with",
         ) from failure
-    _fill(file, model, remaining, prefix=prefix, first=first, subnet=subnet, stored_orders=name == "B")
+    _fill(file, model, dict(state), naming)
     model.record = {
         "source": "imported checkpoint of the published network",
         "doi": "10.3847/1538-4357/ab07b4",
         "file": file.name,
         "sha256": hashlib.sha256(content).hexdigest(),
-        "checkpoint_layout": name,
+        "checkpoint_layout": naming.layout,
         "heights": heights_from,
         "training_data": "not stated here; the published networks' is the F-CHROMA grid, mu 0.9531",
     }
@@ -330,6 +326,21 @@ def import_weights(
         model.record["epoch"] = epoch
     return model.eval()
 
+
+@dataclass(frozen=True)
+class _Naming:
+    """How one of the published layouts names the weights in its ``state_dict``."""
+
+    layout: str
+    prefix: str
+    first: int
+    """Number of the first coupling block; permutations take every second number from there."""
+    subnet: str
+    holds_permutations: bool
+
+
+_LAYOUT_A = _Naming("A", "module_list.", 1, "", holds_permutations=False)
+_LAYOUT_B = _Naming("B", "model.module_list.", 0, "subnet_", holds_permutations=True)
 
 _LAYERS = {"fc1": 0, "fc2": 2, "fc2b": 4, "fc2d": 6, "fc3": 8}
 """The published subnets' layers, and where `inn.coupling.Subnet` has them."""
@@ -368,7 +379,11 @@ def _move_into_place(unfinished: Path, path: Path) -> None:
     # A directory cannot be replaced in one step; until the second step the old model lies beside.
     replaced = unfinished.with_name(unfinished.name + ".replaced")
     path.rename(replaced)
-    unfinished.rename(path)
+    try:
+        unfinished.rename(path)
+    except OSError:
+        replaced.rename(path)
+        raise
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -555,11 +570,21 @@ def _take(file: Path, state: dict[str, Any], key: str, shape: tuple[int, ...] | 
     return tensor
 
 
-def _width(file: Path, state: Mapping[str, Any], coupling: str) -> int:
+def _count_blocks(file: Path, state: Mapping[str, Any], naming: _Naming) -> int:
+    """Number of coupling blocks, once they are numbered without a gap."""
+    number = re.compile(re.escape(naming.prefix) + r"(\d{1,3})\.")
+    steps = sorted({int(match[1]) for key in state if (match := number.match(key))})
+    couplings = steps[::2] if naming.holds_permutations else steps
+    if couplings != list(range(naming.first, naming.first + 2 * len(couplings), 2)):
+        raise _not_published(file, f"coupling blocks numbered {couplings}")
+    return len(couplings)
+
+
+def _width(file: Path, state: Mapping[str, Any], naming: _Naming) -> int:
     """Width of the padded vectors: what the first block's two subnets take together."""
     sizes = []
     for half in ("s1", "s2"):
-        key = f"{coupling}{half}.fc1.weight"
+        key = f"{naming.prefix}{naming.first}.{naming.subnet}{half}.fc1.weight"
         weight = _take(file, dict(state), key, None)
         if weight.ndim != 2:
             raise _not_published(file, f"{key} of shape {tuple(weight.shape)}")
@@ -567,22 +592,13 @@ def _width(file: Path, state: Mapping[str, Any], coupling: str) -> int:
     return sum(sizes)
 
 
-def _fill(
-    file: Path,
-    model: JointNetwork,
-    state: dict[str, Any],
-    *,
-    prefix: str,
-    first: int,
-    subnet: str,
-    stored_orders: bool,
-) -> None:
+def _fill(file: Path, model: JointNetwork, state: dict[str, Any], naming: _Naming) -> None:
     """Copy the checkpoint's weights and permutations into the network, leaving nothing over."""
     named = dict(model.named_parameters())
     for index, step in enumerate(model.steps):
-        place = f"{prefix}{first + index}."
+        place = f"{naming.prefix}{naming.first + index}."
         if isinstance(step, FixedPermutation):
-            if stored_orders:
+            if naming.holds_permutations:
                 order = _take(file, state, f"{place}perm", (model.width,))
                 inverse = _take(file, state, f"{place}perm_inv", (model.width,))
                 _check_permutation(file, place, order, inverse)
@@ -592,7 +608,9 @@ def _fill(
             for layer, position in _LAYERS.items():
                 for kind in ("weight", "bias"):
                     own = named[f"steps.{index}.{half}.{position}.{kind}"]
-                    taken = _take(file, state, f"{place}{subnet}{half}.{layer}.{kind}", tuple(own.shape))
+                    taken = _take(
+                        file, state, f"{place}{naming.subnet}{half}.{layer}.{kind}", tuple(own.shape)
+                    )
                     with torch.no_grad():
                         own.copy_(taken)
     if state:

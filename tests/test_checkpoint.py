@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import published_checkpoints as published
@@ -424,7 +425,7 @@ def test_only_networks_are_saved(tmp_path):
         save_model(torch.nn.Linear(2, 2), tmp_path / "model")
 
 
-@pytest.mark.parametrize("moment", ["fsync", "rename"])
+@pytest.mark.parametrize("moment", ["fsync", "first rename", "second rename"])
 def test_a_write_that_fails_leaves_the_old_model(moment, tmp_path, monkeypatch):
     save_model(small_network(), tmp_path / "model", {"seed": 1})
 
@@ -435,7 +436,15 @@ def test_a_write_that_fails_leaves_the_old_model(moment, tmp_path, monkeypatch):
         if moment == "fsync":
             patch.setattr("inn.checkpoint.os.fsync", no_space)
         else:
-            patch.setattr("inn.checkpoint.Path.rename", no_space)
+            rename, refused = Path.rename, "model" if moment == "first rename" else ".model."
+
+            def refuse_once(path, target):
+                # Of the two renames, the first takes the old model away, the second brings the new one.
+                if path.name.startswith(refused) and not path.name.endswith(".replaced"):
+                    no_space()
+                return rename(path, target)
+
+            patch.setattr("inn.checkpoint.Path.rename", refuse_once)
         with pytest.raises(ModelError, match="No space left"):
             save_model(small_network(), tmp_path / "model", {"seed": 2})
     assert load_model(tmp_path / "model").record == {"seed": 1}
