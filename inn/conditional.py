@@ -14,6 +14,7 @@ small: about 0.3 MFLOP with the default widths, against 24 for the joint network
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Self
 
 import numpy as np
@@ -22,8 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from inn.coupling import soft_clamp
+from inn.emulator import Emulator
 from inn.errors import MisuseError
 from inn.layout import Layout
+from inn.novelty import Novelty
 
 FAINTEST = 1e-3
 """Normalised intensity below which a line's logarithm is held constant."""
@@ -164,8 +167,8 @@ class ConditionalNetwork(nn.Module):
         self.register_buffer("component_scale", torch.ones(size))
         self.register_buffer("feature_mean", torch.zeros(features))
         self.register_buffer("feature_scale", torch.ones(features))
-        self.register_module("novelty", None)
-        self.register_module("emulator", None)
+        self.novelty: Novelty | None = None
+        self.emulator: Emulator | None = None
         self.record: dict[str, Any] = {}
 
     atmosphere_mean: Tensor
@@ -180,7 +183,7 @@ class ConditionalNetwork(nn.Module):
         return dict(self._architecture)
 
     @classmethod
-    def from_architecture(cls, layout: Layout, architecture: dict[str, Any]) -> Self:
+    def from_architecture(cls, layout: Layout, architecture: Mapping[str, Any]) -> Self:
         """Build an untrained network from what `architecture` returned."""
         return cls(layout, **architecture)
 
