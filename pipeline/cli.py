@@ -1,0 +1,337 @@
+"""The `flarefield` command: arguments in, one function of the pipeline called, errors a person can act on."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+
+from pipeline.errors import FlareFieldError, MisuseError
+from pipeline.provenance import flarefield_version
+
+console = Console()
+errors = Console(stderr=True)
+
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Posterior maps of flare atmospheres (electron density, temperature, velocity against height) from "
+    "SST/CRISP scans in H-alpha and Ca II 8542.",
+    epilog="Example: [bold]flarefield ingest crisp/*.fits obs.zarr && flarefield invert obs.zarr map.zarr[/]",
+)
+grid_app = typer.Typer(no_args_is_help=True, help="Make and look at training grids.")
+app.add_typer(grid_app, name="grid")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"flarefield {flarefield_version()}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error and the cluster's own log.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Declare the options that every command has; `main` acts on ``--debug`` wherever it stands."""
+
+
+def _call() -> str:
+    """The command line, as stores record it."""
+    return shlex.join(["flarefield", *sys.argv[1:]])
+
+
+ClusterOption = Annotated[
+    str,
+    typer.Option(
+        "--cluster",
+        metavar="local|FILE|ADDRESS",
+        help="Where to run: `local`, a YAML file such as those in deploy/, or a scheduler's address.",
+    ),
+]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Start over where the output exists.")]
+
+
+@app.command("ingest", epilog="Example: [bold]flarefield ingest '2014-09-06/crisp_l2_*.fits' obs.zarr[/]")
+def ingest_command(
+    sources: Annotated[
+        list[str], typer.Argument(metavar="FITS...", help="Files, directories or globs, in any order.")
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OBS.zarr", help="The observation store to write.")],
+    tolerance: Annotated[
+        float, typer.Option(help="Largest time between the scans of a pair, in seconds.", min=0.0)
+    ] = 15.0,
+    cluster: ClusterOption = "local",
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Pair, mask and align CRISP scans of both lines; write an observation store."""
+    from pipeline.cluster import connect, load_config
+    from pipeline.ingest import ingest
+
+    with connect(load_config(cluster)) as client:
+        report = ingest(
+            sources, output, client=client, tolerance=tolerance, overwrite=overwrite, call=_call()
+        )
+    _say(report.summary())
+
+
+@app.command("invert", epilog="Example: [bold]flarefield invert obs.zarr map.zarr --draws 256[/]")
+def invert_command(
+    observation: Annotated[
+        Path, typer.Argument(metavar="OBS.zarr", help="An observation store, made by `flarefield ingest`.")
+    ],
+    output: Annotated[
+        Path, typer.Argument(metavar="MAP.zarr", help="The map store to write, or to go on with.")
+    ],
+    model: Annotated[
+        Path | None, typer.Option(help="Model directory; the bundled model if left out.", show_default=False)
+    ] = None,
+    cluster: ClusterOption = "local",
+    draws: Annotated[int, typer.Option(help="Posterior draws of each pixel.", min=2)] = 256,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.", min=0)] = 0,
+    gaussian: Annotated[
+        bool, typer.Option("--gaussian", help="Independent Gaussian latents in place of Sobol points.")
+    ] = False,
+    quantiles: Annotated[
+        str, typer.Option(help="Levels between 0 and 1, separated by commas.")
+    ] = "0.05,0.16,0.5,0.84,0.95",
+    tile: Annotated[int, typer.Option(help="Pixels along both sides of a tile.", min=1)] = 64,
+    calibration_error: Annotated[
+        float | None,
+        typer.Option(
+            help="Relative error between the lines' intensities; the network's own if left out.",
+            min=0.0,
+            show_default=False,
+        ),
+    ] = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Invert every pixel of an observation; the same command again does what is missing."""
+    from pipeline.cluster import load_config
+    from pipeline.invert import invert
+
+    report = invert(
+        observation,
+        output,
+        model=model,
+        cluster=load_config(cluster),
+        draws=draws,
+        seed=seed,
+        latent="gaussian" if gaussian else "sobol",
+        quantiles=_levels(quantiles),
+        tile=tile,
+        calibration_error=calibration_error,
+        overwrite=overwrite,
+        call=_call(),
+    )
+    _say(report.summary())
+    if report.failed:
+        raise typer.Exit(1)
+
+
+def _levels(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise MisuseError(
+            "quantiles must be numbers separated by commas",
+            where="--quantiles",
+            found=text,
+            expected="for example 0.05,0.5,0.95",
+        ) from None
+
+
+@app.command("report", epilog="Example: [bold]flarefield report map.zarr map.html[/]")
+def report_command(
+    map_store: Annotated[Path, typer.Argument(metavar="MAP.zarr", help="A map store.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT.html", help="The page to write.")],
+    observation: Annotated[
+        Path | None,
+        typer.Option(help="The observation store, to show its profiles and images.", show_default=False),
+    ] = None,
+    time: Annotated[
+        int | None, typer.Option(help="Index of the scan to show; the last if left out.", show_default=False)
+    ] = None,
+    height: Annotated[float, typer.Option(help="Height of the maps, in Mm.")] = 1.0,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Write a page with the maps, profiles and flags of a map store."""
+    from pipeline.observation import open_observation
+    from pipeline.report import write_report
+    from pipeline.results import open_map
+
+    written = write_report(
+        open_map(map_store),
+        output,
+        observation=None if observation is None else open_observation(observation),
+        time=time,
+        height=height,
+        overwrite=overwrite,
+    )
+    _say(f"{written}: written")
+
+
+@app.command("demo", epilog="Example: [bold]flarefield demo demo[/]")
+def demo_command(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where everything is left.")],
+    seed: Annotated[int, typer.Option(help="Decides the scene and the noise.", min=0)] = 0,
+    scans: Annotated[int, typer.Option(help="Scans of the series.", min=1)] = 3,
+    model: Annotated[
+        Path | None, typer.Option(help="Model directory; the bundled model if left out.", show_default=False)
+    ] = None,
+    cluster: ClusterOption = "local",
+) -> None:
+    """Make a short series of a two-ribbon flare, invert it, and compare with the truth."""
+    from pipeline.cluster import connect, load_config
+    from pipeline.demo import run_demo
+
+    with connect(load_config(cluster)) as client:
+        run_demo(directory, client=client, seed=seed, scans=scans, model=model)
+
+
+@grid_app.command(
+    "lightweaver", epilog="Example: [bold]flarefield grid lightweaver grid.zarr --samples 2400[/]"
+)
+def grid_lightweaver_command(
+    output: Annotated[
+        Path, typer.Argument(metavar="GRID.zarr", help="The grid store to write, go on with or enlarge.")
+    ],
+    samples: Annotated[int, typer.Option(help="Number of atmospheres.", min=1)] = 2400,
+    first: Annotated[int, typer.Option(help="Index of the first atmosphere in the design.", min=0)] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Seed of the design; the bundled grid's if left out.", min=0, show_default=False),
+    ] = None,
+    cluster: ClusterOption = "local",
+) -> None:
+    """Synthesise flare atmospheres and their lines (non-LTE, statistical equilibrium) with Lightweaver."""
+    from pipeline.cluster import load_config
+    from pipeline.grids.atmosphere import DESIGN_SEED
+    from pipeline.grids.lightweaver import make_lightweaver_grid
+
+    written = make_lightweaver_grid(
+        output,
+        samples=samples,
+        first=first,
+        seed=DESIGN_SEED if seed is None else seed,
+        cluster=load_config(cluster),
+        call=_call(),
+    )
+    _say(f"{written}: complete")
+
+
+@app.command("train", epilog="Example: [bold]flarefield train grid.zarr model --seed 1[/]")
+def train_command(
+    grid: Annotated[Path, typer.Argument(metavar="GRID.zarr", help="A grid store.")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="The model directory to write.")],
+    recipe: Annotated[str, typer.Option(help="How to train.")] = "conditional",
+    seed: Annotated[int, typer.Option(help="Seed of everything random.", min=0)] = 0,
+    epochs: Annotated[
+        int | None, typer.Option(help="Epochs; the recipe's if left out.", min=1, show_default=False)
+    ] = None,
+) -> None:
+    """Train a network on a grid, score it on held-out simulations, and save it as a model."""
+    from pipeline.train_job import describe, train
+
+    record = train(grid, model, recipe=recipe, seed=seed, epochs=epochs, call=_call())
+    _say(describe(record["metrics"]))
+    _say(f"{model}: written")
+
+
+@app.command(
+    "import-weights",
+    epilog="Example: [bold]flarefield import-weights Radynversion_1.1.1.pth.tar model --line-points 31[/]",
+)
+def import_weights_command(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A checkpoint of the published network.")
+    ],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="The model directory to write.")],
+    line_points: Annotated[
+        int | None,
+        typer.Option(
+            help="Wavelengths of each line, where the file does not say (30).", min=2, show_default=False
+        ),
+    ] = None,
+    latent: Annotated[
+        int | None,
+        typer.Option(help="Latent size, where the file does not say (150).", min=1, show_default=False),
+    ] = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Turn a checkpoint of the published network (either layout) into a model; no code in it is executed."""
+    from inn import import_weights, save_model
+
+    if model.exists() and not overwrite:
+        raise MisuseError("the output exists", where=model, remedy="give another name, or --overwrite")
+    network = import_weights(checkpoint, line_points=line_points, latent=latent)
+    save_model(network, model)
+    _say(f"{model}: {network}")
+
+
+def _say(text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _start_log(debug: bool) -> None:
+    logger = logging.getLogger("flarefield")
+    if errors.is_terminal:
+        handler: logging.Handler = RichHandler(console=errors, show_path=False, show_level=False)
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO)
+    if not debug:
+        # A cluster that is closing says much that its user can do nothing about.
+        logging.getLogger("distributed").setLevel(logging.CRITICAL)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line (the `flarefield` script).
+
+    Parameters
+    ----------
+    arguments : sequence of str, optional
+        The arguments; by default those of the process.
+
+    Raises
+    ------
+    SystemExit
+        Always: code 0 done, 1 failed, 2 misused.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    _start_log(debug)
+    try:
+        app(args=[argument for argument in given if argument != "--debug"], prog_name="flarefield")
+    except Exception as error:
+        if debug:
+            raise
+        if isinstance(error, FlareFieldError):
+            message, code = str(error), error.exit_code
+        else:
+            message = f"{type(error).__name__}: {error}\n  remedy: run again with --debug to see where"
+            code = 1
+        errors.print(f"[bold red]error[/]: {escape(message)}", highlight=False, soft_wrap=True)
+        raise SystemExit(code) from None
+
+
+if __name__ == "__main__":
+    main()
