@@ -1,7 +1,8 @@
 """Pixels per second of the posterior, as ratios against the published way of drawing it, in one run.
 
-The reference draws as the authors' tool does: FrEIA's network, two pixels a call, an inverse and a forward pass
-for every Gaussian draw, median and median absolute deviation in NumPy. It is given its best number of threads.
+The reference draws as the authors' tool does: FrEIA's network, two pixels a call, an inverse and a forward
+pass for every Gaussian draw, median and median absolute deviation in NumPy. It is given its best number of
+threads.
 
 Run with ``make bench``; ``--seconds`` bounds each measurement.
 """
