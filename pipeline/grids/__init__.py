@@ -1,0 +1,1 @@
+"""Training grids: model atmospheres with their line profiles, one store schema for every maker."""

@@ -1,0 +1,487 @@
+"""The grid store: training atmospheres with their line profiles (Zarr v3); writing, opening, splitting."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import warnings
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import xarray as xr
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import BloscCodec
+
+from pipeline.errors import MisuseError, StoreError
+from pipeline.provenance import provenance
+
+Array = NDArray[np.float64]
+
+STATUS = ("converged", "iteration_limit", "numerical_failure")
+"""Meaning of each value of a grid's ``status``."""
+BUNDLED_GRID = Path(__file__).parents[1] / "data" / "grid.zarr"
+"""The grid that comes with FlareField, and that its bundled network was trained on."""
+SCHEMA = 1
+CHUNK = 1024
+"""Samples in each chunk, which is one file: a bundled grid stays a few dozen files below a megabyte each."""
+MANTISSA_BITS = 10
+"""Bits kept of a float32 mantissa: values are stored to 5e-4 of themselves, less than the synthesis errs."""
+_LINE_UNITS = "erg / (s cm2 sr Angstrom)"
+_ATMOSPHERE = {
+    "electron_density": ("cm-3", "electron density"),
+    "temperature": ("K", "temperature"),
+    "velocity": ("km / s", "vertical velocity, upflow positive"),
+}
+_LINES = {"halpha": "H-alpha", "ca8542": "Ca II 8542"}
+
+
+@dataclass(frozen=True)
+class Description:
+    """What every sample of a grid has in common, and everything that decides its numbers.
+
+    Attributes
+    ----------
+    parameters : tuple of (name, units, long_name)
+        The physical parameters stored with each sample.
+    heights : tuple of float
+        Mm.
+    mu : tuple of float
+        Cosines of the heliocentric angle.
+    offsets_halpha, offsets_ca8542 : tuple of float
+        Wavelengths, Angstrom from the grid's own rest wavelengths.
+    rest_halpha, rest_ca8542 : float
+        Those rest wavelengths, vacuum, Angstrom.
+    maker : dict
+        The program, its version and settings (JSON values).
+    height_zero, equilibrium : str
+        Where height zero is; how populations were found.
+    """
+
+    parameters: tuple[tuple[str, str, str], ...]
+    heights: tuple[float, ...]
+    mu: tuple[float, ...]
+    offsets_halpha: tuple[float, ...]
+    offsets_ca8542: tuple[float, ...]
+    rest_halpha: float
+    rest_ca8542: float
+    maker: dict[str, Any]
+    height_zero: str
+    equilibrium: str
+
+    def fingerprint(self) -> dict[str, Any]:
+        """All that decides the numbers, as JSON holds it; grids of equal fingerprints may be joined."""
+        settings = {
+            "schema": SCHEMA,
+            "mantissa_bits": MANTISSA_BITS,
+            "parameters": [name for name, _, _ in self.parameters],
+            "heights": self.heights,
+            "mu": self.mu,
+            "offsets_halpha": self.offsets_halpha,
+            "offsets_ca8542": self.offsets_ca8542,
+            "rest_halpha": self.rest_halpha,
+            "rest_ca8542": self.rest_ca8542,
+            "maker": self.maker,
+        }
+        return dict(json.loads(json.dumps(settings)))
+
+
+@dataclass(frozen=True)
+class Record:
+    """One sample, in physical units; arrays as :class:`pipeline.grids.lightweaver.Synthesis` has them."""
+
+    sample: int
+    simulation: int
+    parameters: Sequence[float]
+    electron_density: Array
+    temperature: Array
+    velocity: Array
+    halpha: Array
+    ca8542: Array
+    status: int
+    iterations: int
+    reason: str
+
+
+def round_mantissa(values: NDArray[Any], bits: int = MANTISSA_BITS) -> NDArray[np.float32]:
+    """Round to float32 with a shorter mantissa, half to even, so that the rest compresses away.
+
+    Parameters
+    ----------
+    values : array
+        Any shape; NaN and infinities pass.
+    bits : int
+        Bits of the mantissa to keep, of float32's 23.
+
+    Returns
+    -------
+    float32 array
+        Within ``2**-(bits + 1)`` of the values, relatively. Rounding again changes nothing.
+    """
+    single = np.ascontiguousarray(values, dtype=np.float32)
+    drop = 23 - bits
+    integers = single.view(np.uint32)
+    half = np.uint32((1 << (drop - 1)) - 1)
+    odd = (integers >> np.uint32(drop)) & np.uint32(1)
+    rounded = ((integers + half + odd) >> np.uint32(drop)) << np.uint32(drop)
+    return np.where(np.isfinite(single), rounded.view(np.float32), single)
+
+
+def _record_type(about: Description) -> np.dtype[np.void]:
+    heights, rays = len(about.heights), len(about.mu)
+    return np.dtype(
+        [
+            ("checksum", "<u4"),
+            ("sample", "<i8"),
+            ("simulation", "<i8"),
+            ("status", "<i4"),
+            ("iterations", "<i4"),
+            ("reason", "S160"),
+            ("parameters", "<f8", (len(about.parameters),)),
+            ("electron_density", "<f4", (heights,)),
+            ("temperature", "<f4", (heights,)),
+            ("velocity", "<f4", (heights,)),
+            ("halpha", "<f4", (rays, len(about.offsets_halpha))),
+            ("ca8542", "<f4", (rays, len(about.offsets_ca8542))),
+        ]
+    )
+
+
+class Journal:
+    """Finished samples of a grid under way, in an append-only file beside the store and in the store itself.
+
+    The file ``GRID.zarr.journal`` is one line of JSON (the grid's fingerprint), then records of fixed length,
+    each with a checksum, each on disk before :meth:`append` returns. A torn last record is dropped. The
+    journal is removed when the store that holds its samples is in place.
+
+    Parameters
+    ----------
+    path : Path
+        The grid store, there or not.
+    about : Description
+        What the grid holds. An existing store or journal must have been made with the same settings.
+
+    Raises
+    ------
+    MisuseError
+        If `path` is something else, or was made with other settings.
+    """
+
+    def __init__(self, path: Path, about: Description) -> None:
+        self.path, self.about = path, about
+        self.file_path = path.with_name(path.name + ".journal")
+        self._type = _record_type(about)
+        self._records: dict[int, np.void] = {}
+        self._stored: set[int] = set()
+        swapped_out = path.with_name(path.name + ".old")
+        if swapped_out.exists() and not path.exists():  # killed between the two steps of a swap
+            swapped_out.rename(path)
+        if path.exists():
+            self._read_store()
+        self._file = self.file_path.open("ab")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._file.close()
+            raise MisuseError(
+                "another command is making this grid",
+                where=path,
+                remedy="wait for it, or end it: the same command then goes on where it stopped",
+            ) from error
+        try:
+            self._read_journal()
+        except MisuseError:
+            self._file.close()
+            raise
+        if self._file.tell() == 0:
+            self._file.write(json.dumps(about.fingerprint()).encode() + b"\n")
+            self._sync()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.samples == self._stored:
+            self.file_path.unlink(missing_ok=True)
+        self._file.close()
+
+    @property
+    def samples(self) -> set[int]:
+        """Samples that need no more work."""
+        return set(self._records)
+
+    def _refuse_other(self, where: Path, found: dict[str, Any]) -> None:
+        expected = self.about.fingerprint()
+        changed = [key for key in expected | found if expected.get(key) != found.get(key)]
+        if changed:
+            raise MisuseError(
+                "the grid was made with other settings: " + ", ".join(changed),
+                where=where,
+                found={key: found.get(key) for key in changed},
+                expected={key: expected.get(key) for key in changed},
+                remedy="give another output path, or the settings it was made with",
+            )
+
+    def _read_store(self) -> None:
+        try:
+            grid = open_grid(self.path)
+        except StoreError as error:
+            raise MisuseError(
+                "the output exists and is not a grid",
+                where=self.path,
+                found=error.found,
+                remedy="give another output path, or move it away",
+            ) from error
+        self._refuse_other(self.path, json.loads(grid.attrs.get("fingerprint", "{}")))
+        reasons = json.loads(grid.attrs["failures"])
+        grid = grid.load()
+        for i, sample in enumerate(grid["sample"].values):
+            record = np.zeros(1, self._type)[0]
+            record["sample"] = sample
+            for name in ("simulation", "status", "iterations", *_ATMOSPHERE, *_LINES):
+                record[name] = grid[name].values[i]
+            record["parameters"] = [
+                grid[f"parameter_{name}"].values[i] for name, _, _ in self.about.parameters
+            ]
+            record["reason"] = reasons.get(str(int(sample)), "").encode()
+            self._records[int(sample)] = record
+        self._stored = set(self._records)
+
+    def _read_journal(self) -> None:
+        content = self.file_path.read_bytes()
+        head, newline, body = content.partition(b"\n")
+        if not newline:  # new, or killed while the first line was written: nothing is in it
+            self._file.truncate(0)
+            return
+        try:
+            found = json.loads(head)
+        except ValueError as error:
+            raise MisuseError(
+                "this is not a grid's journal",
+                where=self.file_path,
+                remedy="move it away, or choose another output",
+            ) from error
+        self._refuse_other(self.file_path, found)
+        whole = len(body) // self._type.itemsize
+        good = 0
+        for record in np.frombuffer(body, self._type, count=whole):
+            if zlib.crc32(record.tobytes()[4:]) != record["checksum"]:
+                break
+            self._records[int(record["sample"])] = record
+            good += 1
+        self._file.truncate(len(head) + 1 + good * self._type.itemsize)
+
+    def _sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def append(self, record: Record) -> None:
+        """Add a finished sample; it is on disk when this returns."""
+        row = np.zeros(1, self._type)[0]
+        for name in ("sample", "simulation", "status", "iterations", "parameters"):
+            row[name] = getattr(record, name)
+        for name in (*_ATMOSPHERE, *_LINES):
+            row[name] = round_mantissa(getattr(record, name))
+        row["reason"] = record.reason.encode()[:160]
+        row["checksum"] = zlib.crc32(row.tobytes()[4:])
+        self._file.write(row.tobytes())
+        self._sync()
+        self._records[record.sample] = row
+
+    def assemble(self, call: str, path: Path | None = None) -> None:
+        """Write every sample so far into the store, in the design's order, in one step.
+
+        Parameters
+        ----------
+        call : str
+            The command or call, for the store's provenance.
+        path : Path, optional
+            Another place, for a grid that is still growing; then the journal stays what it was.
+
+        Raises
+        ------
+        StoreError
+            If there is no sample.
+        """
+        if not self._records:
+            raise StoreError("a grid without samples cannot be written", where=self.path)
+        target = path or self.path
+        if path is None and self.samples == self._stored:
+            return
+        rows = np.array([self._records[sample] for sample in sorted(self._records)], self._type)
+        part, old = target.with_name(target.name + ".part"), target.with_name(target.name + ".old")
+        for left in (part, old):
+            shutil.rmtree(left, ignore_errors=True)
+        _write(part, rows, self.about, call)
+        if target.exists():
+            target.rename(old)
+        part.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+        if path is None:
+            self._stored = self.samples
+
+
+def _write(path: Path, rows: NDArray[np.void], about: Description, call: str) -> None:
+    """Write records as a Zarr v3 store with consolidated metadata."""
+    settings = json.dumps(about.fingerprint(), sort_keys=True)
+    failures = {str(int(row["sample"])): row["reason"].decode() for row in rows if row["status"] != 0}
+    group = zarr.create_group(
+        path,
+        zarr_format=3,
+        attributes={
+            "kind": "grid",
+            "schema": SCHEMA,
+            "title": "FlareField training grid",
+            "height_zero": about.height_zero,
+            "statistical_equilibrium": about.equilibrium,
+            "maker": about.maker,
+            "fingerprint": settings,
+            "failures": json.dumps(failures),
+            **provenance(call, {"settings": hashlib.sha256(settings.encode()).hexdigest()}),
+        },
+    )
+    codec = BloscCodec(cname="zstd", clevel=9, shuffle="shuffle")
+
+    def put(name: str, values: NDArray[Any], dims: tuple[str, ...], **attributes: Any) -> None:  # noqa: ANN401
+        chunks = tuple(
+            min(CHUNK, size) if dim == "sample" else size
+            for dim, size in zip(dims, values.shape, strict=True)
+        )
+        group.create_array(
+            name, data=values, chunks=chunks, compressors=codec, dimension_names=dims, attributes=attributes,
+        )  # fmt: skip
+
+    put("sample", rows["sample"], ("sample",), long_name="index in the design")
+    put(
+        "height", np.array(about.heights), ("height",), units="Mm", long_name="height", zero=about.height_zero
+    )
+    put("mu", np.array(about.mu), ("mu",), units="1", long_name="cosine of the heliocentric angle")
+    for line, rest in (("halpha", about.rest_halpha), ("ca8542", about.rest_ca8542)):
+        put(
+            f"wavelength_{line}", np.array(getattr(about, f"offsets_{line}")), (f"wavelength_{line}",),
+            units="Angstrom", long_name=f"{_LINES[line]} wavelength from rest", rest_wavelength=rest,
+            rest_wavelength_units="Angstrom", medium="vacuum",
+        )  # fmt: skip
+        dims = ("sample", "mu", f"wavelength_{line}")
+        put(line, rows[line], dims, units=_LINE_UNITS, long_name=f"{_LINES[line]} intensity per wavelength")
+    for name, (units, long_name) in _ATMOSPHERE.items():
+        put(name, rows[name], ("sample", "height"), units=units, long_name=long_name)
+    for column, (name, units, long_name) in enumerate(about.parameters):
+        put(f"parameter_{name}", rows["parameters"][:, column], ("sample",), units=units, long_name=long_name)
+    put(
+        "simulation", rows["simulation"], ("sample",), long_name="simulation that the sample is a snapshot of"
+    )
+    put(
+        "status", rows["status"].astype(np.int8), ("sample",), long_name="how the synthesis ended",
+        flag_values=list(range(len(STATUS))), flag_meanings=" ".join(STATUS),
+    )  # fmt: skip
+    put(
+        "converged",
+        rows["status"] == 0,
+        ("sample",),
+        long_name="populations converged: the sample may be used",
+    )
+    put("iterations", rows["iterations"], ("sample",), long_name="iterations taken")
+    with warnings.catch_warnings():
+        # Consolidated metadata is not yet in the Zarr 3 specification; readers without it ignore it.
+        warnings.filterwarnings("ignore", category=zarr.errors.ZarrUserWarning)
+        zarr.consolidate_metadata(path, zarr_format=3)
+
+
+_DIMENSIONS = {
+    "electron_density": ("sample", "height"),
+    "temperature": ("sample", "height"),
+    "velocity": ("sample", "height"),
+    "halpha": ("sample", "mu", "wavelength_halpha"),
+    "ca8542": ("sample", "mu", "wavelength_ca8542"),
+    "simulation": ("sample",),
+    "converged": ("sample",),
+}
+
+
+def open_grid(path: str | Path) -> xr.Dataset:
+    """Open a grid store and check that it is one.
+
+    Parameters
+    ----------
+    path : str or Path
+        The store.
+
+    Returns
+    -------
+    xarray.Dataset
+        Lazily read. Dimensions ``sample, height, wavelength_halpha, wavelength_ca8542, mu``; wavelengths are
+        offsets (Angstrom) from each coordinate's ``attrs["rest_wavelength"]``. Samples with ``converged``
+        False carry the reason in ``attrs["failures"]`` (JSON, by sample) and may hold NaN.
+
+    Raises
+    ------
+    StoreError
+        If it is missing, unreadable, another kind of store, or lacks a variable.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise StoreError("there is no such grid", where=path, remedy="make one with `flarefield grid`")
+    try:
+        grid: xr.Dataset = xr.open_zarr(path, decode_times=False, chunks=None)
+    except Exception as error:
+        raise StoreError(
+            "this is not a readable Zarr store", where=path, found=f"{type(error).__name__}: {error}",
+            expected="a grid store",
+        ) from error  # fmt: skip
+    if grid.attrs.get("kind") != "grid":
+        raise StoreError(
+            "this is not a grid",
+            where=path,
+            found=grid.attrs.get("kind", "a store of no stated kind"),
+            expected="grid",
+        )
+    for name, dimensions in _DIMENSIONS.items():
+        if name not in grid or grid[name].dims != dimensions:
+            found = grid[name].dims if name in grid else "missing"
+            raise StoreError(
+                f"the grid's {name} is not as it should be", where=path, found=found, expected=dimensions
+            )
+    for line in _LINES:
+        if "rest_wavelength" not in grid[f"wavelength_{line}"].attrs:
+            raise StoreError(
+                f"wavelength_{line} lacks its rest wavelength",
+                where=path,
+                expected="attribute rest_wavelength (Angstrom)",
+            )
+    return grid
+
+
+def split(simulation: NDArray[np.integer[Any]] | Sequence[int]) -> NDArray[np.str_]:
+    """Assign each sample to training, validation or test by its simulation.
+
+    A simulation's samples stay together, and a simulation's place never changes as a grid grows: it follows
+    from a hash (BLAKE2b) of its number alone. 80 % train, 10 % validate, 10 % test.
+
+    Parameters
+    ----------
+    simulation : (sample,) array of int
+        A grid's ``simulation``.
+
+    Returns
+    -------
+    (sample,) array of str
+        ``"train"``, ``"validation"`` or ``"test"``.
+    """
+
+    def place(number: int) -> str:
+        digest = hashlib.blake2b(str(number).encode(), digest_size=8).digest()
+        share = int.from_bytes(digest, "big") / 2.0**64
+        return "train" if share < 0.8 else "validation" if share < 0.9 else "test"
+
+    return np.array([place(int(number)) for number in np.asarray(simulation)], dtype="<U10")
