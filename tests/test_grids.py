@@ -404,7 +404,7 @@ from pipeline.cluster import LocalConfig
 from pipeline.grids.lightweaver import make_lightweaver_grid
 if __name__ == "__main__":
     make_lightweaver_grid(
-        sys.argv[1], samples=6, cluster=LocalConfig(workers=2, dashboard=None), call="the command"
+        sys.argv[1], samples=5, cluster=LocalConfig(workers=2, dashboard=None), call="the command"
     )
 """
 
@@ -415,11 +415,11 @@ def test_killed_job_resumes_to_the_same_grid(tmp_path):
     script.write_text(JOB)
     command = [sys.executable, str(script), str(path)]
     journal = tmp_path / "grid.zarr.journal"
-    size = store._record_type(description()).itemsize
+    header = len(json.dumps(lightweaver.description().fingerprint())) + 1
 
     first = subprocess.Popen(command, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 240
-    while not (journal.exists() and journal.stat().st_size > 2 * size):
+    while not (journal.exists() and journal.stat().st_size > header):
         assert first.poll() is None, "the job ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -428,13 +428,13 @@ def test_killed_job_resumes_to_the_same_grid(tmp_path):
     assert not path.exists()
     with store.Journal(path, lightweaver.description()) as kept:
         saved = kept.samples
-    assert 2 <= len(saved) < 6
+    assert 1 <= len(saved) < 5
 
     lightweaver.make_lightweaver_grid(
-        path, samples=6, cluster=LocalConfig(workers=1, dashboard=None), call="the command"
+        path, samples=5, cluster=LocalConfig(workers=1, dashboard=None), call="the command"
     )
     with store.Journal(tmp_path / "undisturbed.zarr", lightweaver.description()) as undisturbed:
-        for sample in range(6):
+        for sample in range(5):
             undisturbed.append(
                 lightweaver.run_task(lightweaver.AtmosphereTask(sample, atmosphere.DESIGN_SEED))
             )
