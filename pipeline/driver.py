@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Generic, TypeVar
 
-from distributed import Client, Future, as_completed
+from distributed import Client, Future, KilledWorker, as_completed
 
 from pipeline.errors import ClusterError
 
@@ -48,9 +48,13 @@ def run_bounded(
     """Run ``function(task)`` for each task on a cluster; yield each outcome as it comes, in any order.
 
     At most `window` tasks exist on the cluster at any time, so a million tasks need no more memory in
-    client and scheduler than ten. Tasks are drawn from the iterable as room appears. A task that raises is
-    submitted again until it has been tried `attempts` times. A task whose worker dies is rescheduled by
-    Dask itself, as often as the cluster's ``allowed-failures`` says, before that counts as one attempt.
+    client and scheduler than ten. Tasks are drawn from the iterable as room appears: an iterable that ends
+    early lets the job run out in good order. Leaving the loop over the outcomes takes back what is still in
+    flight.
+
+    A task that raises is submitted again until it has been tried `attempts` times. A task whose worker dies
+    is rescheduled by Dask itself, as often as the cluster's ``allowed-failures`` says; one that has killed
+    that many workers is given up at once.
 
     Parameters
     ----------
@@ -61,7 +65,7 @@ def run_bounded(
     tasks : iterable
         What to do, one element a task.
     window : int, optional
-        Tasks in flight; by default four for every thread of the cluster, counted at the start, at least 8.
+        Tasks in flight; by default four for every thread of the cluster, counted at the start, at least 32.
     attempts : int
         Tries before a task is given up.
 
@@ -76,33 +80,44 @@ def run_bounded(
         If the scheduler is lost.
     """
     if window is None:
-        window = max(8, 4 * sum(client.nthreads().values()))
+        window = max(32, 4 * sum(client.nthreads().values()))
     queue = iter(tasks)
-    pending: dict[str, tuple[Task, int]] = {}
+    pending: dict[Future, tuple[Task, int]] = {}
 
-    def submit(task: Task, attempt: int) -> Future:
-        future = client.submit(function, task, pure=False)
-        pending[future.key] = (task, attempt)
-        return future
+    def submit(tasks: Iterable[tuple[Task, int]]) -> list[Future]:
+        drawn = list(tasks)
+        futures: list[Future] = client.map(function, [task for task, _ in drawn], pure=False)
+        pending.update(zip(futures, drawn, strict=True))
+        return futures
 
-    finished = as_completed([submit(task, 1) for task in islice(queue, window)])
-    for future in finished:
-        task, attempt = pending.pop(future.key)
-        if future.status == "finished":
-            outcome: Outcome[Task, Result] = Outcome(task, future.result(), None, attempt)
-        elif future.status == "error":
-            if attempt < attempts:
-                finished.add(submit(task, attempt + 1))
-                continue
-            outcome = Outcome(task, None, future.exception(), attempt)
-        else:
-            raise ClusterError(
-                "the cluster gave up a task without an answer; its scheduler was probably lost",
-                where=client.scheduler.address if client.scheduler else None,
-                found=f"task state {future.status!r}",
-                remedy="run the same command again: it resumes from what is finished",
-            )
-        future.release()
-        for task in islice(queue, 1):
-            finished.add(submit(task, 1))
-        yield outcome
+    def more(room: int) -> list[Future]:
+        return submit((task, 1) for task in islice(queue, room))
+
+    # Results come with their futures, and submissions go out in batches: a message for each task would cost
+    # more than a small task does.
+    in_flight = as_completed(more(window), loop=client.loop, with_results=True, raise_errors=False)
+    try:
+        for batch in in_flight.batches():
+            again: list[tuple[Task, int]] = []
+            for future, result in batch:
+                task, attempt = pending.pop(future)
+                if future.status == "finished":
+                    yield Outcome(task, result, None, attempt)
+                elif future.status == "error":
+                    error: BaseException = result[1]
+                    if attempt < attempts and not isinstance(error, KilledWorker):
+                        again.append((task, attempt + 1))
+                    else:
+                        yield Outcome(task, None, error, attempt)
+                else:
+                    raise ClusterError(
+                        "the cluster gave up a task without an answer; its scheduler was probably lost",
+                        where=client.scheduler.address if client.scheduler else None,
+                        found=f"task state {future.status!r}",
+                        remedy="run the same command again: it resumes from what is finished",
+                    )
+            # Only now: what the caller learned from these outcomes may be that nothing more is to be done.
+            in_flight.update(submit(again) + more(len(batch) - len(again)))
+    finally:
+        if pending and client.status == "running":
+            client.cancel(list(pending), force=True)

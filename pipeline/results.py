@@ -1,0 +1,340 @@
+"""Maps: the schema of the map store, its quality flags, and how a map is opened.
+
+A map store is a Zarr v3 group that `xarray.open_zarr` reads:
+
+======================  ==============================  ==================================================
+variable                dimensions                      meaning
+======================  ==============================  ==================================================
+``electron_density``    time, y, x, quantile, height    posterior quantiles, cm-3
+``temperature``         time, y, x, quantile, height    posterior quantiles, K
+``velocity``            time, y, x, quantile, height    posterior quantiles, km/s, vertical, upflow positive
+``quality``             time, y, x                      flags, see `Flag`
+``novelty``             time, y, x                      how usual the profiles are for the network, 0 to 1
+``misfit``              time, y, x                      how well the posterior reproduces the profiles
+======================  ==============================  ==================================================
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import IntFlag
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+import zarr
+from numpy.typing import ArrayLike, NDArray
+from zarr.codecs import BloscCodec
+
+from pipeline.errors import MisuseError, StoreError
+
+KIND = "map"
+SCHEMA = 1
+
+
+class Flag(IntFlag):
+    """Bits of a map's ``quality``: what is to be known about a pixel before its answer is used.
+
+    Pixels with a flag of `WITHOUT_ANSWER` hold NaN; those with another flag hold an answer to be doubted.
+    """
+
+    OUTSIDE_FIELD = 1
+    """Not in both lines' field of view."""
+    NOT_FINITE = 2
+    """An intensity is not a number."""
+    NOT_POSITIVE = 4
+    """An intensity is zero or negative."""
+    SATURATED = 8
+    """An intensity is at the detector's, or the file format's, largest value."""
+    WAVELENGTH_NOT_COVERED = 16
+    """The observed wavelengths do not reach the ends of the network's windows."""
+    NOVEL = 32
+    """The profiles are unlike those the network was trained on; the answer is an extrapolation."""
+    FAILED = 64
+    """The computation failed; the journal beside the map says how."""
+    REGISTRATION_UNCERTAIN = 128
+    """No reliable shift between the two lines was found for this time, and none was applied."""
+    NOT_DONE = 256
+    """The run has not come to this pixel yet."""
+
+
+WITHOUT_ANSWER = (
+    Flag.OUTSIDE_FIELD
+    | Flag.NOT_FINITE
+    | Flag.NOT_POSITIVE
+    | Flag.SATURATED
+    | Flag.WAVELENGTH_NOT_COVERED
+    | Flag.FAILED
+    | Flag.NOT_DONE
+)
+
+
+NOVELTY_LEVEL = 0.01
+"""Tail probability below which a pixel is flagged as novel."""
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One variable of the map store.
+
+    Attributes
+    ----------
+    name : str
+        Its name.
+    dtype : str
+        Its NumPy type.
+    fill : float
+        Its value where nothing has been written.
+    profile : bool
+        Whether it has the dimensions quantile and height beside time, y and x.
+    attrs : mapping
+        Its attributes.
+    """
+
+    name: str
+    dtype: str
+    fill: float
+    profile: bool
+    attrs: Mapping[str, Any]
+
+
+VARIABLES: tuple[Variable, ...] = (
+    Variable(
+        "electron_density",
+        "float32",
+        np.nan,
+        True,
+        {
+            "units": "cm-3",
+            "long_name": "electron density",
+            "cell_methods": "quantile of the posterior",
+        },
+    ),
+    Variable(
+        "temperature",
+        "float32",
+        np.nan,
+        True,
+        {"units": "K", "long_name": "temperature", "cell_methods": "quantile of the posterior"},
+    ),
+    Variable(
+        "velocity",
+        "float32",
+        np.nan,
+        True,
+        {
+            "units": "km/s",
+            "long_name": "vertical velocity, upflow positive",
+            "cell_methods": "quantile of the posterior",
+        },
+    ),
+    Variable(
+        "quality",
+        "uint16",
+        int(Flag.NOT_DONE),
+        False,
+        {
+            "long_name": "quality flags",
+            "flag_masks": [int(flag) for flag in Flag],
+            "flag_meanings": " ".join(str(flag.name).lower() for flag in Flag),
+        },
+    ),
+    Variable(
+        "novelty",
+        "float32",
+        np.nan,
+        False,
+        {
+            "units": "1",
+            "long_name": "share of the training grid's profiles that lie at least as far out as this pixel's",
+        },
+    ),
+    Variable(
+        "misfit",
+        "float32",
+        np.nan,
+        False,
+        {
+            "units": "1",
+            "long_name": "root mean square of observed minus emulated profiles, median over posterior draws",
+            "comment": "profiles in units of the joint maximum of both lines",
+        },
+    ),
+)
+"""The map store's variables; a receipt's checksum is over their bytes in this order."""
+
+
+@contextmanager
+def _unspecified_metadata() -> Iterator[None]:
+    # Consolidated metadata is not yet in Zarr's specification: xarray reads it, others may ignore it.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
+        yield
+
+
+def lay_out(
+    path: Path,
+    coordinates: xr.Dataset,
+    *,
+    heights: ArrayLike,
+    quantiles: Sequence[float],
+    tile: tuple[int, int],
+    attrs: Mapping[str, Any],
+) -> None:
+    """Make a whole map store, with nothing in it yet, so that tasks only ever fill in what exists.
+
+    One tile of one time is one shard of every variable: two tasks never write to the same file. Inside a
+    shard each quantile is a chunk of its own, so that a map of the median reads no more than the median.
+
+    Parameters
+    ----------
+    path : Path
+        Where; it appears whole or not at all.
+    coordinates : xarray.Dataset
+        The observation's coordinates over time, y and x, with `time`, `y` and `x` among them.
+    heights : array_like, shape (height,)
+        Heights of the network's grid, Mm.
+    quantiles : sequence of float
+        Levels between 0 and 1, increasing.
+    tile : tuple of int
+        Pixels of a tile along y and x.
+    attrs : mapping
+        Attributes of the store.
+
+    Raises
+    ------
+    StoreError
+        The fields of the store do not agree.
+    """
+    beginning = path.with_name(path.name + ".layout")
+    if beginning.exists():
+        shutil.rmtree(beginning)
+    template = coordinates.assign_coords(
+        quantile=xr.Variable("quantile", np.asarray(quantiles, dtype=np.float64)),
+        height=xr.Variable("height", np.asarray(heights, dtype=np.float64)),
+    )
+    template["quantile"].attrs = {"units": "1", "long_name": "quantile of the posterior"}
+    template["height"].attrs = {
+        "units": "Mm",
+        "long_name": "height",
+        "positive": "up",
+        "comment": attrs.get("height_zero", ""),
+    }
+    template.attrs = {"Conventions": "CF-1.11", "kind": KIND, "schema": SCHEMA, **attrs}
+    for name in template.variables:
+        # Chunks and codecs of the observation's store mean nothing here.
+        template[name].encoding = {
+            key: value
+            for key, value in template[name].encoding.items()
+            if key in ("units", "calendar", "dtype")
+        }
+    template.to_zarr(beginning, mode="w", zarr_format=3, consolidated=False)
+    group = zarr.open_group(beginning, mode="r+")
+    sizes = template.sizes
+    shards = (1, tile[0], tile[1])
+    for variable in VARIABLES:
+        dimensions = ("time", "y", "x", "quantile", "height") if variable.profile else ("time", "y", "x")
+        levels = (len(quantiles), sizes["height"]) if variable.profile else ()
+        group.create_array(
+            variable.name,
+            shape=tuple(sizes[name] for name in dimensions),
+            dtype=variable.dtype,
+            chunks=(*shards, 1, sizes["height"]) if variable.profile else shards,
+            shards=(*shards, *levels) if variable.profile else None,
+            compressors=BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle"),
+            fill_value=variable.fill,
+            dimension_names=dimensions,
+            attributes=dict(variable.attrs),
+        )
+    with _unspecified_metadata():
+        zarr.consolidate_metadata(beginning)
+    beginning.rename(path)
+
+
+def is_map(path: Path) -> bool:
+    """Whether a path holds a map store (of any run, finished or not)."""
+    try:
+        return zarr.open_group(path, mode="r").attrs.get("kind") == KIND
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def open_map(path: str | Path, *, chunks: Any = None) -> xr.Dataset:  # noqa: ANN401
+    """Open a map.
+
+    Parameters
+    ----------
+    path : str or Path
+        The map store.
+    chunks : optional
+        As for `xarray.open_zarr`: None reads values when they are asked for, ``{}`` makes Dask arrays.
+
+    Returns
+    -------
+    xarray.Dataset
+        See the module's table. ``ds.sel(height=1.2, method="nearest")`` and ``ds.sel(quantile=0.5)`` work.
+
+    Raises
+    ------
+    StoreError
+        There is no map at this path.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise StoreError("there is no such map", where=path)
+    if not is_map(path):
+        raise StoreError(
+            "not a FlareField map",
+            where=path,
+            expected="a Zarr store made by `flarefield invert`",
+        )
+    dataset: xr.Dataset = xr.open_zarr(path, chunks=chunks)
+    return dataset
+
+
+def flagged(dataset: xr.Dataset, *names: str) -> xr.DataArray:
+    """Where a map's pixels have any of some flags.
+
+    Parameters
+    ----------
+    dataset : xarray.Dataset
+        A map.
+    *names : str
+        Names as in ``quality``'s ``flag_meanings``, for example ``"novel"``.
+
+    Returns
+    -------
+    xarray.DataArray
+        Booleans over time, y, x.
+
+    Raises
+    ------
+    MisuseError
+        A name is not a flag of this map.
+    """
+    quality = dataset["quality"]
+    masks = dict(zip(quality.attrs["flag_meanings"].split(), quality.attrs["flag_masks"], strict=True))
+    unknown = [name for name in names if name not in masks]
+    if unknown:
+        raise MisuseError("no such quality flag", found=", ".join(unknown), expected=", ".join(masks))
+    wanted = 0
+    for name in names:
+        wanted |= int(masks[name])
+    return ((quality & wanted) != 0).rename("flagged").assign_attrs(long_name=" or ".join(names))
+
+
+def count_flags(quality: NDArray[np.uint16]) -> dict[str, int]:
+    """Number of pixels with each flag, for the flags that occur.
+
+    Parameters
+    ----------
+    quality : ndarray of uint16
+        Flags, any shape.
+    """
+    counts = {str(flag.name).lower(): int(np.count_nonzero(quality & flag)) for flag in Flag}
+    return {name: count for name, count in counts.items() if count}

@@ -1,0 +1,640 @@
+"""One tile of a map, from reading its pixels to its receipt: what a worker does.
+
+A tile is a rectangle of pixels of one time, and exactly one shard of every variable of the map store, so that
+no two tasks ever write to the same file. Doing a tile is idempotent: the same tile gives the same bytes, and
+each file is replaced whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from threading import Lock
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import xarray as xr
+import zarr
+from numpy.typing import NDArray
+from zarr.core.sync import sync
+
+from inn.checkpoint import Network, load_model, model_hash
+from inn.latent import LatentKind
+from inn.layout import QUANTITIES
+from inn.novelty import Novelty
+from inn.posterior import misfit, posterior_quantiles
+from pipeline.errors import ClusterError, MisuseError, ModelError, StoreError
+from pipeline.journal import out_of_space
+from pipeline.results import NOVELTY_LEVEL, VARIABLES, WITHOUT_ANSWER, Flag, count_flags
+from pipeline.spectra import covers, network_lines
+
+KERNEL = 1
+"""Version of what a tile's numbers depend on in this package; raised whenever they change."""
+
+MISFIT_DRAWS = 16
+"""Posterior draws whose emulated profiles are compared with the observed ones."""
+
+SPREAD = (0.16, 0.84)
+"""Quantiles whose half distance is the spread that the rounding is measured by."""
+
+ROUNDING = 1.0 / 16.0
+"""Largest step of the stored values, in units of the posterior's spread over the root of the draws."""
+
+SMALL_FILE = 1 << 16
+
+
+# Descriptions: small, checked where they are made, trusted afterwards
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A rectangle of pixels of one time.
+
+    Attributes
+    ----------
+    time : int
+        Index of the time.
+    row, column : int
+        Place among the tiles of that time.
+    y, x : tuple of int
+        First pixel and the one after the last, along both axes.
+
+    Raises
+    ------
+    MisuseError
+        It holds no pixels.
+    """
+
+    time: int
+    row: int
+    column: int
+    y: tuple[int, int]
+    x: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        if min(self.time, self.row, self.column) < 0 or not (
+            0 <= self.y[0] < self.y[1] and 0 <= self.x[0] < self.x[1]
+        ):
+            raise MisuseError("a tile must hold pixels", found=self)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Pixels along y and x."""
+        return self.y[1] - self.y[0], self.x[1] - self.x[0]
+
+    @property
+    def pixels(self) -> int:
+        """Number of pixels."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def region(self) -> tuple[slice, slice, slice]:
+        """Its place in arrays over time, y, x."""
+        return slice(self.time, self.time + 1), slice(*self.y), slice(*self.x)
+
+    def __str__(self) -> str:
+        return f"time {self.time}, y {self.y[0]}:{self.y[1]}, x {self.x[0]}:{self.x[1]}"
+
+
+@dataclass(frozen=True)
+class TileGrid:
+    """All tiles of a map, in the order in which they are done: time by time, row by row.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        Times, and pixels along y and x.
+    tile : tuple of int
+        Pixels of a whole tile along y and x; tiles at the far edges are smaller.
+
+    Raises
+    ------
+    MisuseError
+        There are no pixels, or tiles have none.
+    """
+
+    shape: tuple[int, int, int]
+    tile: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        if min(*self.shape, *self.tile) < 1:
+            raise MisuseError("a map and its tiles must hold pixels", found=self)
+
+    @classmethod
+    def square(cls, shape: tuple[int, int, int], tile: int) -> TileGrid:
+        """Make square tiles, no larger than the field."""
+        return cls(shape, (min(tile, shape[1]), min(tile, shape[2])))
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Times, rows and columns of tiles."""
+        return self.shape[0], -(-self.shape[1] // self.tile[0]), -(-self.shape[2] // self.tile[1])
+
+    @property
+    def pixels(self) -> int:
+        """Number of pixels of all times."""
+        return self.shape[0] * self.shape[1] * self.shape[2]
+
+    def __len__(self) -> int:
+        times, rows, columns = self.counts
+        return times * rows * columns
+
+    def __getitem__(self, index: int) -> Tile:
+        """Tile by its place in the order."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        _, rows, columns = self.counts
+        time, place = divmod(index, rows * columns)
+        row, column = divmod(place, columns)
+        y, x = row * self.tile[0], column * self.tile[1]
+        return Tile(
+            time,
+            row,
+            column,
+            (y, min(y + self.tile[0], self.shape[1])),
+            (x, min(x + self.tile[1], self.shape[2])),
+        )
+
+    def __iter__(self) -> Iterator[Tile]:
+        return (self[index] for index in range(len(self)))
+
+    def index(self, tile: Tile) -> int:
+        """Place of a tile in the order."""
+        _, rows, columns = self.counts
+        return (tile.time * rows + tile.row) * columns + tile.column
+
+
+@dataclass(frozen=True)
+class TileSpec:
+    """What all tiles of a run have in common.
+
+    Attributes
+    ----------
+    observation : str
+        Path of the observation store, as the workers see it.
+    observation_hash : str
+        What `observation_hash` says of it.
+    store : str
+        Path of the map store.
+    run : str
+        Identity of the run; the store carries it.
+    model : str or None
+        Path of the model directory; None for the bundled one.
+    model_hash : str
+        What `inn.model_hash` says of it.
+    torch_version : str
+        Version of torch, without its build.
+    draws, seed, latent, quantiles, calibration_error
+        As for `inn.posterior_quantiles`.
+    threads : int
+        Threads that torch may use for one tile.
+    """
+
+    observation: str
+    observation_hash: str
+    store: str
+    run: str
+    model: str | None
+    model_hash: str
+    torch_version: str
+    draws: int
+    seed: int
+    latent: LatentKind
+    quantiles: tuple[float, ...]
+    calibration_error: float | None
+    threads: int
+
+    def __post_init__(self) -> None:
+        ascending = all(a < b for a, b in zip(self.quantiles, self.quantiles[1:], strict=False))
+        if not self.quantiles or not ascending or self.quantiles[0] < 0 or self.quantiles[-1] > 1:
+            raise MisuseError(
+                "quantiles are increasing levels between 0 and 1",
+                where="quantiles",
+                found=self.quantiles,
+                expected="for example 0.05 0.16 0.5 0.84 0.95",
+            )
+        if self.draws < 2:
+            raise MisuseError("a posterior needs two draws at least", where="draws", found=self.draws)
+        if self.calibration_error is not None and not 0 <= self.calibration_error < np.inf:
+            raise MisuseError(
+                "the calibration error is a relative error",
+                where="calibration_error",
+                found=self.calibration_error,
+                expected="a number of 0 or more, for example 0.05",
+            )
+
+
+@dataclass(frozen=True)
+class TileResult:
+    """Receipt of a finished tile.
+
+    Attributes
+    ----------
+    tile : Tile
+        Which.
+    sha256 : str
+        Checksum of its values, over the variables in the order of `pipeline.results.VARIABLES`, each as
+        little-endian C-ordered bytes of the tile's pixels.
+    stored : int
+        Bytes of its files.
+    answered : int
+        Pixels that have an answer.
+    flags : mapping of str to int
+        Pixels with each flag.
+    seconds : float
+        Time it took.
+    """
+
+    tile: Tile
+    sha256: str
+    stored: int
+    answered: int
+    flags: Mapping[str, int]
+    seconds: float
+
+
+# What a worker opens once: under a lock, for its tasks may run in several threads
+
+Place = TypeVar("Place", bound=str | None)
+Opened = TypeVar("Opened")
+
+
+def _once(opener: Callable[[Place, str], Opened]) -> Callable[[Place, str], Opened]:
+    """Keep what was opened last in this process; only one thread at a time opens anything."""
+    guard, cached = Lock(), lru_cache(maxsize=2)(opener)
+
+    def guarded(place: Place, expected: str) -> Opened:
+        with guard:
+            return cached(place, expected)
+
+    return guarded
+
+
+@_once
+def _model(path: str | None, expected: str) -> Network:
+    found = model_hash(path)
+    if found != expected:
+        raise ModelError(
+            "the model on this worker is not the run's",
+            where=path or "the bundled model",
+            found=f"sha256 {found}",
+            expected=f"sha256 {expected}",
+            remedy="leave the model alone while a map is being made; all workers must read the same one",
+        )
+    model = load_model(path)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model
+
+
+@_once
+def _observation(path: str, expected: str) -> xr.Dataset:
+    try:
+        found = observation_hash(path)
+        dataset: xr.Dataset = xr.open_zarr(path, chunks=None)
+    except FileNotFoundError as error:
+        raise StoreError(
+            "a worker cannot open the observation",
+            where=path,
+            found=error,
+            remedy="use a file system that all workers see under the same path",
+        ) from error
+    if found != expected:
+        raise StoreError(
+            "the observation is not the one the run began with",
+            where=path,
+            remedy="leave the observation alone while a map is being made",
+        )
+    return dataset
+
+
+def observation_hash(path: str | Path) -> str:
+    """Identity of an observation store, wherever it lies, without reading all of it.
+
+    Small files (metadata with the hashes of the FITS files it was made from, and the coordinates) count with
+    their content, chunks of intensities with their names and sizes.
+
+    Parameters
+    ----------
+    path : str or Path
+        The store.
+
+    Returns
+    -------
+    str
+        SHA-256, 64 hexadecimal digits.
+    """
+    root = Path(path)
+    digest = hashlib.sha256()
+    (root / "zarr.json").stat()  # raises if there is no store
+    for file in sorted(entry for entry in root.rglob("*") if entry.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(root).as_posix()}\0{size}\0".encode())
+        if size <= SMALL_FILE:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+# The kernel
+
+
+def invert_tile(spec: TileSpec, tile: Tile) -> TileResult:
+    """Read a tile's pixels, judge them, sample their posterior, write the answer.
+
+    Parameters
+    ----------
+    spec : TileSpec
+        The run.
+    tile : Tile
+        Which pixels.
+
+    Returns
+    -------
+    TileResult
+        Its receipt, once everything is written.
+
+    Raises
+    ------
+    FlareFieldError
+        The run cannot go on: another model, observation, torch or map store than it began with, or no space.
+        Any other error concerns this tile alone.
+    """
+    started = time.monotonic()
+    _prepare(spec)
+    model = _model(spec.model, spec.model_hash)
+    observation = _observation(spec.observation, spec.observation_hash)
+    values = _compute(spec, model, observation, tile)
+    stored = write_tile(Path(spec.store), spec.run, tile, values)
+    return _receipt(tile, values, stored, started)
+
+
+def quarantine_tile(spec: TileSpec, tile: Tile) -> TileResult:
+    """Write a tile that could not be done: all NaN, and flagged so."""
+    started = time.monotonic()
+    values = _empty(tile, spec.quantiles, _heights(spec))
+    values["quality"][...] = Flag.FAILED
+    return _receipt(tile, values, write_tile(Path(spec.store), spec.run, tile, values), started)
+
+
+def _heights(spec: TileSpec) -> int:
+    return int(zarr.open_group(spec.store, mode="r")["height"].shape[0])  # type: ignore[union-attr]
+
+
+def _prepare(spec: TileSpec) -> None:
+    found = torch.__version__.split("+")[0]
+    if found != spec.torch_version:
+        raise ClusterError(
+            "a worker has another torch than the run", found=found, expected=spec.torch_version
+        )
+    # A nanny starts its workers with OMP_NUM_THREADS=1, whatever their share of the cores.
+    if torch.get_num_threads() != spec.threads:
+        torch.set_num_threads(spec.threads)
+
+
+def _receipt(tile: Tile, values: Mapping[str, NDArray[Any]], stored: int, started: float) -> TileResult:
+    quality = values["quality"]
+    return TileResult(
+        tile,
+        checksum(values),
+        stored,
+        int(np.count_nonzero((quality & WITHOUT_ANSWER) == 0)),
+        count_flags(quality),
+        round(time.monotonic() - started, 4),
+    )
+
+
+def checksum(values: Mapping[str, NDArray[Any]]) -> str:
+    """Checksum of a tile's values, as `TileResult.sha256` defines it."""
+    digest = hashlib.sha256()
+    for variable in VARIABLES:
+        little_endian = np.dtype(variable.dtype).newbyteorder("<")
+        digest.update(np.ascontiguousarray(values[variable.name], dtype=little_endian).data)
+    return digest.hexdigest()
+
+
+def _empty(tile: Tile, quantiles: tuple[float, ...], heights: int) -> dict[str, NDArray[Any]]:
+    return {
+        variable.name: np.full(
+            (*tile.shape, len(quantiles), heights) if variable.profile else tile.shape,
+            variable.fill,
+            dtype=variable.dtype,
+        )
+        for variable in VARIABLES
+    }
+
+
+def _compute(spec: TileSpec, model: Network, observation: xr.Dataset, tile: Tile) -> dict[str, NDArray[Any]]:
+    """All variables of a tile, each of shape (y, x) or (y, x, quantile, height)."""
+    here = {"time": tile.time, "y": slice(*tile.y), "x": slice(*tile.x)}
+    names = [window.name for window in model.layout.lines]
+    intensity = {name: observation[name].isel(here).transpose("y", "x", ...).values for name in names}
+    wavelength = {name: observation[f"wavelength_{name}"].values for name in names}
+    valid = observation["valid"].isel(here).transpose("y", "x").values.astype(bool)
+    quality = judge(intensity, valid, {name: saturation(observation, name) for name in names})
+    if not all(covers(wavelength[window.name], window) for window in model.layout.lines):
+        quality |= _where(valid, Flag.WAVELENGTH_NOT_COVERED)
+    if "shift_applied" in observation and not bool(observation["shift_applied"].isel(time=tile.time)):
+        quality |= _where(valid, Flag.REGISTRATION_UNCERTAIN)
+
+    values = _empty(tile, spec.quantiles, model.layout.heights.size)
+    values["quality"] = quality
+    good = (quality & WITHOUT_ANSWER) == 0
+    if not good.any():
+        return values
+
+    halpha, ca8542 = names
+    lines, _ = network_lines(
+        intensity[halpha][good],
+        intensity[ca8542][good],
+        wavelength[halpha],
+        wavelength[ca8542],
+        model.layout,
+    )
+    mu = float(observation["mu"].isel(time=tile.time)) if "mu" in observation.variables else None
+    sampling: dict[str, Any] = {
+        "mu": mu,
+        "calibration_error": spec.calibration_error,
+        "seed": spec.seed,
+        "latent": spec.latent,
+    }
+    levels = sorted({*spec.quantiles, *SPREAD})
+    posterior = posterior_quantiles(model, lines, draws=spec.draws, quantiles=levels, **sampling)
+    wanted = [levels.index(level) for level in spec.quantiles]
+    spread = [levels.index(level) for level in SPREAD]
+    finite = np.ones(len(lines), dtype=bool)
+    for quantity in QUANTITIES:
+        finite &= np.isfinite(posterior[quantity]).all(axis=(1, 2))
+    for quantity in QUANTITIES:
+        low, high = (posterior[quantity][finite][:, index] for index in spread)
+        rounded = np.full((len(lines), len(wanted), low.shape[-1]), np.nan, dtype=np.float32)
+        rounded[finite] = round_to_sampling_error(
+            posterior[quantity][finite][:, wanted],
+            low,
+            high,
+            spec.draws,
+            positive=quantity != "velocity",
+        )
+        values[quantity][good] = rounded
+
+    flags = _where(~finite, Flag.FAILED)
+    if isinstance(model.novelty, Novelty):
+        novelty = model.novelty.tail_probability(lines)
+        values["novelty"][good] = novelty
+        flags |= _where(novelty < NOVELTY_LEVEL, Flag.NOVEL)
+    values["misfit"][good] = misfit(model, lines, draws=min(MISFIT_DRAWS, spec.draws), **sampling)
+    quality[good] |= flags
+    return values
+
+
+def saturation(observation: xr.Dataset, line: str) -> float:
+    """Largest intensity that the files of a line could hold; infinite where they had no limit."""
+    return float(observation[line].attrs.get("saturation", np.inf))
+
+
+def judge(
+    intensity: Mapping[str, NDArray[Any]], valid: NDArray[np.bool_], largest: Mapping[str, float]
+) -> NDArray[np.uint16]:
+    """Flags that pixels get by their intensities alone.
+
+    Parameters
+    ----------
+    intensity : mapping of str to ndarray, shape (y, x, wavelength)
+        Each line's intensities.
+    valid : ndarray of bool, shape (y, x)
+        Where both lines' fields overlap.
+    largest : mapping of str to float
+        Each line's intensity of saturation.
+
+    Returns
+    -------
+    ndarray of uint16, shape (y, x)
+        Bits of `pipeline.results.Flag`. Nothing is said of a pixel outside of the field but that it is.
+    """
+    quality = np.zeros(valid.shape, dtype=np.uint16)
+    with np.errstate(invalid="ignore"):
+        for name, values in intensity.items():
+            finite = np.isfinite(values)
+            quality |= _where(~finite.all(axis=-1), Flag.NOT_FINITE)
+            quality |= _where((finite & (values <= 0)).any(axis=-1), Flag.NOT_POSITIVE)
+            quality |= _where((finite & (values >= largest[name])).any(axis=-1), Flag.SATURATED)
+    return np.where(valid, quality, np.uint16(Flag.OUTSIDE_FIELD))
+
+
+def _where(condition: NDArray[np.bool_], flag: Flag) -> NDArray[np.uint16]:
+    return np.where(condition, np.uint16(flag), np.uint16(0))
+
+
+def round_to_sampling_error(
+    values: NDArray[Any], low: NDArray[Any], high: NDArray[Any], draws: int, *, positive: bool
+) -> NDArray[np.float32]:
+    """Take from quantiles the digits that the sampling error makes meaningless, so that they compress.
+
+    The median of N independent draws has a sampling error of 1.25 spreads over the root of N, other quantiles
+    more; scrambled Sobol points have perhaps a third of that. The step is a power of two of at most 1/16
+    spread over the root of N: the rounding error (root mean square) is then below 1/60 of independent draws'
+    sampling error, below a tenth of any. A positive quantity is rounded in its significant bits, since its
+    posterior is spread over factors; any other in its value. The step depends on the pixel's own posterior
+    and on the height, not on the tile, and is the same for all quantiles, so that they stay in order.
+
+    Parameters
+    ----------
+    values : ndarray, shape (pixels, quantiles, heights)
+        Finite.
+    low, high : ndarray, shape (pixels, heights)
+        The quantiles `SPREAD`: half their distance (for a positive quantity, of their logarithms) is the
+        spread.
+    draws : int
+        Number of draws, N.
+    positive : bool
+        Whether the quantity is positive.
+
+    Returns
+    -------
+    ndarray of float32, shape (pixels, quantiles, heights)
+    """
+    values = np.asarray(values, dtype=np.float32)
+    distance = np.log(high / low) if positive else high - low
+    wanted = (ROUNDING / np.sqrt(draws)) * 0.5 * distance[:, None, :]
+    _, exponent = np.frexp(wanted.astype(np.float32))  # 2**(exponent - 1) <= wanted
+    if positive:
+        exponent = exponent + np.frexp(values)[1] - 1
+    # Below float32's own precision, and where all draws agree, there is nothing to round.
+    finest = np.frexp(values)[1] - 24
+    step = np.ldexp(np.float32(1), np.maximum(exponent - 1, finest))
+    return np.where(wanted > 0, np.rint(values / step) * step, values).astype(np.float32)
+
+
+def write_tile(store: Path, run: str, tile: Tile, values: Mapping[str, NDArray[Any]]) -> int:
+    """Write all variables of a tile into a map store that has been laid out.
+
+    Parameters
+    ----------
+    store : Path
+        The map store.
+    run : str
+        The run that the store must belong to.
+    tile : Tile
+        Which pixels.
+    values : mapping of str to ndarray
+        Each variable, of shape (y, x) or (y, x, quantile, height).
+
+    Returns
+    -------
+    int
+        Bytes of the tile's files.
+
+    Raises
+    ------
+    StoreError
+        The store belongs to another run, or there is no space left.
+    """
+    try:
+        group = zarr.open_group(store, mode="r+")
+    except FileNotFoundError as error:
+        raise StoreError("the map store has gone", where=store) from error
+    if group.attrs.get("run") != run:
+        raise StoreError(
+            "the map store belongs to another run", where=store, remedy="start the command again"
+        )
+    keys = tile_keys(tile)
+    try:
+        for name, key in keys.items():
+            # What an earlier attempt left behind would be read and merged otherwise, whatever state it is in.
+            sync(group.store.delete(key))
+            array = group[name]
+            assert isinstance(array, zarr.Array)
+            # An all-NaN tile is a finished tile, too.
+            array.with_config({"write_empty_chunks": True})[tile.region] = values[name][None]
+        return stored_bytes(group.store, tile)
+    except OSError as error:
+        refusal = out_of_space(error, store)
+        if refusal is None:
+            raise
+        for key in keys.values():  # what is there of this tile is no use, and its space is needed
+            sync(group.store.delete(key))
+        raise refusal from error
+
+
+def tile_keys(tile: Tile) -> dict[str, str]:
+    """Names of a tile's files in the map store, by variable."""
+    place = f"{tile.time}/{tile.row}/{tile.column}"
+    return {
+        variable.name: f"{variable.name}/c/{place}" + ("/0/0" if variable.profile else "")
+        for variable in VARIABLES
+    }
+
+
+def stored_bytes(store: Any, tile: Tile) -> int:  # noqa: ANN401
+    """Bytes of a tile's files in a Zarr store.
+
+    Raises
+    ------
+    FileNotFoundError
+        One of them is missing.
+    """
+    return sum(sync(store.getsize(key)) for key in tile_keys(tile).values())

@@ -1,0 +1,33 @@
+"""What several test files share: a small cluster, a small model, a small observation."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from distributed import Client, LocalCluster
+from fake_model import save_fake_model
+from toy_observation import write_toy_observation
+
+
+@pytest.fixture(scope="session")
+def client() -> Iterator[Client]:
+    """Two workers, each of one thread, inside this process: nothing has to be imported again."""
+    with (
+        LocalCluster(
+            processes=False, n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0"
+        ) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        yield client
+
+
+@pytest.fixture(scope="session")
+def fake_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a tiny network with random weights. Copy it before changing it."""
+    return save_fake_model(tmp_path_factory.mktemp("model") / "fake")
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny observation store. Copy it before changing it."""
+    return write_toy_observation(tmp_path_factory.mktemp("observation") / "toy.zarr")

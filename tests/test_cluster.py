@@ -1,0 +1,458 @@
+"""Clusters: what `--cluster` takes and refuses, and that nothing runs where it is not safe."""
+
+import os
+import re
+import stat
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import cloudpickle
+import dask
+import pytest
+import torch
+import yaml
+from dask.system import CPU_COUNT
+from distributed import Client, LocalCluster
+from distributed.security import Security
+
+from pipeline.cluster import (
+    AddressConfig,
+    LocalConfig,
+    SlurmConfig,
+    _inspection,
+    connect,
+    is_loopback,
+    load_config,
+    slurm_cluster,
+    threads_per_task,
+    verified,
+)
+from pipeline.errors import ClusterError, MisuseError
+from pipeline.provenance import flarefield_version
+
+DEPLOY = Path(__file__).parents[1] / "deploy"
+PATIENCE = 120  # seconds that another process may take to start or to end on a busy machine
+
+
+def listeners():
+    """Addresses on which this process waits for connections."""
+    import psutil
+
+    connections = psutil.Process().net_connections("tcp")
+    return [tuple(one.laddr) for one in connections if one.status == psutil.CONN_LISTEN]
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+# Configurations
+
+
+def test_local_is_this_machine_with_one_worker_a_core():
+    config = load_config("local")
+    assert config == LocalConfig()
+    assert (config.workers, config.threads) == (CPU_COUNT, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("local.yaml", LocalConfig), ("address.yaml", AddressConfig), ("slurm.yaml", SlurmConfig)],
+)
+def test_the_examples_can_be_used(name, kind):
+    config = load_config(DEPLOY / name)
+    assert type(config) is kind
+    # every setting of the kind is shown, if only as a comment
+    text = (DEPLOY / name).read_text()
+    shown = set(re.findall(r"^#? ?(\w+):", text, flags=re.MULTILINE))
+    assert set(kind.model_fields) - {"python", "dashboard"} <= shown
+    assert set(yaml.safe_load(text)) <= set(kind.model_fields)
+
+
+def test_paths_in_a_file_are_relative_to_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("KEYS", "secret")
+    (tmp_path / "c.yaml").write_text(
+        "kind: address\naddress: tls://host:1\ntls_ca_file: $KEYS/ca.pem\ntls_client_key: /abs/key.pem\n"
+    )
+    config = load_config(tmp_path / "c.yaml")
+    assert config.tls_ca_file == tmp_path / "secret" / "ca.pem"
+    assert config.tls_client_key == Path("/abs/key.pem")
+    assert config.tls_client_cert is None
+
+
+def test_an_address_is_a_configuration():
+    assert load_config("tls://host.example:8786") == AddressConfig(address="tls://host.example:8786")
+    assert load_config("tcp://127.0.0.1:8786").address == "tcp://127.0.0.1:8786"
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["tcp://192.168.1.4:8786", "tcp://host.example:8786", "tcp://0.0.0.0:8786", "tcp://[2001:db8::1]:1"],
+)
+def test_a_network_without_encryption_is_refused(address):
+    with pytest.raises(MisuseError, match="configuration") as refusal:
+        load_config(address)
+    assert "without encryption" in refusal.value.found
+    assert "--tls-ca-file" in refusal.value.found
+    assert refusal.value.exit_code == 2
+
+
+def test_loopback_is_recognised():
+    assert all(
+        map(is_loopback, ("tcp://127.0.0.1:1", "tcp://127.9.9.9:1", "tcp://localhost:1", "tcp://[::1]:1"))
+    )
+    assert not any(
+        map(is_loopback, ("tcp://10.0.0.1:1", "tcp://[::]:1", "tcp://localhost.example:1", "tcp://:1"))
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("kind: local\nworker: 3\n", "worker: Extra inputs"),
+        ("kind: local\nworkers: 0\n", "workers: Input should be greater"),
+        ("kind: kubernetes\n", "'kubernetes'"),
+        ("workers: 3\n", "kind"),
+        ("kind: address\naddress: host:8786\n", "no scheduler's address"),
+        ("kind: address\naddress: http://host:8786\n", "no scheduler's address"),
+        ("kind: address\naddress: tls://host\n", "no scheduler's address"),
+        ("kind: slurm\ncores: 4\n", "memory: Field required"),
+        ("kind: slurm\ncores: 4\nmemory: 4GiB\nprocesses: 8\n", "8 processes"),
+        ("kind: slurm\ncores: 4\nmemory: 4GiB\nwalltime: soon\n", "'soon'"),
+    ],
+)
+def test_a_wrong_setting_is_named(tmp_path, text, complaint):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(MisuseError) as refusal:
+        load_config(path)
+    assert complaint in refusal.value.found
+    assert refusal.value.where == str(path)
+    assert refusal.value.expected
+
+
+@pytest.mark.parametrize("text", ["{", "- local\n", "", "\x00"])
+def test_a_file_that_holds_no_settings_is_refused(tmp_path, text):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(MisuseError, match="cluster configuration"):
+        load_config(path)
+
+
+def test_a_missing_file_is_refused_with_what_would_do():
+    with pytest.raises(MisuseError, match="no such") as refusal:
+        load_config("deploy/kubernetes.yaml")
+    assert "tls://" in refusal.value.expected
+
+
+@pytest.mark.parametrize("dashboard", ["127.0.0.1:0", None])
+def test_a_local_cluster_is_seen_by_this_machine_only(dashboard):
+    with connect(LocalConfig(workers=1, dashboard=dashboard)) as client:
+        listening = client.submit(listeners).result() + listeners()
+        ports = set(re.findall(r":(\d+)", str(client.scheduler_info(n_workers=-1))))
+        assert client.submit(dask.config.get, "distributed.worker.memory.spill").result() is False
+    ours = [(host, port) for host, port in listening if str(port) in ports]
+    assert len(ours) >= 2
+    assert {host for host, _ in ours} == {"127.0.0.1"}
+
+
+# A running cluster, reached with certificates
+
+
+@pytest.fixture
+def certificates(tmp_path):
+    """Credentials of a cluster as an administrator would hand them out: PEM files."""
+    temporary = Security.temporary()
+    files = {}
+    for name in ("tls_ca_file", "tls_client_cert", "tls_client_key", "tls_worker_cert", "tls_worker_key"):
+        path = tmp_path / f"{name}.pem"
+        path.write_text(getattr(temporary, name))
+        files[name] = str(path)
+    scheduler = {"tls_scheduler_cert": files["tls_client_cert"], "tls_scheduler_key": files["tls_client_key"]}
+    return files, Security(require_encryption=True, **files, **scheduler)
+
+
+def local(**settings):
+    return LocalCluster(
+        processes=False, n_workers=1, threads_per_worker=1, dashboard_address="127.0.0.1:0", **settings
+    )
+
+
+def test_a_running_cluster_is_reached_by_tls_and_left_running(tmp_path, certificates):
+    files, security = certificates
+    with local(protocol="tls://", host="127.0.0.1", security=security) as cluster:
+        settings = {"kind": "address", "address": cluster.scheduler_address}
+        settings |= {
+            name: Path(files[name]).name for name in ("tls_ca_file", "tls_client_cert", "tls_client_key")
+        }
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings))
+        config = load_config(tmp_path / "c.yaml")
+        assert cluster.scheduler_address.startswith("tls://127.0.0.1:")
+        for _ in range(2):
+            with connect(config) as client:
+                assert client.submit(lambda: 6 * 7).result() == 42
+        others = Security.temporary()
+        (tmp_path / "other.pem").write_text(others.tls_ca_file)
+        stranger = AddressConfig(
+            address=config.address,
+            tls_ca_file=tmp_path / "other.pem",
+            tls_client_cert=config.tls_client_cert,
+            tls_client_key=config.tls_client_key,
+            timeout=2,
+        )
+        with pytest.raises(ClusterError, match="cannot be reached") as refusal, connect(stranger):
+            pass
+        assert refusal.value.where == config.address
+
+
+def test_certificates_that_are_not_there_are_named(tmp_path):
+    config = AddressConfig(address="tls://127.0.0.1:1", tls_ca_file=tmp_path / "ca.pem")
+    with pytest.raises(ClusterError, match="missing") as refusal, connect(config):
+        pass
+    assert refusal.value.where == str(tmp_path / "ca.pem")
+
+
+def test_tls_without_any_certificates_is_refused():
+    config = AddressConfig(address="tls://127.0.0.1:1", timeout=1)
+    with pytest.raises(ClusterError, match="cannot be reached"), connect(config):
+        pass
+
+
+def test_a_cluster_that_is_not_there_is_refused():
+    config = AddressConfig(address="tcp://127.0.0.1:9", timeout=1)
+    with pytest.raises(ClusterError, match="cannot be reached") as refusal, connect(config):
+        pass
+    assert refusal.value.remedy
+
+
+def test_a_cluster_without_workers_is_refused():
+    with LocalCluster(
+        n_workers=0, processes=True, host="127.0.0.1", dashboard_address="127.0.0.1:0"
+    ) as cluster:
+        config = AddressConfig(address=cluster.scheduler_address, timeout=1)
+        with pytest.raises(ClusterError, match="no workers"), connect(config):
+            pass
+
+
+def test_a_cluster_that_listens_on_the_network_without_encryption_is_refused():
+    with (
+        local(protocol="tcp://", host="0.0.0.0") as cluster,
+        Client(cluster, set_as_default=False) as client,
+        pytest.raises(ClusterError, match="without encryption"),
+        verified(client),
+    ):
+        pass
+
+
+# Workers' software
+
+
+def wanted():
+    return {"flarefield": flarefield_version(), "torch": torch.__version__.split("+")[0]}
+
+
+def test_this_installation_passes():
+    assert _inspection(wanted())() is None
+
+
+def test_another_or_a_missing_version_is_named():
+    assert _inspection({"torch": "1.0"})() == f"torch {wanted()['torch']}"
+    assert _inspection({"no-such-distribution": "1"})() == "no-such-distribution is not installed"
+
+
+def distribution(path, version):
+    """Make a directory that claims, to whoever has it on the path, to be a release of FlareField."""
+    info = path / f"flarefield-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: flarefield\nVersion: {version}\n")
+    return path
+
+
+def inspect_elsewhere(path):
+    """Send the inspection to a Python with `path` in front, the way Dask sends functions."""
+    script = "import sys, cloudpickle; print(cloudpickle.load(sys.stdin.buffer)())"
+    answer = subprocess.run(
+        [sys.executable, "-c", script],
+        input=cloudpickle.dumps(_inspection(wanted())),
+        capture_output=True,
+        check=True,
+        cwd="/",
+        env={**os.environ, "PYTHONPATH": str(path)},
+    )
+    return answer.stdout.decode().strip()
+
+
+def test_an_older_flarefield_is_found_out(tmp_path):
+    assert inspect_elsewhere(distribution(tmp_path, "0.0.1")) == "flarefield 0.0.1"
+
+
+def test_another_package_of_the_same_name_is_found_out(tmp_path):
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "__init__.py").touch()
+    answer = inspect_elsewhere(tmp_path)
+    assert answer.startswith("package pipeline from")
+    assert str(tmp_path) in answer
+
+
+def worker_process(address, path):
+    options = f"--no-nanny --nthreads 1 --no-dashboard --host 127.0.0.1 --local-directory {path}"
+    return subprocess.Popen(
+        [sys.executable, "-m", "distributed.cli.dask_worker", address, *options.split()],
+        env={**os.environ, "PYTHONPATH": str(path)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def test_workers_with_other_software_are_refused_and_late_ones_sent_away(tmp_path):
+    older = distribution(tmp_path / "older", "0.0.1")
+    with (
+        local(protocol="tcp://", host="127.0.0.1") as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        good = set(client.nthreads())
+        process = worker_process(cluster.scheduler_address, older)
+        try:
+            wait_until(lambda: len(client.nthreads()) == 2)
+            with pytest.raises(ClusterError, match="other software") as refusal, verified(client):
+                pass
+            assert refusal.value.where in set(client.nthreads()) - good
+            assert refusal.value.found == "flarefield 0.0.1"
+            assert f"flarefield {flarefield_version()}" in refusal.value.expected
+        finally:
+            process.kill()
+            process.wait()
+        wait_until(lambda: set(client.nthreads()) == good)
+        with verified(client):
+            process = worker_process(cluster.scheduler_address, older)
+            try:
+                wait_until(lambda: process.poll() is not None)
+            finally:
+                process.kill()
+                process.wait()
+            wait_until(lambda: set(client.nthreads()) == good)
+            assert client.submit(lambda: 1).result() == 1
+
+
+# Shares of the cores
+
+
+@pytest.mark.parametrize(("workers", "threads"), [(1, 1), (2, 1), (1, 2), (4, 8)])
+def test_the_cores_are_shared_out_among_the_tasks(workers, threads):
+    with (
+        LocalCluster(
+            processes=False, n_workers=workers, threads_per_worker=threads, dashboard_address="127.0.0.1:0"
+        ) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        assert threads_per_task(client) == max(1, CPU_COUNT // (workers * threads))
+
+
+# SLURM
+
+
+def slurm_config(**settings):
+    return SlurmConfig(**{"cores": 16, "memory": "32GiB", "processes": 4, **settings})
+
+
+def test_the_slurm_job_is_as_configured(tmp_path):
+    config = slurm_config(
+        walltime="1-02:00:00",
+        partition="normal",
+        account="flares",
+        directives=("--constraint=avx512",),
+        prologue=("module load python",),
+        shared_directory=tmp_path,
+        python="/opt/python",
+        log_directory=tmp_path / "logs",
+    )
+    cluster = slurm_cluster(config)
+    try:
+        script = cluster.job_script()
+    finally:
+        cluster.close()
+    directives = {line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH")}
+    assert {
+        "-p normal",
+        "-A flares",
+        "--cpus-per-task=16",
+        "--mem=32G",
+        "-t 1-02:00:00",
+        "--constraint=avx512",
+        f"-o {tmp_path}/logs/flarefield-%J.out",
+    } <= directives
+    command = script.strip().splitlines()[-1]
+    assert command.startswith("/opt/python -m distributed.cli.dask_worker tls://")
+    options = dict(re.findall(r"--([\w-]+) ([^-\s]\S*)", command))
+    assert (options["nworkers"], options["nthreads"], options["memory-limit"]) == ("4", "1", "8.00GiB")
+    # before the 26 hours are over, with room for a random delay
+    lifetime, stagger = (float(options[name].rstrip("s")) for name in ("lifetime", "lifetime-stagger"))
+    assert 0.8 * 26 * 3600 < lifetime - stagger < lifetime + stagger < 26 * 3600
+    assert options["protocol"] == "tls://"
+    assert {"tls-ca-file", "tls-cert", "tls-key"} <= set(options)
+    assert "--no-dashboard" in command
+    assert options["dashboard-address"].startswith("127.0.0.1:")
+    assert "export DASK_DISTRIBUTED__WORKER__MEMORY__SPILL=False" in script
+    assert script.index("module load python") < script.index("dask_worker")
+
+
+def test_credentials_of_slurm_workers_are_their_owner_s_alone_and_gone_afterwards(tmp_path):
+    cluster = slurm_cluster(slurm_config(shared_directory=tmp_path))
+    files = list(tmp_path.iterdir())
+    assert len(files) == 3
+    assert all(stat.S_IMODE(file.stat().st_mode) == 0o600 for file in files)
+    cluster.close()
+    del cluster
+    import gc
+
+    gc.collect()
+    assert not list(tmp_path.iterdir())
+
+
+SBATCH = """\
+    #!/bin/sh
+    # runs the job here and now, as its own process group
+    setsid sh "$1" > "$0.log" 2>&1 &
+    echo "Submitted batch job $!"
+"""
+SCANCEL = """\
+    #!/bin/sh
+    kill -TERM -- "-$1"
+"""
+
+
+def test_work_is_done_by_slurm_jobs_over_tls(tmp_path, monkeypatch):
+    for name, text in (("sbatch", SBATCH), ("scancel", SCANCEL)):
+        (tmp_path / name).write_text(textwrap.dedent(text))
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    config = slurm_config(
+        cores=2,
+        memory="2GiB",
+        processes=1,
+        interface="lo",
+        shared_directory=tmp_path,
+        local_directory=tmp_path,
+    )
+    with connect(config) as client:
+        (worker,) = client.nthreads()
+        assert worker.startswith("tls://127.0.0.1:")
+        spill, pid = client.submit(
+            lambda: (dask.config.get("distributed.worker.memory.spill"), os.getpid())
+        ).result()
+        assert spill is False
+        assert pid != os.getpid()
+    wait_until(lambda: not Path(f"/proc/{pid}").exists())
+
+
+def test_slurm_without_its_extra_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "dask_jobqueue", None)
+    with pytest.raises(ClusterError, match="dask-jobqueue") as refusal:
+        slurm_cluster(slurm_config())
+    assert "flarefield[slurm]" in refusal.value.remedy

@@ -1,0 +1,154 @@
+"""The driver: a bounded number of tasks in flight, each tried as often as it was said, none lost."""
+
+import threading
+import time
+from collections import Counter
+from types import SimpleNamespace
+
+import dask
+import pytest
+from distributed import Client, KilledWorker, LocalCluster
+
+from pipeline.driver import run_bounded
+from pipeline.errors import ClusterError
+
+tries: Counter[int] = Counter()
+guard = threading.Lock()
+
+
+def double(number):
+    return 2 * number
+
+
+def fail_thrice(number):
+    with guard:
+        tries[number] += 1
+        count = tries[number]
+    if number % 3 == 0 and count <= 3:
+        raise ValueError(f"{number}, try {count}")
+    return count
+
+
+@pytest.fixture(autouse=True)
+def _no_tries():
+    tries.clear()
+
+
+def test_every_task_has_one_outcome(client):
+    outcomes = list(run_bounded(client, double, range(150)))
+    assert sorted((outcome.task, outcome.result) for outcome in outcomes) == [(n, 2 * n) for n in range(150)]
+    assert all(outcome.error is None and outcome.attempts == 1 for outcome in outcomes)
+
+
+def test_no_tasks_have_no_outcomes(client):
+    assert list(run_bounded(client, double, [])) == []
+
+
+@pytest.mark.parametrize("window", [1, 7])
+def test_no_more_tasks_are_drawn_than_fit_the_window(client, window):
+    drawn = []
+    most = 0
+
+    def tasks():
+        for number in range(40):
+            drawn.append(number)
+            yield number
+
+    done = 0
+    for _ in run_bounded(client, double, tasks(), window=window):
+        most = max(most, len(drawn) - done)
+        done += 1
+    assert (done, most) == (40, window)
+
+
+def test_a_task_that_fails_is_tried_again(client):
+    outcomes = {outcome.task: outcome for outcome in run_bounded(client, fail_thrice, range(7), attempts=4)}
+    assert {number: outcomes[number].attempts for number in range(7)} == {
+        0: 4, 1: 1, 2: 1, 3: 4, 4: 1, 5: 1, 6: 4
+    }  # fmt: skip
+    assert all(outcome.result == outcome.attempts for outcome in outcomes.values())
+
+
+def test_a_task_that_fails_for_good_comes_with_its_last_error(client):
+    outcomes = {outcome.task: outcome for outcome in run_bounded(client, fail_thrice, range(4), attempts=2)}
+    assert outcomes[1].error is None
+    for number in (0, 3):
+        assert outcomes[number].result is None
+        assert outcomes[number].attempts == 2
+        assert isinstance(outcomes[number].error, ValueError)
+        assert str(outcomes[number].error) == f"{number}, try 2"
+    assert tries == {0: 2, 1: 1, 2: 1, 3: 2}
+
+
+def kill_workers(number):
+    with guard:
+        tries[number] += 1
+    raise KilledWorker("a task", SimpleNamespace(address="tcp://a-dead-worker"), 3)
+
+
+def test_a_task_that_has_killed_its_workers_is_not_tried_again(client):
+    (outcome,) = run_bounded(client, kill_workers, [1])
+    assert isinstance(outcome.error, KilledWorker)
+    assert tries[1] == 1
+
+
+def test_tasks_that_end_early_let_what_is_in_flight_come_home(client):
+    enough = []
+
+    def tasks():
+        for number in range(1000):
+            if enough:
+                return
+            yield number
+
+    outcomes = []
+    for outcome in run_bounded(client, double, tasks(), window=8):
+        outcomes.append(outcome)
+        if len(outcomes) == 3:
+            enough.append(True)
+    assert 8 <= len(outcomes) < 32
+    assert sorted(outcome.task for outcome in outcomes) == list(range(len(outcomes)))
+
+
+def wait(number):
+    with guard:
+        tries[number] += 1
+    time.sleep(0.05)
+
+
+def test_leaving_early_takes_back_what_is_in_flight(client):
+    for _ in run_bounded(client, wait, range(64), window=64):
+        break
+    deadline = time.monotonic() + 20
+    while client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.tasks)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert len(tries) < 64
+
+
+def test_nothing_is_left_on_the_cluster_afterwards(client):
+    list(run_bounded(client, fail_thrice, range(20), attempts=1))
+    deadline = time.monotonic() + 20
+    while client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.tasks)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def sleep_for_long(number):
+    time.sleep(1.0)
+
+
+def test_a_lost_scheduler_is_an_error_and_no_endless_wait():
+    with (
+        dask.config.set({"distributed.comm.timeouts.connect": "1s", "distributed.comm.retry.count": 0}),
+        LocalCluster(
+            processes=False, n_workers=1, threads_per_worker=1, dashboard_address="127.0.0.1:0"
+        ) as cluster,
+        Client(cluster, set_as_default=False, timeout=2) as client,
+    ):
+        outcomes = run_bounded(client, sleep_for_long, range(50))
+        next(outcomes)
+        cluster.loop.add_callback(cluster.scheduler.close)
+        with pytest.raises(ClusterError, match="scheduler") as refusal:
+            list(outcomes)
+        assert "resumes" in refusal.value.remedy
