@@ -7,12 +7,13 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
+from rich.table import Table
 
 from pipeline.errors import FlareFieldError, MisuseError
 from pipeline.provenance import flarefield_version
@@ -247,11 +248,30 @@ def train_command(
     ] = None,
 ) -> None:
     """Train a network on a grid, score it on held-out simulations, and save it as a model."""
-    from pipeline.train_job import describe, train
+    from pipeline.train_job import train
 
     record = train(grid, model, recipe=recipe, seed=seed, epochs=epochs, call=_call())
-    _say(describe(record["metrics"]))
+    console.print(_scores(record["metrics"]))
     _say(f"{model}: written")
+
+
+def _scores(metrics: dict[str, Any]) -> Table:
+    """Table of a network's scores on held-out simulations."""
+    first, last = metrics["all"]["heights"]
+    table = Table(title=f"Held-out simulations, {first} to {last} Mm")
+    for heading in ("examples", "quantity", "error / climatology's", "correlation", "50 %", "68 %", "90 %"):
+        table.add_column(heading, justify="left" if heading in ("examples", "quantity") else "right")
+    for group in ("all", "emission"):
+        for name, score in metrics.get(group, {}).items():
+            if isinstance(score, dict):
+                table.add_row(
+                    f"{group} ({metrics[group]['examples']})",
+                    name.replace("_", " "),
+                    f"{score['error_ratio']:.2f}",
+                    f"{score['correlation']:.2f}",
+                    *(f"{100 * share:.0f} %" for share in score["coverage"].values()),
+                )
+    return table
 
 
 @app.command(
