@@ -54,6 +54,7 @@ def test_round_trip(file, cube):
     assert scan.shape == cube.shape[1:]
     assert scan.units == "DN"
     assert u.Unit(scan.units) == u.DN
+    assert scan.saturation == 32767
     np.testing.assert_array_equal(scan.wavelength, WAVELENGTH_HALPHA)
     np.testing.assert_array_equal(open_intensity(scan), cube)
     assert pickle.loads(pickle.dumps(scan)) == scan
@@ -71,7 +72,9 @@ def test_scaled_integers_are_unscaled(file, cube):
     scaled = raw.replace(b"SOLARNET=                  0.5", b"BSCALE  =                  0.5")
     assert scaled != raw
     file.write_bytes(scaled)
-    np.testing.assert_array_equal(open_intensity(read_scans(file)[0]), cube * 0.5)
+    (scan,) = read_scans(file)
+    np.testing.assert_array_equal(open_intensity(scan), cube * 0.5)
+    assert scan.saturation == 32767 / 2
 
 
 def test_headers_are_whole(file):

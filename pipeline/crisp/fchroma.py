@@ -110,10 +110,8 @@ def open_intensity(scan: Scan) -> NDArray[Any]:
         The file has changed or gone since it was described.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", AstropyWarning)
-            # memmap=None maps the file unless its numbers are scaled, which astropy cannot map.
-            data: NDArray[Any] = fits.getdata(scan.path, 0, memmap=None)
+        # memmap=None maps the file unless its numbers are scaled, which astropy cannot map.
+        data: NDArray[Any] = fits.getdata(scan.path, 0, memmap=None)
     except (OSError, VerifyError, ValueError, TypeError) as failure:
         raise InputError(
             "the file cannot be read any more",
@@ -311,6 +309,7 @@ def _describe(hdus: fits.HDUList, file: Path) -> Scan:
         wavelength=tuple(wavelength.tolist()),
         shape=(int(axes[1]), int(axes[2])),
         units=UNITS,
+        saturation=_saturation(header),
         frame=_frame(header, file),
         headers=tuple(_text(hdu.header) for hdu in hdus),
     )
@@ -371,6 +370,13 @@ def _frame(header: fits.Header, file: Path) -> Frame:
             remedy="add the cards, or leave the file out",
         )
     return Frame.from_wcs(WCS(header).celestial)
+
+
+def _saturation(header: fits.Header) -> float:
+    if header["BITPIX"] < 0:
+        return float("inf")
+    largest = 2.0 ** (header["BITPIX"] - 1) - 1.0 if header["BITPIX"] > 8 else 255.0
+    return float(header.get("BZERO", 0.0)) + float(header.get("BSCALE", 1.0)) * largest
 
 
 def _text(header: fits.Header) -> str:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import astropy.units as u
 import numpy as np
+from astropy.coordinates import get_sun
+from astropy.time import Time
 from astropy.wcs import WCS
 from numpy.typing import NDArray
 
@@ -16,6 +19,9 @@ LINES: dict[str, LineWindow] = {HALPHA.name: HALPHA, CA8542.name: CA8542}
 
 NEAR = 3.5  # Angstrom: an axis centred this near to a line is of that line (wide enough for an axis in air)
 ARCSEC_PER_DEGREE = 3600.0
+
+SOLAR_RADIUS = 695.7e6
+"""Nominal solar radius, m (IAU 2015 resolution B3, doi:10.3847/0004-6256/152/2/41)."""
 
 
 class ForeignFileError(InputError):
@@ -113,6 +119,8 @@ class Scan:
         Pixels ``(y, x)``.
     units : str
         Unit of the intensities, as astropy parses it.
+    saturation : float
+        Largest intensity that the file can hold; infinite if it has no limit.
     frame : Frame
         Where the pixels lie on the sky.
     headers : tuple of str
@@ -132,6 +140,7 @@ class Scan:
     wavelength: tuple[float, ...]
     shape: tuple[int, int]
     units: str
+    saturation: float
     frame: Frame
     headers: tuple[str, ...]
 
@@ -156,6 +165,31 @@ class Scan:
     def window(self) -> LineWindow:
         """The scan's line, with its laboratory rest wavelength in vacuum."""
         return LINES[self.line]
+
+
+def cosine_of_pointing(pointing: tuple[float, float], time: np.datetime64) -> float:
+    """Cosine of the heliocentric angle, mu, of a point on the disc as seen from the Earth.
+
+    The line of sight that leaves the disc's centre by the angle rho meets the surface at the angle whose sine
+    is D sin(rho) / R, where D is the Sun's distance at that time and R its radius.
+
+    Parameters
+    ----------
+    pointing : tuple of float
+        Helioprojective longitude and latitude, arcsec.
+    time : numpy.datetime64
+        UTC.
+
+    Returns
+    -------
+    float
+        Between 0 and 1; NaN off the disc.
+    """
+    longitude, latitude = np.deg2rad(np.asarray(pointing) / ARCSEC_PER_DEGREE)
+    away = 1.0 - (np.cos(latitude) * np.cos(longitude)) ** 2  # sin^2 of the elongation
+    distance = float(get_sun(Time(time, scale="utc")).distance.to_value(u.m))
+    squared = 1.0 - away * (distance / SOLAR_RADIUS) ** 2
+    return float(np.sqrt(squared)) if squared >= 0.0 else float("nan")
 
 
 def identify_line(wavelength: NDArray[np.float64], where: str) -> str:

@@ -1,0 +1,415 @@
+"""Where the field lies in a frame, how far one line's images are displaced from the other's, and resampling.
+
+H-alpha and Ca II of one CRISP scan are displaced by pixels although their headers agree. The shift is found
+between images formed alike in both lines (blue wing, core, red wing): first in whole pixels, by masked
+normalised cross-correlation (Padfield 2012, doi:10.1109/TIP.2011.2181402), then to a hundredth of a pixel on
+the apodised field common to both, by the upsampled matrix-multiply Fourier transform (Guizar-Sicairos et al.
+2008, doi:10.1364/OL.33.000156). Both are scikit-image's. The second stage keeps the amplitudes of the
+cross-power spectrum: whitened to pure phase it follows the photon noise instead (errors of half a pixel on
+scenes where this one's are hundredths).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import ndimage
+from scipy.fft import fftfreq, irfft2, next_fast_len, rfft2, rfftfreq
+from skimage.registration import phase_cross_correlation
+
+Image = NDArray[np.float32]
+Mask = NDArray[np.bool_]
+
+BANDS = ("blue wing", "core", "red wing")
+"""The images from which shifts are found; each is independent of the others' noise."""
+
+WING = 0.7  # wings begin at this share of the way from line centre to the nearer end of the axis
+CORE = 0.25  # and the core ends here
+
+CONFIDENT = 0.6
+"""Least confidence at which a shift is applied."""
+
+AGREEMENT = 1.0  # pixels within which two estimates agree
+LARGEST = 768  # pixels: more of a large field adds time, not accuracy
+LARGEST_SEARCH = 384  # of these, the search in whole pixels needs no more than
+LARGEST_BLOCK = 160
+FINE_BLOCKS = 96  # fields at least so wide are checked on 3 x 3 blocks, smaller ones on 2 x 2
+FILLED = 0.4  # a block counts if at least this share of it lies in the field
+OVERLAP = 0.5  # share of the field that a shift must leave in common
+SMALLEST_DETAIL = 1.0  # pixels: below is photon noise, CRISP's point spread is about two pixels wide
+LARGEST_DETAIL = 4.0  # pixels: above, the lines differ (ribbons, limb darkening)
+TAPER = 8.0  # pixels over which the common field fades out
+UPSAMPLING = 100
+
+MARGIN = 16
+"""Pixels around a block that cubic resampling needs: what lies further weighs less than 1e-8."""
+
+PAD_LEAST = 8  # pixels of the frame's edge that must be of one spectrum for it to be a pad
+PAD_SHARE = 0.005  # or this share of the edge
+
+
+@dataclass(frozen=True)
+class Shift:
+    """How far Ca II has to be moved to lie on H-alpha.
+
+    Attributes
+    ----------
+    y, x : float
+        Pixels. The point at ``(row, column)`` of H-alpha's frame is at ``(row - y, column - x)`` of Ca II's.
+    confidence : float
+        0 to 1: the share of the field's blocks that, searched on their own, give the whole field's shift to
+        a pixel, in the band where most do; 0 where two bands each convince and contradict one another.
+        Blocks see different parts of the Sun, so that neither chance nor a structure that the lines do not
+        share makes them agree: unrelated images score 0.
+    """
+
+    y: float
+    x: float
+    confidence: float
+
+    @property
+    def applied(self) -> bool:
+        """Whether the shift is trusted enough to be applied."""
+        return self.confidence >= CONFIDENT
+
+
+def field_of_view(cube: NDArray[np.generic]) -> Mask:
+    """Pixels of a frame that show the Sun, not the pad around a rotated field.
+
+    The pad is the region at the frame's edge that has one and the same spectrum. A pixel of the Sun that
+    happens to have the pad's value at some wavelengths, or that is surrounded by the Sun, is not pad; nor is
+    an area of zeros inside the field.
+
+    Parameters
+    ----------
+    cube : ndarray, shape (wavelength, y, x)
+        Intensities; NaN is a value like others here.
+
+    Returns
+    -------
+    ndarray of bool, shape (y, x)
+        True inside the field; everywhere if there is no pad.
+    """
+    edge = np.zeros(cube.shape[1:], dtype=np.bool_)
+    edge[[0, -1], :] = True
+    edge[:, [0, -1]] = True
+    # Infinity stands for NaN, which is equal to nothing, while candidates for the pad's spectrum are counted.
+    spectra = np.nan_to_num(np.asarray(cube[:, edge], dtype=np.float64).T, nan=np.inf)
+    values, counts = np.unique(spectra, axis=0, return_counts=True)
+    if counts.max() < max(PAD_LEAST, PAD_SHARE * len(spectra)):
+        return np.ones(cube.shape[1:], dtype=np.bool_)
+    constant = np.ones(cube.shape[1:], dtype=np.bool_)
+    for image, value in zip(cube, values[counts.argmax()], strict=True):
+        constant &= np.isnan(image) if np.isinf(value) else image == value
+    labels, _ = ndimage.label(constant)
+    touching = np.unique(labels[edge & constant])
+    return np.asarray(~np.isin(labels, touching), dtype=np.bool_)
+
+
+def band_images(cube: NDArray[np.generic], wavelength: ArrayLike, rest_wavelength: float) -> dict[str, Image]:
+    """Images in `BANDS`: means over the same shares of a line's range, whichever the line.
+
+    Parameters
+    ----------
+    cube : ndarray, shape (wavelength, y, x)
+        Intensities of one line.
+    wavelength : array_like, shape (wavelength,)
+        Angstrom, increasing.
+    rest_wavelength : float
+        Of the line, Angstrom; inside the axis.
+
+    Returns
+    -------
+    dict of str to ndarray, shape (y, x)
+    """
+    offset = np.asarray(wavelength, dtype=np.float64) - rest_wavelength
+    reach = min(-offset[0], offset[-1])
+    chosen = (
+        offset <= -WING * reach,
+        np.abs(offset) <= max(CORE * reach, np.abs(offset).min()),
+        offset >= WING * reach,
+    )
+    return {
+        band: np.mean(cube[points], axis=0, dtype=np.float32)
+        for band, points in zip(BANDS, chosen, strict=True)
+    }
+
+
+def find_shift(
+    halpha: NDArray[np.generic],
+    ca8542: NDArray[np.generic],
+    wavelengths: tuple[ArrayLike, ArrayLike],
+    rest_wavelengths: tuple[float, float],
+    fields: tuple[Mask, Mask],
+) -> Shift:
+    """Find the shift that brings Ca II onto H-alpha.
+
+    Parameters
+    ----------
+    halpha, ca8542 : ndarray, shape (wavelength, y, x)
+        One scan of each line, frames of one size; may be memory-mapped, of a large frame the middle is read.
+    wavelengths : tuple of array_like
+        Wavelength axis of each line, Angstrom.
+    rest_wavelengths : tuple of float
+        Rest wavelength of each line, Angstrom.
+    fields : tuple of ndarray of bool, shape (y, x)
+        Field of view of each line in its own frame.
+
+    Returns
+    -------
+    Shift
+        The mean over the bands that convince, weighted by how well the images correlate; of the best band
+        if none does.
+    """
+    middle = _middle(fields[0] & fields[1], LARGEST)
+    bands = [
+        band_images(cube[:, *middle], wavelength, rest)
+        for cube, wavelength, rest in zip((halpha, ca8542), wavelengths, rest_wavelengths, strict=True)
+    ]
+    found = []
+    for band in BANDS:
+        images, masks = [], []
+        for by_band, field in zip(bands, fields, strict=True):
+            good = field[middle] & np.isfinite(by_band[band]) & (by_band[band] > 0)
+            # Bad pixels in the field take what their neighbours show; as holes they would break it up.
+            mask = np.asarray(ndimage.binary_fill_holes(good), dtype=np.bool_)
+            images.append(_detail(by_band[band], good, mask))
+            masks.append(mask)
+        found.append(_estimate(images[0], images[1], masks[0], masks[1]))
+    convincing = [estimate for estimate in found if estimate.confidence >= CONFIDENT]
+    if not convincing:
+        best = max(found, key=lambda estimate: (estimate.confidence, estimate.weight))
+        return Shift(float(best.shift[0]), float(best.shift[1]), best.confidence)
+    shifts = np.array([estimate.shift for estimate in convincing])
+    y, x = np.average(shifts, axis=0, weights=[estimate.weight for estimate in convincing])
+    contradiction = np.abs(shifts[:, None] - shifts[None]).max() > AGREEMENT
+    confidence = 0.0 if contradiction else max(estimate.confidence for estimate in convincing)
+    return Shift(float(y), float(x), confidence)
+
+
+def move_mask(mask: Mask, shift: Shift) -> Mask:
+    """Move a mask with its frame, to the nearest pixel; False comes in at the edges.
+
+    Parameters
+    ----------
+    mask : ndarray of bool, shape (y, x)
+        In Ca II's frame.
+    shift : Shift
+        The shift onto H-alpha.
+
+    Returns
+    -------
+    ndarray of bool, shape (y, x)
+        In H-alpha's frame.
+    """
+    moved: Mask = ndimage.shift(mask, (round(shift.y), round(shift.x)), order=0, cval=False, prefilter=False)
+    return moved
+
+
+def resample(
+    cube: NDArray[np.generic],
+    field: Mask,
+    shift: Shift,
+    rows: slice,
+    columns: slice,
+    saturation: float = np.inf,
+) -> NDArray[np.float32]:
+    """One block of Ca II in H-alpha's frame, by cubic splines that know the field's edge.
+
+    Pixels outside the field, and those that are not finite, not positive or saturated, do not take part:
+    before the splines are fitted each takes the value of its nearest good neighbour, so that nothing rings
+    and nothing spreads. A bad pixel keeps its value, at the one pixel nearest to where it belongs.
+
+    Parameters
+    ----------
+    cube : ndarray, shape (wavelength, y, x)
+        The whole scan of Ca II, perhaps memory-mapped; the block and a margin are read.
+    field : ndarray of bool, shape (y, x)
+        Ca II's field of view in its own frame.
+    shift : Shift
+        The shift onto H-alpha.
+    rows, columns : slice
+        The block in H-alpha's frame, with explicit start and stop.
+    saturation : float
+        Intensity from which a pixel is saturated.
+
+    Returns
+    -------
+    ndarray of float32, shape (wavelength, rows, columns)
+        NaN outside of the moved field.
+    """
+    whole = (round(shift.y), round(shift.x))
+    sources, margins = [], []
+    for span, step, size in zip((rows, columns), whole, field.shape, strict=True):
+        first = span.start - step - MARGIN
+        wanted = first + np.arange(next_fast_len(span.stop - span.start + 2 * MARGIN, real=True))
+        # Beyond the frame its edge is repeated; those pixels are outside of the field in any case.
+        sources.append(np.clip(wanted, 0, size - 1))
+        margins.append((wanted >= 0) & (wanted < size))
+    inside = field[np.ix_(*sources)] & np.logical_and.outer(*margins)
+    middle = tuple(slice(MARGIN, MARGIN + span.stop - span.start) for span in (rows, columns))
+    block = np.full((len(cube), *inside[middle].shape), np.nan, dtype=np.float32)
+    if not inside[middle].any():
+        return block
+    transfer = np.multiply.outer(
+        _spline_transfer(fftfreq(len(sources[0])), shift.y - whole[0]),
+        _spline_transfer(rfftfreq(len(sources[1])), shift.x - whole[1]),
+    )
+    usual = _nearest(inside)
+    box = tuple(slice(int(source[0]), int(source[-1]) + 1) for source in sources)
+    within = np.ix_(*(source - source[0] for source in sources))
+    for image, out in zip(cube, block, strict=True):
+        plane = np.asarray(image[box], dtype=np.float64)[within]
+        good = inside & np.isfinite(plane) & (plane > 0) & (plane < saturation)
+        moved = plane
+        if good.any():
+            nearest = usual if np.array_equal(good, inside) else _nearest(good)
+            moved = irfft2(rfft2(plane[nearest]) * transfer, s=plane.shape)
+        out[:] = np.where(inside, np.where(good, moved, plane), np.nan)[middle]
+    return block
+
+
+@dataclass(frozen=True)
+class _Estimate:
+    """The shift between the images of one band, the blocks' agreement with it, and its weight."""
+
+    shift: NDArray[np.float64]
+    confidence: float
+    weight: float
+
+
+def _estimate(reference: Image, moving: Image, reference_mask: Mask, moving_mask: Mask) -> _Estimate:
+    common = reference_mask & moving_mask
+    if not common.any():
+        return _Estimate(np.zeros(2), 0.0, 0.0)
+    search = _middle(common, LARGEST_SEARCH)
+    steps = _whole_pixels(reference[search], moving[search], reference_mask[search], moving_mask[search])
+    if steps is None:
+        return _Estimate(np.zeros(2), 0.0, 0.0)
+    overlap = reference_mask & ndimage.shift(moving_mask, steps, order=0, prefilter=False)
+    if not overlap.any():
+        return _Estimate(steps, 0.0, 0.0)
+    window = np.square(np.sin(0.5 * np.pi * np.minimum(_depth(overlap) / TAPER, 1.0))).astype(np.float32)
+    shift = np.array(steps)
+    # The window stays in place and pulls the result towards no shift: the second time there is none left.
+    for order in (0, 3):
+        moved = ndimage.shift(moving, shift, order=order)
+        apodised = [(image - np.average(image, weights=window)) * window for image in (reference, moved)]
+        if not all(image.any() for image in apodised):
+            return _Estimate(shift, 0.0, 0.0)
+        fraction, _, _ = phase_cross_correlation(*apodised, upsample_factor=UPSAMPLING, normalization=None)
+        shift = shift + fraction
+    power = [float(np.sum(image * image, dtype=np.float64)) for image in apodised]
+    correlation = float(np.sum(apodised[0] * apodised[1], dtype=np.float64)) / np.sqrt(power[0] * power[1])
+    # Inverse variance of a shift found from images of which this share of the variance is common.
+    weight = correlation**2 / max(1.0 - correlation**2, 1e-6)
+    return _Estimate(shift, _agreement(reference, moving, reference_mask, moving_mask, shift), weight)
+
+
+def _agreement(
+    reference: Image, moving: Image, reference_mask: Mask, moving_mask: Mask, shift: NDArray[np.float64]
+) -> float:
+    """Share of the common field's blocks that give the same shift when searched on their own."""
+    common = reference_mask & moving_mask
+    rows, columns = (np.flatnonzero(common.any(axis=axis)) for axis in (1, 0))
+    count = 3 if min(np.ptp(rows), np.ptp(columns)) + 1 >= FINE_BLOCKS else 2
+    edges = [np.linspace(line[0], line[-1] + 1, count + 1).astype(int) for line in (rows, columns)]
+    votes = []
+    for top, bottom in zip(edges[0][:-1], edges[0][1:], strict=True):
+        for left, right in zip(edges[1][:-1], edges[1][1:], strict=True):
+            block = (slice(top, bottom), slice(left, right))
+            if common[block].size == 0 or common[block].mean() < FILLED:
+                continue
+            inner = _centre(block, LARGEST_BLOCK)
+            found = _whole_pixels(reference[inner], moving[inner], reference_mask[inner], moving_mask[inner])
+            votes.append(found is not None and np.abs(found - shift).max() <= AGREEMENT)
+    return float(np.mean(votes)) if len(votes) > 2 else 0.0
+
+
+def _whole_pixels(
+    reference: Image, moving: Image, reference_mask: Mask, moving_mask: Mask
+) -> NDArray[np.float64] | None:
+    """Shift in whole pixels; None for images without any structure."""
+    if not (reference[reference_mask].any() and moving[moving_mask].any()):
+        return None
+    shift, _, _ = phase_cross_correlation(
+        reference,
+        moving,
+        reference_mask=reference_mask,
+        moving_mask=moving_mask,
+        overlap_ratio=OVERLAP,
+    )
+    return np.rint(np.asarray(shift, dtype=np.float64))
+
+
+def _detail(image: Image, good: Mask, mask: Mask) -> Image:
+    """Contrast of structures between `SMALLEST_DETAIL` and `LARGEST_DETAIL`, zero outside of the mask.
+
+    Where the contrast is larger than usual it is divided by its local strength: ribbons, which are of
+    different width in the two lines, count no more than granules.
+    """
+    if not good.any():
+        return np.zeros_like(image)
+    level = np.where(good, image / np.median(image[good]) - 1.0, 0.0).astype(np.float32)
+    details = _smooth(level, good, SMALLEST_DETAIL) - _smooth(level, good, LARGEST_DETAIL)
+    contrast = np.where(mask, details, np.float32(0.0))
+    strength = np.sqrt(_smooth(contrast * contrast, mask, LARGEST_DETAIL))
+    usual = np.sqrt(np.mean(np.square(contrast[mask]), dtype=np.float64))
+    limited = contrast / np.maximum(np.maximum(strength, usual), np.finfo(np.float32).tiny)
+    return np.asarray(limited, dtype=np.float32)
+
+
+def _smooth(image: Image, mask: Mask, width: float) -> Image:
+    """Gaussian mean over a mask; outside of it too, as far as its neighbourhood reaches."""
+    weight = ndimage.gaussian_filter(mask.astype(np.float32), width, mode="constant")
+    total = ndimage.gaussian_filter(np.where(mask, image, np.float32(0.0)), width, mode="constant")
+    return np.asarray(total / np.maximum(weight, np.finfo(np.float32).tiny), dtype=np.float32)
+
+
+def _depth(mask: Mask) -> NDArray[np.float64]:
+    """Distance of each pixel of a mask from the outside; beyond the frame is outside."""
+    depth: NDArray[np.float64] = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
+    return depth
+
+
+def _middle(mask: Mask, largest: int) -> tuple[slice, slice]:
+    """Return the box around a mask; of a large one its middle."""
+    if not mask.any():
+        return (slice(0, mask.shape[0]), slice(0, mask.shape[1]))
+    spans = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+    return _centre(tuple(slice(int(span[0]), int(span[-1]) + 1) for span in spans), largest)
+
+
+def _centre(box: tuple[slice, ...], largest: int) -> tuple[slice, slice]:
+    rows, columns = (
+        slice(
+            start := span.start + max(0, span.stop - span.start - largest) // 2,
+            min(span.stop, start + largest),
+        )
+        for span in box
+    )
+    return rows, columns
+
+
+def _nearest(good: Mask) -> tuple[NDArray[np.intp], ...]:
+    """Index of the nearest good pixel, for every pixel."""
+    indices = ndimage.distance_transform_edt(~good, return_distances=False, return_indices=True)
+    return tuple(indices)
+
+
+def _spline_transfer(frequency: NDArray[np.float64], displacement: float) -> NDArray[np.complex128]:
+    """Cubic spline interpolation at minus `displacement` (half a pixel at most) as a transfer function.
+
+    The splines' coefficients and their sum at the displaced points are one multiplication in the Fourier
+    domain, five times as fast as filtering. It is periodic, which the margin hides.
+    """
+    knots = np.arange(-2, 3)
+    distance = np.abs(knots + displacement)
+    near = (4.0 - 6.0 * distance**2 + 3.0 * distance**3) / 6.0
+    far = np.maximum(2.0 - distance, 0.0) ** 3 / 6.0
+    weights = np.where(distance <= 1.0, near, far)
+    turns = 2.0 * np.pi * frequency
+    transfer: NDArray[np.complex128] = np.exp(1j * np.multiply.outer(turns, knots)) @ weights
+    return transfer / ((4.0 + 2.0 * np.cos(turns)) / 6.0)
