@@ -17,7 +17,6 @@ import math
 from collections.abc import Mapping
 from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -42,42 +41,31 @@ DEFAULT_CALIBRATION_ERROR = 0.05
 
 
 class _Step(nn.Module):
-    """One affine coupling step: the second half is scaled and shifted, given the first half and the context.
+    """One affine coupling step: some components are scaled and shifted, given the others and the context.
 
     The last layer starts at zero, so that an untrained step is the identity.
     """
 
-    def __init__(self, size: int, context: int, hidden: int, dropout: float) -> None:
+    def __init__(self, kept: int, changed: int, context: int, hidden: int, dropout: float) -> None:
         super().__init__()
-        self.kept = size // 2
-        self.changed = size - self.kept
-        self.first = nn.Linear(self.kept, hidden)
-        self.second = nn.Linear(hidden, hidden)
-        self.last = nn.Linear(hidden, 2 * self.changed)
-        self.first_context = nn.Linear(context, hidden, bias=False)
-        self.second_context = nn.Linear(context, hidden, bias=False)
+        # The hidden layers' biases come with the context.
+        self.first = nn.Linear(kept, hidden, bias=False)
+        self.second = nn.Linear(hidden, hidden, bias=False)
+        self.last = nn.Linear(hidden, 2 * changed)
+        self.first_context = nn.Linear(context, hidden)
+        self.second_context = nn.Linear(context, hidden)
         self.dropout = nn.Dropout(dropout)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
-    def _log_scale_and_shift(self, kept: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = functional.leaky_relu(self.first(kept) + self.first_context(context))
-        hidden = functional.leaky_relu(self.second(self.dropout(hidden)) + self.second_context(context))
+    def forward(self, kept: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Logarithm of the scale, and the shift, of the changed components."""
+        hidden = _product_plus(kept, self.first.weight, self.first_context(context))
+        hidden = self.dropout(functional.leaky_relu(hidden, inplace=True))
+        hidden = _product_plus(hidden, self.second.weight, self.second_context(context))
+        hidden = functional.leaky_relu(hidden, inplace=True)
         raw, shift = self.last(self.dropout(hidden)).chunk(2, dim=-1)
         return soft_clamp(raw), shift
-
-    def normalising(self, values: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Towards the latents: the values and the logarithm of the determinant."""
-        kept, changed = values[..., : self.kept], values[..., self.kept :]
-        log_scale, shift = self._log_scale_and_shift(kept, context)
-        return torch.cat((kept, changed * log_scale.exp() + shift), dim=-1), log_scale.sum(dim=-1)
-
-    def generating(self, values: Tensor, context: Tensor) -> Tensor:
-        """Away from the latents: the inverse of `normalising`."""
-        kept, changed = values[..., : self.kept], values[..., self.kept :]
-        log_scale, shift = self._log_scale_and_shift(kept, context)
-        changed = (changed - shift) * (-log_scale).exp()
-        return torch.cat((kept.expand(*changed.shape[:-1], self.kept), changed), dim=-1)
 
 
 class ConditionalNetwork(nn.Module):
@@ -155,12 +143,12 @@ class ConditionalNetwork(nn.Module):
         self.guess = nn.Linear(context, 2 * components)
         nn.init.zeros_(self.guess.weight)
         nn.init.zeros_(self.guess.bias)
-        self.steps = nn.ModuleList(_Step(components, context, hidden, dropout) for _ in range(steps))
-        for index in range(steps):
-            # Halves are exchanged and mixed between steps by fixed permutations.
-            order = np.random.RandomState(index).permutation(components)
-            self.register_buffer(f"order_{index}", torch.from_numpy(order))
-            self.register_buffer(f"restore_{index}", torch.from_numpy(np.argsort(order)))
+        # Even components change given the odd ones, then the odd ones given the even, and so on.
+        halves = ((components + 1) // 2, components // 2)
+        self.steps = nn.ModuleList(
+            _Step(halves[index % 2], halves[1 - index % 2], context, hidden, dropout)
+            for index in range(steps)
+        )
         self.register_buffer("atmosphere_mean", torch.zeros(size))
         self.register_buffer("atmosphere_scale", torch.ones(size))
         self.register_buffer("rotation", torch.eye(size))
@@ -296,14 +284,6 @@ class ConditionalNetwork(nn.Module):
         mean, raw = self.guess(context).chunk(2, dim=-1)
         return mean, 3.0 * torch.tanh(raw / 3.0)
 
-    def _step(self, index: int) -> _Step:
-        step = self.steps[index]
-        assert isinstance(step, _Step)
-        return step
-
-    def _order(self, index: int) -> tuple[Tensor, Tensor]:
-        return getattr(self, f"order_{index}"), getattr(self, f"restore_{index}")
-
     def normalise_components(self, leading: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """Latents of leading components, and the logarithm of the Jacobian determinant.
 
@@ -321,18 +301,23 @@ class ConditionalNetwork(nn.Module):
         mean, log_spread = self._guess(context)
         values = (leading - mean) * (-log_spread).exp()
         log_determinant = -log_spread.sum(dim=-1)
-        for index in range(len(self.steps)):
-            values, log_scale = self._step(index).normalising(values[..., self._order(index)[0]], context)
-            log_determinant = log_determinant + log_scale
-        return values, log_determinant
+        halves = [values[..., 0::2], values[..., 1::2]]
+        for index, step in enumerate(self.steps):
+            kept, changed = index % 2, 1 - index % 2
+            log_scale, shift = step(halves[kept], context)
+            halves[changed] = halves[changed] * log_scale.exp() + shift
+            log_determinant = log_determinant + log_scale.sum(dim=-1)
+        return _interleave(halves), log_determinant
 
     def generate_components(self, latent: Tensor, context: Tensor) -> Tensor:
         """Leading components from latents: the inverse of `normalise_components`."""
-        values = latent
+        halves = [latent[..., 0::2], latent[..., 1::2]]
         for index in reversed(range(len(self.steps))):
-            values = self._step(index).generating(values, context)[..., self._order(index)[1]]
+            kept, changed = index % 2, 1 - index % 2
+            log_scale, shift = self.steps[index](halves[kept], context)
+            halves[changed] = (halves[changed] - shift) * log_scale.neg().exp()
         mean, log_spread = self._guess(context)
-        return values * log_spread.exp() + mean
+        return _interleave(halves) * log_spread.exp() + mean
 
     def components_log_prob(self, leading: Tensor, context: Tensor) -> Tensor:
         """Logarithm of the density of leading components (..., components) given the context: shape (...)."""
@@ -439,6 +424,28 @@ class ConditionalNetwork(nn.Module):
         # The rotation leaves volumes as they are.
         volume = self.atmosphere_scale.log().sum() + self.component_scale.log().sum()
         return leading + others - volume
+
+
+def _product_plus(values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Values times weights, plus a bias that is the context's: one for each pixel.
+
+    With draws (pixels or 1, draws, n) the product and the sum are one operation, and each pixel's product is
+    its own: nearly twice as fast as one large product with the sum after it, measured, and a pixel's numbers
+    do not depend on where in a batch it stands.
+    """
+    if values.ndim < 3:
+        return functional.linear(values, weight) + bias
+    pixels, draws = bias.shape[0], values.shape[1]
+    return torch.baddbmm(bias, values.expand(pixels, draws, -1), weight.T.expand(pixels, -1, -1))
+
+
+def _interleave(halves: list[Tensor]) -> Tensor:
+    """Even and odd components back in one vector."""
+    even, odd = halves
+    joined = even.new_empty((*(even[..., 0] + odd[..., 0]).shape, even.shape[-1] + odd.shape[-1]))
+    joined[..., 0::2] = even
+    joined[..., 1::2] = odd
+    return joined
 
 
 def _log_normal(values: Tensor) -> Tensor:

@@ -62,7 +62,13 @@ class Recipe:
     novelty_components: int = 12
 
 
-RECIPES: dict[str, Recipe] = {"conditional": Recipe()}
+RECIPES: dict[str, Recipe] = {
+    "conditional": Recipe(
+        architecture={"components": 32, "dropout": 0.1},
+        flow_schedule=Schedule(epochs=40, steps=100),
+        emulator_schedule=Schedule(epochs=60, steps=100, weight_decay=1e-3),
+    )
+}
 """The recipes that `flarefield train --recipe` takes."""
 
 
