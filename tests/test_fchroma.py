@@ -267,6 +267,7 @@ def test_real_files(name):
     assert scan.frame.reference_value == pytest.approx((-729.82, -313.43), abs=0.01)
 
 
+@pytest.mark.filterwarnings("ignore::astropy.utils.exceptions.AstropyUserWarning")
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damage_gives_typed_errors_only(tmp_path, file, cube, data):

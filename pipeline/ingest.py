@@ -1,0 +1,686 @@
+"""From CRISP scans to an observation store: pair in time, mask the pad, bring Ca II onto H-alpha, write.
+
+One task handles one pair of scans and writes one time of the store, so that the series is never in memory:
+a task maps its two files and goes through them shard by shard. The store is made beside its final name, and
+renamed when it is whole; a journal says which times are done, so that the same command resumes what was
+interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import zarr
+from distributed import Client
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+
+from inn.layout import LineWindow
+from pipeline.crisp import LINES, Scan, find_scans, open_intensity
+from pipeline.driver import Outcome, run_bounded
+from pipeline.errors import FlareFieldError, InputError, MisuseError, StoreError
+from pipeline.journal import Journal, journal_path, lock, out_of_space, sync_directory
+from pipeline.observation import SHARD, finish, is_observation, lay_out
+from pipeline.progress import Progress
+from pipeline.provenance import flarefield_version, provenance, sha256_file
+from pipeline.registration import (
+    BANDS,
+    CONFIDENT,
+    Mask,
+    Shift,
+    field_of_view,
+    find_shift,
+    move_mask,
+    resample,
+)
+from pipeline.spectra import shortfall
+
+logger = logging.getLogger("flarefield")
+
+KERNEL = 1
+"""Version of what an observation's numbers depend on in this package; raised whenever they change."""
+
+TOLERANCE = 15.0
+"""Seconds between the scans of a pair at most, by default: the paper's series has a cadence of 11.5."""
+
+SAME_WAVELENGTH = 1e-3  # Angstrom by which the axes of a series may differ
+SAME_SCALE = 1e-3  # relative difference of pixel sizes, and difference of rotation matrices
+AIR_INDEX = 1.000275  # of refraction, at both lines to a hundredth of an Angstrom
+LISTED = 10  # files that an error names one by one
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two scans of one time."""
+
+    halpha: Scan
+    ca8542: Scan
+
+
+@dataclass(frozen=True)
+class PairTask:
+    """What a worker needs to write one time of a store."""
+
+    store: str
+    time: int
+    pair: Pair
+
+
+@dataclass(frozen=True)
+class IngestReport:
+    """What an ingest did.
+
+    Attributes
+    ----------
+    path : Path
+        The observation store.
+    pairs : tuple of Pair
+        The scans of each time.
+    shifts : tuple of Shift
+        Displacement of Ca II at each time; empty if nothing had to be done.
+    unpaired : tuple of Scan
+        Scans without a partner.
+    passed_over : tuple of str
+        Files of given directories that are not scans.
+    resumed : int
+        Times that an earlier run had finished.
+    complete_before : bool
+        The store was there already, made from the same files: nothing was done.
+    """
+
+    path: Path
+    pairs: tuple[Pair, ...]
+    shifts: tuple[Shift, ...]
+    unpaired: tuple[Scan, ...]
+    passed_over: tuple[str, ...]
+    resumed: int = 0
+    complete_before: bool = False
+
+    def summary(self) -> str:
+        """Say it in a few lines."""
+        rows, columns = self.pairs[0].halpha.shape
+        first, last = (np.datetime_as_string(self.pairs[end].halpha.time, unit="s") for end in (0, -1))
+        span = first if len(self.pairs) == 1 else f"{first} to {last}"
+        lines = [f"{self.path}: {len(self.pairs)} x {rows} x {columns} pixels (time, y, x), {span} UTC"]
+        if self.complete_before:
+            lines.append("  complete already, made from the same files: nothing to do")
+        if self.shifts:
+            applied = [shift for shift in self.shifts if shift.applied]
+            text = f"  Ca II moved onto H-alpha in {len(applied)} of {len(self.shifts)} scans"
+            if applied:
+                y, x = np.median([(shift.y, shift.x) for shift in applied], axis=0)
+                text += f", by ({y:+.2f}, {x:+.2f}) pixels (y, x) in the median"
+            if len(applied) < len(self.shifts):
+                text += "; elsewhere its displacement is not certain (`shift_confidence`) and it stays"
+            lines.append(text)
+        if self.unpaired:
+            lines.append(f"  {len(self.unpaired)} scans without a partner left out (attribute `unpaired`)")
+        if self.passed_over:
+            lines.append(f"  {len(self.passed_over)} other files passed over")
+        return "\n".join(lines)
+
+
+def ingest(
+    sources: Sequence[str | Path],
+    output: str | Path,
+    *,
+    client: Client | None = None,
+    call: str,
+    tolerance: float = TOLERANCE,
+    overwrite: bool = False,
+) -> IngestReport:
+    """Make an observation store from CRISP scans of both lines.
+
+    H-alpha stays as it is; Ca II is moved onto it where the displacement is found with confidence, and stays
+    as it is where not (``shift_applied``). Nothing is cropped; ``valid`` says where both lines see the Sun.
+
+    Parameters
+    ----------
+    sources : sequence of str or Path
+        Files, directories and patterns, in any order; scans are known by their content.
+    output : str or Path
+        The store. If it was made from the same files nothing is done; an interrupted ingest is resumed.
+    client : distributed.Client, optional
+        The cluster; without one the work is done in this process.
+    call : str
+        The command line or Python call, for the record.
+    tolerance : float
+        Seconds between the mean times of a pair at most.
+    overwrite : bool
+        Replace an observation made from other files. Anything else than an observation is never replaced.
+
+    Returns
+    -------
+    IngestReport
+
+    Raises
+    ------
+    InputError
+        Scans cannot be used, do not fit together, or are of one line only.
+    MisuseError
+        The output exists and is something else.
+    StoreError
+        There is no space left. What is finished is kept for the next run.
+    """
+    output = Path(output).absolute()
+    _check_output(output)
+    scans, refusals = find_scans(sources)
+    passed_over = tuple(f"{refusal.where}: {refusal.problem}" for refusal in refusals)
+    if not scans:
+        raise InputError(
+            "no scans found",
+            where=", ".join(str(source) for source in sources),
+            found="\n    ".join(["", *passed_over[:LISTED]]) if passed_over else "no FITS files",
+            expected="CRISP scans in H-alpha and Ca II 8542",
+            remedy="check the names",
+        )
+    pairs, unpaired = pair_scans(scans, tolerance)
+    _check_alike(pairs)
+    for scan in unpaired:
+        logger.warning("%s: %s has no partner within %g s, left out", scan.path, _label(scan), tolerance)
+    for text in passed_over:
+        logger.warning("%s, passed over", text)
+    with lock(output):
+        if output.exists() and not overwrite:
+            _check_same(output, pairs, tolerance, client)
+            journal_path(output).unlink(missing_ok=True)
+            return IngestReport(output, pairs, (), unpaired, passed_over, complete_before=True)
+        try:
+            return _make(output, pairs, unpaired, passed_over, client, call, tolerance)
+        except OSError as failure:
+            if (refusal := out_of_space(failure, output)) is not None:
+                raise refusal from failure
+            raise
+
+
+def pair_scans(scans: Sequence[Scan], tolerance: float) -> tuple[tuple[Pair, ...], tuple[Scan, ...]]:
+    """Pair scans of the two lines by their mean times.
+
+    As many pairs are made as the tolerance allows, and of those choices the one with the smallest total of
+    time differences: each scan belongs to one pair at most.
+
+    Parameters
+    ----------
+    scans : sequence of Scan
+        Of both lines, in any order.
+    tolerance : float
+        Seconds between the scans of a pair at most.
+
+    Returns
+    -------
+    pairs : tuple of Pair
+        In order of H-alpha's times.
+    unpaired : tuple of Scan
+
+    Raises
+    ------
+    InputError
+        A line is missing, a scan is there twice, or nothing fits within the tolerance.
+    """
+    by_line = {
+        line: sorted((scan for scan in scans if scan.line == line), key=lambda scan: scan.time)
+        for line in LINES
+    }
+    for line, of_line in by_line.items():
+        if not of_line:
+            raise InputError(
+                f"only one line is given: there is no {line} scan",
+                found=f"{len(scans)} scans, the first {scans[0].path}" if scans else "no scans",
+                expected="scans of both H-alpha 6563 and Ca II 8542",
+                remedy="give the files of both lines",
+            )
+        for earlier, later in itertools.pairwise(of_line):
+            if earlier.time == later.time:
+                raise InputError(
+                    "two files hold the same scan",
+                    where=later.path,
+                    found=f"{_label(later)}, as {earlier.path}",
+                    remedy="leave one of them out",
+                )
+    halpha, ca8542 = by_line["halpha"], by_line["ca8542"]
+    apart = np.abs(
+        np.subtract.outer(np.array([scan.time for scan in halpha]), np.array([scan.time for scan in ca8542]))
+        / np.timedelta64(1, "s")
+    )
+    # No sum of allowed differences reaches the price of one that is not allowed.
+    forbidden = (tolerance + 1.0) * (min(apart.shape) + 1)
+    first, second = linear_sum_assignment(np.where(apart <= tolerance, apart, forbidden))
+    chosen = [(i, j) for i, j in zip(first, second, strict=True) if apart[i, j] <= tolerance]
+    if not chosen:
+        raise InputError(
+            "no scans of the two lines belong together",
+            found=f"the nearest are {apart.min():.1f} s apart",
+            expected=f"{tolerance:g} s or less",
+            remedy="give scans of the same time, or a larger --tolerance",
+        )
+    pairs = tuple(Pair(halpha[i], ca8542[j]) for i, j in chosen)
+    taken = {scan.path for pair in pairs for scan in (pair.halpha, pair.ca8542)}
+    return pairs, tuple(scan for scan in (*halpha, *ca8542) if scan.path not in taken)
+
+
+def ingest_pair(task: PairTask) -> dict[str, Any]:
+    """Write one time of an observation store: what a worker does.
+
+    Parameters
+    ----------
+    task : PairTask
+        The scans and their place.
+
+    Returns
+    -------
+    dict
+        The journal's record: displacement, confidence, and the SHA-256 of both files.
+
+    Raises
+    ------
+    InputError
+        A file cannot be read, or holds nothing.
+    StoreError
+        There is no space left.
+    """
+    pair = task.pair
+    cubes = (open_intensity(pair.halpha), open_intensity(pair.ca8542))
+    fields = (field_of_view(cubes[0]), field_of_view(cubes[1]))
+    shift = find_shift(
+        cubes[0],
+        cubes[1],
+        (pair.halpha.wavelength, pair.ca8542.wavelength),
+        (pair.halpha.window.rest_wavelength, pair.ca8542.window.rest_wavelength),
+        fields,
+    )
+    try:
+        _write(task, cubes, fields, shift)
+        for name in (*LINES, "valid"):
+            _bring_to_disk(Path(task.store, name, "c", str(task.time)))
+    except OSError as failure:
+        if (refusal := out_of_space(failure, task.store)) is not None:
+            raise refusal from failure
+        raise
+    return {
+        "time": task.time,
+        "shift_y": shift.y,
+        "shift_x": shift.x,
+        "confidence": shift.confidence,
+        "sha256": {scan.path: sha256_file(scan.path) for scan in (pair.halpha, pair.ca8542)},
+    }
+
+
+def _write(
+    task: PairTask, cubes: tuple[NDArray[Any], NDArray[Any]], fields: tuple[Mask, Mask], shift: Shift
+) -> None:
+    pair = task.pair
+    # Where the displacement is not known Ca II stays as it is: a shift of zero resamples nothing.
+    moved = shift if shift.applied else Shift(0.0, 0.0, shift.confidence)
+    group = zarr.open_group(task.store, mode="r+", use_consolidated=False)
+    halpha, ca8542, valid = (_array(group, name) for name in (*LINES, "valid"))
+    overlap = fields[0] & move_mask(fields[1], moved)
+    usable = dict.fromkeys(LINES, False)
+    rows, columns = pair.halpha.shape
+    for top in range(0, rows, SHARD):
+        for left in range(0, columns, SHARD):
+            y, x = slice(top, min(top + SHARD, rows)), slice(left, min(left + SHARD, columns))
+            own = _as_it_is(cubes[0], fields[0], y, x)
+            if shift.applied:
+                other = resample(cubes[1], fields[1], shift, y, x, pair.ca8542.saturation)
+            else:
+                other = _as_it_is(cubes[1], fields[1], y, x)
+            for array, block, scan in ((halpha, own, pair.halpha), (ca8542, other, pair.ca8542)):
+                with np.errstate(invalid="ignore"):
+                    usable[scan.line] |= bool(np.any(np.isfinite(block) & (block > 0)))
+                array[task.time, y, x] = np.moveaxis(block, 0, -1)
+            valid[task.time, y, x] = overlap[y, x]
+    for scan in (pair.halpha, pair.ca8542):
+        if not usable[scan.line]:
+            raise InputError(
+                "the scan holds no intensities",
+                where=scan.path,
+                found="nothing but zeros, values that are not finite, or one constant value",
+                expected="positive intensities",
+                remedy="fetch the file again, or leave the scan out",
+            )
+    if not overlap.any():
+        raise InputError(
+            "the fields of the two lines have no pixel in common",
+            where=pair.halpha.path,
+            found=f"as {pair.ca8542.path}",
+            remedy="leave both scans out",
+        )
+
+
+def _as_it_is(cube: NDArray[Any], field: Mask, rows: slice, columns: slice) -> NDArray[np.float32]:
+    return np.where(field[rows, columns], cube[:, rows, columns].astype(np.float32), np.float32(np.nan))
+
+
+def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
+    array = group[name]
+    assert isinstance(array, zarr.Array)
+    return array
+
+
+def _bring_to_disk(folder: Path) -> None:
+    """Before the journal says that a time is done its files have to survive a crash of the machine."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def _make(
+    output: Path,
+    pairs: tuple[Pair, ...],
+    unpaired: tuple[Scan, ...],
+    passed_over: tuple[str, ...],
+    client: Client | None,
+    call: str,
+    tolerance: float,
+) -> IngestReport:
+    fingerprint = _fingerprint(pairs, tolerance)
+    run = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:12]
+    # A worker that outlives a killed run of other files writes to that run's own store.
+    store = output.with_name(f"{output.name}.partial-{run}")
+    with _begin(output, store, run, fingerprint, pairs) as journal:
+        done = {record["time"]: record for record in journal.records() if "time" in record}
+        resumed = len(done)
+        waiting = (
+            PairTask(str(store), time, _light(pair)) for time, pair in enumerate(pairs) if time not in done
+        )
+        failures: list[tuple[Pair, BaseException]] = []
+        with Progress("ingesting", len(pairs), "scan pairs", done=resumed) as progress:
+            for outcome in _run(client, ingest_pair, waiting):
+                if isinstance(outcome.error, StoreError):
+                    raise outcome.error
+                if outcome.result is None:
+                    assert outcome.error is not None
+                    failures.append((pairs[outcome.task.time], outcome.error))
+                    logger.error("%s: %s", outcome.task.pair.halpha.path, outcome.error)
+                else:
+                    journal.append(outcome.result)
+                    done[outcome.task.time] = outcome.result
+                progress.advance(1)
+        if failures:
+            raise _failed(failures, len(pairs))
+        records = [done[time] for time in range(len(pairs))]
+        shifts = tuple(
+            Shift(record["shift_y"], record["shift_x"], record["confidence"]) for record in records
+        )
+        for pair, shift in zip(pairs, shifts, strict=True):
+            if not shift.applied:
+                logger.warning(
+                    "%s: Ca II seems displaced by (%+.2f, %+.2f) pixels, but with a confidence of only %.2f; "
+                    "not moved",
+                    pair.halpha.path,
+                    shift.y,
+                    shift.x,
+                    shift.confidence,
+                )
+        _finish(store, shifts, records, unpaired, passed_over, call, tolerance)
+    _put_in_place(store, output)
+    journal_path(output).unlink(missing_ok=True)
+    return IngestReport(output, pairs, shifts, unpaired, passed_over, resumed)
+
+
+def _fingerprint(pairs: tuple[Pair, ...], tolerance: float) -> dict[str, Any]:
+    """Everything that decides the store's content, as far as it is known without reading the files."""
+    files = []
+    for pair in pairs:
+        for scan in (pair.halpha, pair.ca8542):
+            status = os.stat(scan.path)
+            files.append([scan.path, status.st_size, status.st_mtime_ns])
+    return {
+        "files": files,
+        "tolerance": tolerance,
+        "kernel": KERNEL,
+        "flarefield": flarefield_version(),
+        "libraries": {name: version(name) for name in ("numpy", "scipy", "scikit-image", "zarr")},
+    }
+
+
+def _begin(
+    output: Path, store: Path, run: str, fingerprint: dict[str, Any], pairs: tuple[Pair, ...]
+) -> Journal:
+    """Open the journal of an interrupted run of the same files, or lay out a new store and begin one."""
+    path = journal_path(output)
+    if path.exists() and store.is_dir():
+        try:
+            journal = Journal.open(path)
+        except StoreError:
+            logger.warning("%s: not readable, starting over", path)
+        else:
+            if journal.fingerprint == fingerprint:
+                return journal
+            journal.close()
+    for stale in output.parent.glob(f"{output.name}.partial-*"):
+        shutil.rmtree(stale)
+    path.unlink(missing_ok=True)
+    halpha, ca8542 = ([getattr(pair, line) for pair in pairs] for line in LINES)
+    lay_out(store, halpha, ca8542, {})
+    if any(np.isnan(zarr.open_array(store, path="mu", mode="r")[:])):
+        logger.warning("%s: the frame's middle is off the disc at some times; mu is not defined", output)
+    return Journal.create(path, run, fingerprint)
+
+
+def _finish(
+    store: Path,
+    shifts: tuple[Shift, ...],
+    records: list[dict[str, Any]],
+    unpaired: tuple[Scan, ...],
+    passed_over: tuple[str, ...],
+    call: str,
+    tolerance: float,
+) -> None:
+    hashes = {path: digest for record in records for path, digest in record["sha256"].items()}
+    finish(
+        store,
+        {
+            "shift_y": [shift.y for shift in shifts],
+            "shift_x": [shift.x for shift in shifts],
+            "shift_confidence": [shift.confidence for shift in shifts],
+            "shift_applied": [shift.applied for shift in shifts],
+        },
+        {
+            **provenance(call, hashes),
+            "relative_calibration": "assumed",
+            "relative_calibration_comment": "the two lines' intensities are taken as they are in the files",
+            "reference_frame": "H-alpha, not resampled; Ca II 8542 moved onto it where shift_applied",
+            "pairing_tolerance_seconds": tolerance,
+            "unpaired": [{"file": scan.path, "line": scan.line, "time": str(scan.time)} for scan in unpaired],
+            "passed_over": list(passed_over),
+            "registration": {
+                "bands": list(BANDS),
+                "least_confidence": CONFIDENT,
+                "method": "masked normalised cross-correlation, then upsampled cross-correlation",
+                "resampling": "cubic spline",
+            },
+        },
+    )
+
+
+def _put_in_place(store: Path, output: Path) -> None:
+    """Give the finished store its name; an observation that had it goes only then."""
+    old = output.with_name(f"{output.name}.old")
+    if output.exists():
+        if old.exists():
+            shutil.rmtree(old)
+        output.rename(old)
+    store.rename(output)
+    sync_directory(output.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def _failed(failures: list[tuple[Pair, BaseException]], count: int) -> FlareFieldError:
+    if len(failures) == 1 and isinstance(failures[0][1], FlareFieldError):
+        return failures[0][1]
+    listed = [
+        f"{error.where or pair.halpha.path}: {error.problem}"
+        if isinstance(error, FlareFieldError)
+        else f"{pair.halpha.path}: {type(error).__name__}: {error}"
+        for pair, error in failures[:LISTED]
+    ]
+    if len(failures) > LISTED:
+        listed.append(f"and {len(failures) - LISTED} more")
+    refusal = InputError(
+        f"{len(failures)} of {count} scan pairs failed",
+        found="\n    ".join(["", *listed]),
+        remedy="mend these files or leave them out, and run the command again",
+    )
+    refusal.__cause__ = failures[0][1]
+    return refusal
+
+
+def _run(
+    client: Client | None, function: Callable[[Task], Result], tasks: Iterable[Task]
+) -> Iterator[Outcome[Task, Result]]:
+    """Run tasks on the cluster, or here if there is none."""
+    if client is not None:
+        yield from run_bounded(client, function, tasks)
+        return
+    for task in tasks:
+        try:
+            result = function(task)
+        except Exception as error:
+            yield Outcome(task, None, error, 1)
+        else:
+            yield Outcome(task, result, None, 1)
+
+
+def _light(pair: Pair) -> Pair:
+    """Leave out the headers, which workers do not need."""
+    return Pair(dataclasses.replace(pair.halpha, headers=()), dataclasses.replace(pair.ca8542, headers=()))
+
+
+def _check_output(output: Path) -> None:
+    if not output.parent.is_dir():
+        raise MisuseError(
+            "the output's directory does not exist", where=output.parent, remedy="make it first"
+        )
+    if output.exists() and not is_observation(output):
+        raise MisuseError(
+            "the output exists and is not an observation",
+            where=output,
+            expected="a new name, or an observation store",
+            remedy="choose another name",
+        )
+
+
+def _check_same(output: Path, pairs: tuple[Pair, ...], tolerance: float, client: Client | None) -> None:
+    """Accept an existing observation only if it was made from the same files in the same way."""
+    attrs: dict[str, Any] = dict(zarr.open_group(output, mode="r").attrs.asdict())
+    recorded = list(attrs.get("made_from", {}).values())
+    paths = [scan.path for pair in pairs for scan in (pair.halpha, pair.ca8542)]
+    differs = None
+    if attrs.get("pairing_tolerance_seconds") != tolerance:
+        differs = f"made with a tolerance of {attrs.get('pairing_tolerance_seconds')} s, now {tolerance} s"
+    elif len(recorded) != len(paths):
+        differs = f"made from {len(recorded)} files, now {len(paths)}"
+    else:
+        given = []
+        for outcome in _run(client, sha256_file, paths):
+            if outcome.result is None:
+                raise InputError(
+                    "the file cannot be read", where=outcome.task, found=outcome.error
+                ) from outcome.error
+            given.append(outcome.result)
+        others = len(given) - len(set(given) & set(recorded))
+        if others:
+            differs = f"{others} of the {len(given)} files are not those that it was made from"
+    if differs:
+        raise MisuseError(
+            "the output exists and was made from other files",
+            where=output,
+            found=differs,
+            remedy="choose another name, or --overwrite to replace it",
+        )
+
+
+def _check_alike(pairs: tuple[Pair, ...]) -> None:
+    """Refuse scans that do not fit into one store, or not into the network's windows."""
+    reference = pairs[0].halpha
+    first = {"halpha": reference, "ca8542": pairs[0].ca8542}
+    for pair in pairs:
+        for scan in (pair.halpha, pair.ca8542):
+            if scan.shape != reference.shape:
+                raise InputError(
+                    "the scans are of different size",
+                    where=scan.path,
+                    found=f"{scan.shape} pixels (y, x)",
+                    expected=f"{reference.shape}, as {reference.path}",
+                    remedy="ingest scans of different size separately",
+                )
+            scale = np.abs(np.divide(scan.frame.scale, reference.frame.scale) - 1.0).max()
+            rotation = np.abs(np.subtract(scan.frame.rotation, reference.frame.rotation)).max()
+            if max(scale, rotation) > SAME_SCALE:
+                raise InputError(
+                    "the scans' pixels are of different size or orientation",
+                    where=scan.path,
+                    found=f"{scan.frame.scale} arcsec, PC {scan.frame.rotation}",
+                    expected=f"{reference.frame.scale} arcsec, PC {reference.frame.rotation}, "
+                    f"as {reference.path}",
+                    remedy="ingest them separately",
+                )
+            like = first[scan.line]
+            if len(scan.wavelength) != len(like.wavelength) or (
+                np.abs(np.subtract(scan.wavelength, like.wavelength)).max() > SAME_WAVELENGTH
+            ):
+                raise InputError(
+                    "the scans of one line have different wavelengths",
+                    where=scan.path,
+                    found=_range(scan),
+                    expected=f"{_range(like)}, as {like.path}",
+                    remedy="ingest them separately",
+                )
+            if (scan.units, scan.saturation) != (like.units, like.saturation):
+                raise InputError(
+                    "the scans of one line have different number formats",
+                    where=scan.path,
+                    found=f"{scan.units}, largest {scan.saturation:g}",
+                    expected=f"{like.units}, largest {like.saturation:g}, as {like.path}",
+                    remedy="ingest them separately",
+                )
+    for scan in first.values():
+        _check_window(scan)
+
+
+def _check_window(scan: Scan) -> None:
+    window = scan.window
+    missing = shortfall(scan.wavelength, window)
+    if missing == 0.0:
+        return
+    wanted = window.wavelengths
+    in_air = LineWindow(window.name, window.rest_wavelength / AIR_INDEX, window.half_width, window.points)
+    air = shortfall(scan.wavelength, in_air) == 0.0
+    raise InputError(
+        "the wavelengths seem to be those in air" if air else "the wavelength range is too short",
+        where=scan.path,
+        found=_range(scan),
+        expected=f"{wanted[0]:.2f} to {wanted[-1]:.2f} Angstrom in vacuum, less half a sampling step "
+        f"({missing:.2f} Angstrom are missing)",
+        remedy="convert the wavelength axis to vacuum" if air else "use scans that cover the line's window",
+    )
+
+
+def _range(scan: Scan) -> str:
+    axis = scan.wavelength
+    return f"{len(axis)} wavelengths, {axis[0]:.3f} to {axis[-1]:.3f} Angstrom"
+
+
+def _label(scan: Scan) -> str:
+    return f"{scan.line} of {np.datetime_as_string(scan.time, unit='ms')}"

@@ -1,0 +1,450 @@
+"""Observations: the schema of the observation store, how one is laid out, and how one is opened.
+
+An observation store is a Zarr v3 group that `xarray.open_zarr` reads:
+
+=================================================  ===========  ==============================================
+variable                                           dimensions   meaning
+=================================================  ===========  ==============================================
+``halpha``, ``ca8542``                             time, y, x,  intensity; NaN outside of the line's field
+                                                   wavelength_
+``valid``                                          time, y, x   both lines' fields cover the pixel
+``shift_y``, ``shift_x``                           time         pixels by which Ca II was found displaced
+``shift_confidence``                               time         0 to 1, see `pipeline.registration.Shift`
+``shift_applied``                                  time         whether Ca II was moved by that shift
+``time``, ``time_halpha``                          time         mean time of the H-alpha scan, UTC
+``time_ca8542``                                    time         mean time of the Ca II scan, UTC
+``y``, ``x``                                       y; x         offset from the reference pixel, arcsec
+``longitude``, ``latitude``                        y, x         helioprojective, at the first time, arcsec
+``pointing_longitude``, ``pointing_latitude``      time         the same of the frame's middle, at each time
+``mu``                                             time         cosine of the heliocentric angle
+``wavelength_halpha``, ``wavelength_ca8542``       themselves   vacuum wavelengths, Angstrom
+=================================================  ===========  ==============================================
+
+H-alpha's frame and time are the reference: Ca II is brought onto it. The FITS headers of every scan are in
+the ``fits_headers`` attribute of the line's variable, which the function `fits_headers` reads.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import astropy.units as u
+import numpy as np
+import xarray as xr
+import zarr
+from astropy.io import fits
+from numpy.typing import NDArray
+from zarr.codecs import BloscCodec
+
+from pipeline.crisp.scan import Scan, cosine_of_pointing
+from pipeline.errors import MisuseError, StoreError
+
+KIND = "observation"
+SCHEMA = 1
+
+SHARD = 512
+"""Pixels of a shard along y and x; one shard holds one time and the whole of a line."""
+CHUNK = 64
+"""Pixels of a chunk along y and x."""
+
+LONG_NAMES = {"halpha": "H-alpha 6563", "ca8542": "Ca II 8542"}
+HEADER_END = "\nEND\n"
+
+# Units and dimensions that every observation has; what is not listed is an addition.
+CONTRACT: Mapping[str, tuple[tuple[str, ...], str | None]] = {
+    "halpha": (("time", "y", "x", "wavelength_halpha"), None),
+    "ca8542": (("time", "y", "x", "wavelength_ca8542"), None),
+    "valid": (("time", "y", "x"), None),
+    "time": (("time",), None),
+    "time_halpha": (("time",), None),
+    "time_ca8542": (("time",), None),
+    "y": (("y",), "arcsec"),
+    "x": (("x",), "arcsec"),
+    "longitude": (("y", "x"), "arcsec"),
+    "latitude": (("y", "x"), "arcsec"),
+    "mu": (("time",), ""),
+    "wavelength_halpha": (("wavelength_halpha",), "Angstrom"),
+    "wavelength_ca8542": (("wavelength_ca8542",), "Angstrom"),
+    "shift_y": (("time",), "pixel"),
+    "shift_x": (("time",), "pixel"),
+    "shift_confidence": (("time",), ""),
+    "shift_applied": (("time",), None),
+}
+
+
+def chunks_and_shards(shape: tuple[int, int], points: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Chunks and shards of an array over time, y, x and, with `points`, wavelength.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Pixels (y, x).
+    points : int or None
+        Wavelengths, all of them in one chunk; None for an array without.
+
+    Returns
+    -------
+    chunks, shards : tuple of int
+        A field smaller than a chunk is one chunk; a shard is a whole number of chunks.
+    """
+    chunk = tuple(min(CHUNK, size) for size in shape)
+    shard = tuple(min(SHARD, -(-size // edge) * edge) for size, edge in zip(shape, chunk, strict=True))
+    spectral = () if points is None else (points,)
+    return (1, *chunk, *spectral), (1, *shard, *spectral)
+
+
+def lay_out(
+    path: Path,
+    halpha: Sequence[Scan],
+    ca8542: Sequence[Scan],
+    attrs: Mapping[str, Any],
+) -> None:
+    """Make a whole observation store with no intensities in it yet, so that tasks only fill in what exists.
+
+    Parameters
+    ----------
+    path : Path
+        Where; there must be nothing.
+    halpha, ca8542 : sequence of Scan
+        The scans of each time, in order: frames, axes and times come from them.
+    attrs : mapping
+        Attributes of the store, beside its kind.
+    """
+    template = coordinates(halpha, ca8542).assign(_empty_shifts(len(halpha)))
+    template.attrs = {"Conventions": "CF-1.11", "kind": KIND, "schema": SCHEMA, **attrs}
+    template.to_zarr(path, mode="w-", zarr_format=3, consolidated=False)
+    group = zarr.open_group(path, mode="r+")
+    frame = (len(halpha), *halpha[0].shape)
+    for scans in (halpha, ca8542):
+        scan = scans[0]
+        chunks, shards = chunks_and_shards(scan.shape, len(scan.wavelength))
+        attributes: dict[str, Any] = {
+            "units": scan.units,
+            "long_name": f"{LONG_NAMES[scan.line]} intensity",
+            "rest_wavelength": scan.window.rest_wavelength,
+            "fits_headers": [HEADER_END.join([*one.headers, ""]) for one in scans],
+        }
+        if np.isfinite(scan.saturation):
+            attributes["saturation"] = scan.saturation
+        group.create_array(
+            scan.line,
+            shape=(*frame, len(scan.wavelength)),
+            dtype="float32",
+            chunks=chunks,
+            shards=shards,
+            fill_value=np.nan,
+            compressors=_compressor(),
+            dimension_names=("time", "y", "x", f"wavelength_{scan.line}"),
+            attributes=attributes,
+        )
+    chunks, shards = chunks_and_shards(halpha[0].shape, None)
+    group.create_array(
+        "valid",
+        shape=frame,
+        dtype="bool",
+        chunks=chunks,
+        shards=shards,
+        fill_value=False,
+        compressors=_compressor(),
+        dimension_names=("time", "y", "x"),
+        attributes={"long_name": "both lines' fields of view cover the pixel"},
+    )
+
+
+def coordinates(halpha: Sequence[Scan], ca8542: Sequence[Scan]) -> xr.Dataset:
+    """Coordinates of an observation made from these scans.
+
+    Parameters
+    ----------
+    halpha, ca8542 : sequence of Scan
+        The scans of each time, in order.
+
+    Returns
+    -------
+    xarray.Dataset
+        Without data variables.
+    """
+    first = halpha[0]
+    rows, columns = first.shape
+    y, x = np.mgrid[:rows, :columns].astype(np.float64)
+    longitude, latitude = first.frame.coordinates(x, y)
+    middle = (np.array([(columns - 1) / 2.0]), np.array([(rows - 1) / 2.0]))
+    pointing = np.array([[float(angle[0]) for angle in scan.frame.coordinates(*middle)] for scan in halpha])
+    mu = [
+        cosine_of_pointing((place[0], place[1]), scan.time)
+        for place, scan in zip(pointing.tolist(), halpha, strict=True)
+    ]
+    offsets = [
+        (np.arange(size) - reference) * step
+        for size, reference, step in zip(
+            (columns, rows), first.frame.reference_pixel, first.frame.scale, strict=True
+        )
+    ]
+    along = "arcsec along the frame's {} axis, from the reference pixel of the H-alpha header"
+    dataset = xr.Dataset(
+        coords={
+            "time": (
+                "time",
+                [scan.time for scan in halpha],
+                {"long_name": "mean time of the H-alpha scan, UTC"},
+            ),
+            "time_halpha": (
+                "time",
+                [scan.time for scan in halpha],
+                {"long_name": "mean time of the H-alpha scan, UTC"},
+            ),
+            "time_ca8542": (
+                "time",
+                [scan.time for scan in ca8542],
+                {"long_name": "mean time of the Ca II 8542 scan, UTC"},
+            ),
+            "y": (
+                "y",
+                offsets[1],
+                {"units": "arcsec", "long_name": "offset along y", "comment": along.format("y")},
+            ),
+            "x": (
+                "x",
+                offsets[0],
+                {"units": "arcsec", "long_name": "offset along x", "comment": along.format("x")},
+            ),
+            "longitude": (
+                ("y", "x"),
+                longitude,
+                {
+                    "units": "arcsec",
+                    "long_name": "helioprojective longitude",
+                    "comment": "at the first time; at another add the difference in pointing_longitude",
+                },
+            ),
+            "latitude": (
+                ("y", "x"),
+                latitude,
+                {
+                    "units": "arcsec",
+                    "long_name": "helioprojective latitude",
+                    "comment": "at the first time; at another add the difference in pointing_latitude",
+                },
+            ),
+            "pointing_longitude": (
+                "time",
+                pointing[:, 0],
+                {"units": "arcsec", "long_name": "helioprojective longitude of the frame's middle"},
+            ),
+            "pointing_latitude": (
+                "time",
+                pointing[:, 1],
+                {"units": "arcsec", "long_name": "helioprojective latitude of the frame's middle"},
+            ),
+            "mu": (
+                "time",
+                np.array(mu),
+                {
+                    "units": "1",
+                    "long_name": "cosine of the heliocentric angle",
+                    "comment": "of the frame's middle, seen from the Earth, nominal solar radius of 695.7 Mm",
+                },
+            ),
+            **{
+                f"wavelength_{scan.line}": (
+                    f"wavelength_{scan.line}",
+                    np.array(scan.wavelength),
+                    {
+                        "units": "Angstrom",
+                        "long_name": f"vacuum wavelength, {LONG_NAMES[scan.line]}",
+                        "rest_wavelength": scan.window.rest_wavelength,
+                    },
+                )
+                for scan in (halpha[0], ca8542[0])
+            },
+        }
+    )
+    for name in ("time", "time_halpha", "time_ca8542"):
+        dataset[name].encoding = {"units": "microseconds since 1970-01-01", "dtype": "int64"}
+    return dataset
+
+
+def finish(
+    path: Path,
+    shifts: Mapping[str, Sequence[float] | Sequence[bool]],
+    attrs: Mapping[str, Any],
+) -> None:
+    """Write what is known only at the end, and consolidate the metadata.
+
+    Parameters
+    ----------
+    path : Path
+        A store that `lay_out` made.
+    shifts : mapping
+        ``shift_y``, ``shift_x``, ``shift_confidence``, ``shift_applied``, one value for each time.
+    attrs : mapping
+        More attributes of the store.
+    """
+    group = zarr.open_group(path, mode="r+")
+    for name, values in shifts.items():
+        array = group[name]
+        assert isinstance(array, zarr.Array)
+        array[:] = np.asarray(values, dtype=array.dtype)
+    group.attrs.update(attrs)
+    with warnings.catch_warnings():
+        # Not yet in Zarr's specification; xarray reads it, and every reader may ignore it.
+        warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
+        zarr.consolidate_metadata(path)
+
+
+def is_observation(path: str | Path) -> bool:
+    """Whether a path holds an observation store."""
+    try:
+        return zarr.open_group(path, mode="r").attrs.get("kind") == KIND
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def open_observation(path: str | Path, *, chunks: Any = None) -> xr.Dataset:  # noqa: ANN401
+    """Open an observation, and check that it is whole.
+
+    Parameters
+    ----------
+    path : str or Path
+        The observation store.
+    chunks : optional
+        As for `xarray.open_zarr`: None reads what is asked for when asked, ``{}`` makes Dask arrays.
+
+    Returns
+    -------
+    xarray.Dataset
+        See the module's table.
+
+    Raises
+    ------
+    StoreError
+        There is no observation at this path, or it lacks what an observation has.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise StoreError(
+            "there is no such observation", where=path, remedy="make one with `flarefield ingest`"
+        )
+    if not is_observation(path):
+        raise StoreError(
+            "not a FlareField observation",
+            where=path,
+            expected="a Zarr store made by `flarefield ingest`",
+            remedy="check the name",
+        )
+    try:
+        dataset: xr.Dataset = xr.open_zarr(path, chunks=chunks)
+    except (OSError, ValueError, KeyError, TypeError) as failure:
+        # which of these a damaged store raises depends on the file that is damaged
+        raise StoreError(
+            "the observation is damaged",
+            where=path,
+            found=f"{type(failure).__name__}: {failure}",
+            remedy="make it again with `flarefield ingest --overwrite`",
+        ) from failure
+    validate(dataset, path)
+    return dataset
+
+
+def validate(dataset: xr.Dataset, where: object = None) -> None:
+    """Check that a dataset keeps the contract of observations.
+
+    Parameters
+    ----------
+    dataset : xarray.Dataset
+        What to check; its intensities are not read.
+    where : object, optional
+        What the error calls it.
+
+    Raises
+    ------
+    StoreError
+        A variable is missing, or has other dimensions or units; all of them are named.
+    """
+    faults = []
+    for name, (dimensions, unit) in CONTRACT.items():
+        if name not in dataset.variables:
+            faults.append(f"no {name}")
+            continue
+        variable = dataset[name]
+        if variable.dims != dimensions:
+            faults.append(f"{name} is over {variable.dims}, not {dimensions}")
+        if unit is not None and not _same_unit(variable.attrs.get("units"), unit):
+            faults.append(f"{name} is in {variable.attrs.get('units')!r}, not {unit or '1'!r}")
+    if faults:
+        raise StoreError(
+            "the observation lacks what an observation has",
+            where=where,
+            found="; ".join(faults),
+            expected="the variables, dimensions and units that `pipeline.observation` lists",
+            remedy="make it again with `flarefield ingest --overwrite`",
+        )
+
+
+def fits_headers(dataset: xr.Dataset, line: str, time: int) -> list[fits.Header]:
+    """FITS headers of the scan of one line and time, one for each HDU, as they were in the file.
+
+    Parameters
+    ----------
+    dataset : xarray.Dataset
+        An observation, not cut in time.
+    line : str
+        ``"halpha"`` or ``"ca8542"``.
+    time : int
+        Index of the time.
+
+    Raises
+    ------
+    MisuseError
+        There is no such line or time.
+    """
+    texts = dataset[line].attrs.get("fits_headers", []) if line in dataset else []
+    if not 0 <= time < len(texts):
+        raise MisuseError(
+            "no headers of this line and time",
+            found=f"{line}, {time}",
+            expected=f"halpha or ca8542, and a time of 0 to {dataset.sizes['time'] - 1}",
+        )
+    return [fits.Header.fromstring(text, sep="\n") for text in texts[time].split(HEADER_END) if text]
+
+
+def _same_unit(found: object, expected: str) -> bool:
+    try:
+        return bool(u.Unit(found) == u.Unit(expected))
+    except (ValueError, TypeError):
+        return False
+
+
+def _compressor() -> BloscCodec:
+    return BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle")
+
+
+def _empty_shifts(times: int) -> dict[str, tuple[str, NDArray[Any], dict[str, str]]]:
+    move = "pixels along {} by which Ca II 8542 was found displaced from H-alpha"
+    return {
+        **{
+            f"shift_{axis}": (
+                "time",
+                np.full(times, np.nan),
+                {"units": "pixel", "long_name": move.format(axis)},
+            )
+            for axis in ("y", "x")
+        },
+        "shift_confidence": (
+            "time",
+            np.full(times, np.nan),
+            {
+                "units": "1",
+                "long_name": "confidence of the shift",
+                "comment": "share of the field's blocks that give the same shift on their own",
+            },
+        ),
+        "shift_applied": (
+            "time",
+            np.zeros(times, dtype=bool),
+            {"long_name": "whether Ca II 8542 was moved by the shift"},
+        ),
+    }

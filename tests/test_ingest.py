@@ -1,0 +1,602 @@
+"""From FITS files to an observation store: its content, what is refused, what an interruption leaves."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import astropy.units as u
+import numpy as np
+import pytest
+import xarray as xr
+import zarr
+from astropy.io import fits
+from distributed import Client, LocalCluster
+
+import pipeline.ingest
+from pipeline.crisp import find_scans
+from pipeline.crisp.fchroma import write_fchroma
+from pipeline.crisp.scan import cosine_of_pointing
+from pipeline.errors import FlareFieldError, InputError, MisuseError, StoreError
+from pipeline.ingest import ingest, pair_scans
+from pipeline.journal import journal_path
+from pipeline.observation import CONTRACT, chunks_and_shards, fits_headers, open_observation, validate
+from pipeline.provenance import sha256_file
+from pipeline.registration import Shift, move_mask, resample
+from tests.fchroma_files import (
+    CADENCE,
+    START,
+    WAVELENGTH_CA8542,
+    WAVELENGTH_HALPHA,
+    write_pair,
+)
+
+REAL = Path(__file__).parents[2] / "shared" / "data" / "crisp"
+SHIFTS = ((2.3, -1.4), (5.6, 3.2), (-0.4, -5.8))
+SHAPE = (90, 110)
+
+
+@pytest.fixture(scope="module")
+def series(tmp_path_factory):
+    """Three scans of both lines, and what they were made with."""
+    folder = tmp_path_factory.mktemp("series")
+    truths = [
+        write_pair(folder, shape=SHAPE, shift=shift, number=number, seed=number)[2]
+        for number, shift in enumerate(SHIFTS)
+    ]
+    return folder, truths
+
+
+@pytest.fixture(scope="module")
+def observation(series, tmp_path_factory):
+    path = tmp_path_factory.mktemp("observation") / "obs.zarr"
+    report = ingest([series[0]], path, call="flarefield ingest series obs.zarr")
+    return path, report
+
+
+@pytest.fixture
+def pair(tmp_path):
+    halpha, ca8542, _ = write_pair(tmp_path, shape=(40, 50), angle=None)
+    return halpha, ca8542
+
+
+def change_header(path, **cards):
+    with fits.open(path, mode="update") as hdus:
+        for name, value in cards.items():
+            hdus[0].header[name.replace("_", "-") if name == "DATE_AVG" else name] = value
+
+
+def change_data(path, change):
+    with fits.open(path, memmap=False) as hdus:
+        hdus = fits.HDUList([hdu.copy() for hdu in hdus])
+    hdus[0].data = change(hdus[0].data)
+    hdus.writeto(path, overwrite=True)
+
+
+def contents(store):
+    """Every file of a store with its bytes."""
+    return {
+        str(path.relative_to(store)): path.read_bytes() for path in sorted(store.rglob("*")) if path.is_file()
+    }
+
+
+def leftovers(path):
+    return [
+        other.name for other in path.parent.iterdir() if other.name.startswith(path.name) and other != path
+    ]
+
+
+class TestContent:
+    def test_schema(self, observation, recwarn):
+        dataset = xr.open_zarr(observation[0])
+        assert not [warning for warning in recwarn if "zarr" in str(warning.message).lower()]
+        validate(dataset)
+        assert dict(dataset.sizes) == {
+            "time": 3,
+            "y": 90,
+            "x": 110,
+            "wavelength_halpha": 15,
+            "wavelength_ca8542": 25,
+        }
+        for name, (_, unit) in CONTRACT.items():
+            attrs = dataset[name].attrs
+            if name not in ("y", "x") and not name.startswith("time"):
+                assert attrs["long_name"]
+            if unit is not None:
+                assert u.Unit(attrs["units"]) == u.Unit(unit)
+        assert u.Unit(dataset.halpha.attrs["units"]) == u.DN
+        assert dataset.halpha.dtype == dataset.ca8542.dtype == np.float32
+        assert dataset.valid.dtype == bool
+        assert dataset.attrs["kind"] == "observation"
+        assert dataset.attrs["relative_calibration"] == "assumed"
+        assert dataset.attrs["call"] == "flarefield ingest series obs.zarr"
+        assert dataset.attrs["unpaired"] == []
+
+    def test_halpha_is_what_the_files_hold(self, series, observation):
+        dataset = open_observation(observation[0])
+        for time, path in enumerate(sorted(series[0].glob("*6563*.fits"))):
+            field = series[1][time].field_halpha
+            stored = dataset.halpha.isel(time=time).transpose("wavelength_halpha", "y", "x").values
+            np.testing.assert_array_equal(stored, np.where(field, fits.getdata(path), np.nan))
+
+    def test_shifts_are_found_and_applied(self, observation):
+        dataset = open_observation(observation[0])
+        assert dataset.shift_applied.values.all()
+        found = np.stack([dataset.shift_y.values, dataset.shift_x.values], axis=1)
+        assert np.abs(found - SHIFTS).max() < 0.1
+        assert observation[1].shifts == tuple(
+            Shift(float(y), float(x), float(confidence))
+            for (y, x), confidence in zip(found, dataset.shift_confidence.values, strict=True)
+        )
+        assert "in 3 of 3" in observation[1].summary()
+
+    def test_ca8542_is_the_scene_in_halphas_frame(self, series, observation):
+        """Where both fields are, the stored spectra are those of the scene, to the photon noise."""
+        dataset = open_observation(observation[0])
+        for time, truth in enumerate(series[1]):
+            stored = dataset.ca8542.isel(time=time).transpose("wavelength_ca8542", "y", "x").values
+            valid = dataset.valid.isel(time=time).values
+            deviation = (stored - truth.ca8542)[:, valid] / np.sqrt(truth.ca8542[:, valid])
+            # interpolation averages neighbours' noise: less than one at any shift
+            assert np.sqrt(np.mean(deviation**2)) < 1.1
+            assert abs(np.mean(deviation)) < 0.05
+
+    def test_valid_is_the_overlap(self, series, observation):
+        dataset = open_observation(observation[0])
+        for time, truth in enumerate(series[1]):
+            moved = move_mask(truth.field_ca8542, observation[1].shifts[time])
+            valid = dataset.valid.isel(time=time).values
+            np.testing.assert_array_equal(valid, truth.field_halpha & moved)
+            for line in ("halpha", "ca8542"):
+                finite = np.isfinite(dataset[line].isel(time=time).values)
+                assert finite[valid].all()
+            np.testing.assert_array_equal(np.isfinite(dataset.ca8542.isel(time=time).values).all(-1), moved)
+
+    def test_coordinates(self, series, observation):
+        dataset = open_observation(observation[0])
+        times = START + np.arange(3) * CADENCE
+        np.testing.assert_array_equal(dataset.time.values, times)
+        np.testing.assert_array_equal(dataset.time_halpha.values, times)
+        np.testing.assert_array_equal(dataset.time_ca8542.values, times + np.timedelta64(5015, "ms"))
+        np.testing.assert_array_equal(dataset.wavelength_halpha.values, WAVELENGTH_HALPHA)
+        np.testing.assert_array_equal(dataset.wavelength_ca8542.values, WAVELENGTH_CA8542)
+        assert dataset.wavelength_halpha.attrs["rest_wavelength"] == 6564.61
+        np.testing.assert_allclose(np.diff(dataset.x.values), 0.057)
+        np.testing.assert_allclose(dataset.y.values[[0, -1]], [-44.5 * 0.057, 44.5 * 0.057])
+        # not rotated and small: the sky is flat to a hundredth of an arcsecond
+        np.testing.assert_allclose(
+            dataset.longitude.values, -729.826 + np.broadcast_to(dataset.x.values, SHAPE), atol=0.01
+        )
+        np.testing.assert_allclose(
+            dataset.latitude.values, -313.432 + np.broadcast_to(dataset.y.values[:, None], SHAPE), atol=0.01
+        )
+        np.testing.assert_allclose(dataset.pointing_longitude.values, -729.826, atol=1e-3)
+        # the paper's flare: mu = 0.55
+        np.testing.assert_allclose(dataset.mu.values, 0.55, atol=0.005)
+
+    def test_headers_are_kept_whole(self, series, observation):
+        dataset = open_observation(observation[0])
+        for line, pattern in (("halpha", "*_6563_r*"), ("ca8542", "*_8542_r*")):
+            for time, path in enumerate(sorted(series[0].glob(pattern))):
+                with fits.open(path) as hdus:
+                    kept = fits_headers(dataset, line, time)
+                    assert len(kept) == len(hdus)
+                    for header, hdu in zip(kept, hdus, strict=True):
+                        images = [card.image for card in header.cards]
+                        assert images == [card.image for card in hdu.header.cards]
+        with pytest.raises(MisuseError):
+            fits_headers(dataset, "halpha", 3)
+
+    def test_provenance(self, series, observation):
+        made_from = open_observation(observation[0]).attrs["made_from"]
+        assert made_from == {str(path): sha256_file(path) for path in series[0].glob("*.fits")}
+
+    def test_layout_is_what_the_map_engine_reads(self, observation):
+        group = zarr.open_group(observation[0], mode="r")
+        assert group["halpha"].chunks == (1, 64, 64, 15)
+        assert group["halpha"].shards == (1, 128, 128, 15)
+        assert group["ca8542"].chunks == (1, 64, 64, 25)
+        assert chunks_and_shards((1470, 1930), 15) == ((1, 64, 64, 15), (1, 512, 512, 15))
+        assert chunks_and_shards((21, 21), None) == ((1, 21, 21), (1, 21, 21))
+        assert leftovers(observation[0]) == []
+
+    def test_deterministic_in_any_order(self, series, observation, tmp_path):
+        files = sorted(series[0].glob("*.fits"))
+        for name, sources in (("a.zarr", files[::-1]), ("b.zarr", [f"{series[0]}/*.fits", files[2]])):
+            ingest(sources, tmp_path / name, call="flarefield ingest series obs.zarr")
+            assert contents(tmp_path / name) == contents(observation[0])
+
+    def test_through_dask(self, series, observation, tmp_path):
+        with (
+            LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+            Client(cluster) as client,
+        ):
+            path = tmp_path / "obs.zarr"
+            ingest([series[0]], path, client=client, call="flarefield ingest series obs.zarr")
+            assert contents(path) == contents(observation[0])
+            again = ingest([series[0]], path, client=client, call="again")
+            assert again.complete_before
+            with pytest.raises(MisuseError, match="other files"):
+                ingest(sorted(series[0].glob("*.fits"))[:4:3], path, client=client, call="", tolerance=60.0)
+
+    def test_fields_larger_than_a_shard(self, tmp_path, monkeypatch):
+        """Shards fit together: the same as one piece."""
+        monkeypatch.setattr("pipeline.ingest.SHARD", 64)
+        monkeypatch.setattr("pipeline.observation.SHARD", 64)
+        halpha, ca8542, truth = write_pair(tmp_path, shape=(100, 150), shift=(-3.3, 4.4), seed=3)
+        report = ingest([halpha, ca8542], tmp_path / "obs.zarr", call="")
+        dataset = open_observation(tmp_path / "obs.zarr")
+        assert zarr.open_group(tmp_path / "obs.zarr", mode="r")["ca8542"].shards == (1, 64, 64, 25)
+        whole = resample(
+            fits.getdata(ca8542), truth.field_ca8542, report.shifts[0], slice(0, 100), slice(0, 150)
+        )
+        stored = dataset.ca8542.isel(time=0).transpose("wavelength_ca8542", "y", "x").values
+        np.testing.assert_allclose(stored, whole, rtol=1e-6)
+
+    @pytest.mark.observation
+    @pytest.mark.skipif(not REAL.is_dir(), reason="the real pair is not here")
+    def test_real_pair(self, tmp_path, caplog):
+        report = ingest([REAL], tmp_path / "obs.zarr", call="")
+        dataset = open_observation(tmp_path / "obs.zarr")
+        assert dataset.halpha.shape == (1, 21, 21, 15)
+        assert dataset.ca8542.shape == (1, 21, 21, 25)
+        assert dataset.valid.values.all()
+        assert not dataset.shift_applied.values.any()
+        assert round(float(dataset.shift_y[0])) == 3
+        assert "not moved" in caplog.text
+        assert "in 0 of 1" in report.summary()
+        assert float(dataset.mu[0]) == pytest.approx(0.551, abs=0.002)
+        for line, pattern in (("halpha", "*6563*.fits"), ("ca8542", "*8542_r*.fits")):
+            (path,) = REAL.glob(pattern)
+            np.testing.assert_array_equal(
+                dataset[line].isel(time=0).transpose(f"wavelength_{line}", "y", "x"), fits.getdata(path)
+            )
+
+
+class TestPointing:
+    def test_mu(self):
+        time = np.datetime64("2014-09-06T16:56:00")
+        # the Astronomical Almanac's semidiameter on that day: 15' 52.6" (IAU 1976 radius, 959.63" at 1 au)
+        radius = 952.6
+        assert cosine_of_pointing((0.0, 0.0), time) == 1.0
+        assert cosine_of_pointing((radius * 0.6, radius * 0.8 * 0.5), time) == pytest.approx(
+            np.sqrt(1 - 0.36 - 0.16), abs=2e-3
+        )
+        assert cosine_of_pointing((-732.0, -302.0), time) == pytest.approx(0.556, abs=0.005)
+        assert np.isnan(cosine_of_pointing((0.0, 970.0), time))
+
+    def test_rotated_and_moving_pointing(self, tmp_path):
+        rng = np.random.default_rng(1)
+        angle = np.deg2rad(30.0)
+        matrix = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        for number, pointing in enumerate([(200.0, 300.0), (203.5, 299.0)]):
+            for line, axis in (("h", WAVELENGTH_HALPHA), ("c", WAVELENGTH_CA8542)):
+                write_fchroma(
+                    tmp_path / f"{line}{number}.fits",
+                    rng.integers(1000, 2000, (axis.size, 30, 40)),
+                    axis,
+                    START + number * CADENCE,
+                    pointing=pointing,
+                    rotation=matrix,
+                )
+        ingest([tmp_path], tmp_path / "obs.zarr", call="")
+        dataset = open_observation(tmp_path / "obs.zarr")
+        x, y = np.meshgrid(np.arange(40) - 19.5, np.arange(30) - 14.5)
+        offset = np.einsum("ij,jyx->iyx", matrix, 0.057 * np.stack([x, y]))
+        np.testing.assert_allclose(dataset.longitude, 200.0 + offset[0], atol=0.01)
+        np.testing.assert_allclose(dataset.latitude, 300.0 + offset[1], atol=0.01)
+        np.testing.assert_allclose(dataset.pointing_longitude, [200.0, 203.5], atol=1e-6)
+        np.testing.assert_allclose(dataset.pointing_latitude, [300.0, 299.0], atol=1e-6)
+
+
+class TestPairing:
+    def scans(self, folder, halpha, ca8542):
+        rng = np.random.default_rng(1)
+        for line, axis, seconds in (("h", WAVELENGTH_HALPHA, halpha), ("c", WAVELENGTH_CA8542, ca8542)):
+            for second in seconds:
+                moment = START + np.timedelta64(round(1000 * second), "ms")
+                cube = rng.integers(1000, 2000, (axis.size, 8, 9))
+                write_fchroma(folder / f"{line}{second}.fits", cube, axis, moment)
+        return find_scans([folder])[0]
+
+    def seconds(self, pairs):
+        return [
+            tuple((scan.time - START) / np.timedelta64(1, "s") for scan in (pair.halpha, pair.ca8542))
+            for pair in pairs
+        ]
+
+    @pytest.mark.parametrize(
+        ("halpha", "ca8542", "expected", "left"),
+        [
+            ([0, 11.5, 23], [5, 16.5, 28], [(0, 5), (11.5, 16.5), (23, 28)], 0),
+            ([0, 11.5, 23], [5, 28], [(0, 5), (23, 28)], 1),
+            ([11.5, 23], [5, 16.5, 28], [(11.5, 16.5), (23, 28)], 1),
+            # the single nearest two are not always a pair of the best choice
+            ([0, 10, 20], [4.9, 15.1, 25], [(0, 4.9), (10, 15.1), (20, 25)], 0),
+            ([0], [14.9], [(0, 14.9)], 0),
+            ([0, 100], [1, 160], [(0, 1)], 2),
+        ],
+    )
+    def test_nearest_within_the_tolerance(self, tmp_path, halpha, ca8542, expected, left):
+        pairs, unpaired = pair_scans(self.scans(tmp_path, halpha, ca8542), 15.0)
+        assert self.seconds(pairs) == expected
+        assert len(unpaired) == left
+
+    def test_nothing_fits(self, tmp_path):
+        scans = self.scans(tmp_path, [0], [15.5])
+        with pytest.raises(InputError, match="belong together") as caught:
+            pair_scans(scans, 15.0)
+        assert "15.5 s" in str(caught.value)
+        assert len(pair_scans(scans, 16.0)[0]) == 1
+
+    def test_unpaired_scans_are_reported(self, tmp_path, caplog):
+        self.scans(tmp_path, [0, 50], [5])
+        report = ingest([tmp_path], tmp_path / "obs.zarr", call="")
+        assert [Path(scan.path).name for scan in report.unpaired] == ["h50.fits"]
+        assert "h50.fits" in caplog.text
+        (listed,) = open_observation(tmp_path / "obs.zarr").attrs["unpaired"]
+        assert listed["file"].endswith("h50.fits")
+        assert listed["line"] == "halpha"
+        assert "1 scans without a partner" in report.summary()
+
+
+class TestBadInput:
+    def refuse(self, sources, output, kind=InputError, **keywords):
+        with pytest.raises(kind) as caught:
+            ingest(sources, output, call="", **keywords)
+        assert type(caught.value) is kind or issubclass(kind, FlareFieldError)
+        assert not output.exists()
+        return str(caught.value)
+
+    def test_one_line_only(self, pair, tmp_path):
+        for path, missing in zip(pair, ("ca8542", "halpha"), strict=True):
+            text = self.refuse([path], tmp_path / "obs.zarr")
+            assert "only one line" in text
+            assert missing in text
+            assert str(path) in text
+
+    def test_nothing_found(self, tmp_path):
+        assert "no scans found" in self.refuse([tmp_path], tmp_path / "obs.zarr")
+
+    def test_same_scan_twice(self, pair, tmp_path):
+        shutil.copy(pair[0], tmp_path / "copy.fits")
+        text = self.refuse([tmp_path], tmp_path / "obs.zarr")
+        assert "same scan" in text
+        assert "copy.fits" in text
+
+    def test_different_size(self, pair, tmp_path):
+        change_data(pair[1], lambda data: data[:, 1:])
+        text = self.refuse(pair, tmp_path / "obs.zarr")
+        assert "different size" in text
+        assert "(39, 50)" in text
+        assert "(40, 50)" in text
+
+    def test_different_pixels(self, pair, tmp_path):
+        change_header(pair[1], CDELT1=0.06)
+        assert "different size or orientation" in self.refuse(pair, tmp_path / "obs.zarr")
+
+    def test_different_wavelengths(self, tmp_path):
+        rng = np.random.default_rng(1)
+        for number in range(2):
+            for line, axis in (("h", WAVELENGTH_HALPHA), ("c", WAVELENGTH_CA8542 - 0.05 * number)):
+                write_fchroma(
+                    tmp_path / f"{line}{number}.fits",
+                    rng.integers(1000, 2000, (axis.size, 30, 40)),
+                    axis,
+                    START + number * CADENCE,
+                )
+        assert "different wavelengths" in self.refuse([tmp_path], tmp_path / "obs.zarr")
+
+    @pytest.mark.parametrize(
+        ("axis", "words"),
+        [
+            (WAVELENGTH_CA8542[3:-3], "too short"),
+            (WAVELENGTH_CA8542[:-5], "too short"),
+            (WAVELENGTH_CA8542 - 2.349, "air"),
+        ],
+    )
+    def test_wavelength_range(self, pair, tmp_path, axis, words):
+        rng = np.random.default_rng(1)
+        cube = rng.integers(1000, 2000, (axis.size, 40, 50))
+        write_fchroma(pair[1], cube, axis, START, overwrite=True)
+        text = self.refuse(pair, tmp_path / "obs.zarr")
+        assert words in text
+        assert str(pair[1]) in text
+
+    def test_truncated(self, pair, tmp_path):
+        os.truncate(pair[1], pair[1].stat().st_size // 2)
+        text = self.refuse(pair, tmp_path / "obs.zarr")
+        assert "truncated" in text
+        assert str(pair[1]) in text
+
+    @pytest.mark.parametrize("value", [0, 1234, -5])
+    def test_scan_without_intensities(self, pair, tmp_path, value):
+        change_data(pair[1], lambda data: np.full_like(data, value))
+        text = self.refuse(pair, tmp_path / "obs.zarr")
+        assert "no intensities" in text
+        assert str(pair[1]) in text
+
+    def test_bad_pixels_are_kept(self, pair, tmp_path):
+        def spoil(data):
+            data = data.astype(np.float32)
+            data[5, 10, 12], data[:, 20, 30], data[3, 7, 8] = np.nan, 0.0, -4.0
+            return data
+
+        for path in pair:
+            change_data(path, spoil)
+        ingest(pair, tmp_path / "obs.zarr", call="")
+        halpha = open_observation(tmp_path / "obs.zarr").halpha.isel(time=0).values
+        assert np.isnan(halpha[10, 12, 5])
+        assert (halpha[20, 30] == 0.0).all()
+        assert halpha[7, 8, 3] == -4.0
+        assert np.isfinite(halpha).sum() == halpha.size - 1
+
+    def test_one_bad_scan_of_a_series(self, tmp_path, caplog):
+        for number in range(3):
+            write_pair(tmp_path, shape=(40, 50), angle=None, number=number, seed=number)
+        (bad,) = tmp_path.glob("*8542_r00001.fits")
+        good = bad.read_bytes()
+        change_data(bad, np.zeros_like)
+        output = tmp_path / "obs.zarr"
+        text = self.refuse([tmp_path], output)
+        assert str(bad) in text
+        assert "no intensities" in text
+        assert str(bad) in caplog.text
+        bad.write_bytes(good)
+        ingest([tmp_path], output, call="")
+        assert open_observation(output).sizes["time"] == 3
+        assert leftovers(output) == []
+
+    def test_several_bad_scans_are_all_named(self, tmp_path):
+        for number in range(3):
+            write_pair(tmp_path, shape=(40, 50), angle=None, number=number, seed=number)
+        for path in tmp_path.glob("*6563_r0000[12].fits"):
+            change_data(path, np.zeros_like)
+        text = self.refuse([tmp_path], tmp_path / "obs.zarr")
+        assert "2 of 3 scan pairs failed" in text
+        assert "r00001" in text
+        assert "r00002" in text
+
+    def test_output_is_something_else(self, pair, tmp_path):
+        file, folder, other = tmp_path / "file.zarr", tmp_path / "folder.zarr", tmp_path / "map.zarr"
+        file.write_text("mine")
+        folder.mkdir()
+        (folder / "notes.txt").write_text("mine")
+        zarr.open_group(other, mode="w").attrs["kind"] = "map"
+        for output in (file, folder, other):
+            for overwrite in (False, True):
+                with pytest.raises(MisuseError, match="not an observation"):
+                    ingest(pair, output, call="", overwrite=overwrite)
+        assert file.read_text() == "mine"
+        assert (folder / "notes.txt").read_text() == "mine"
+        assert zarr.open_group(other, mode="r").attrs["kind"] == "map"
+        with pytest.raises(MisuseError, match="does not exist"):
+            ingest(pair, tmp_path / "nowhere" / "obs.zarr", call="")
+
+    def test_observation_of_other_files(self, pair, tmp_path):
+        output = tmp_path / "obs.zarr"
+        ingest(pair, output, call="first")
+        before = contents(output)
+        assert ingest(pair, output, call="second").complete_before
+        change_data(pair[0], lambda data: data + 1)
+        with pytest.raises(MisuseError, match="other files"):
+            ingest(pair, output, call="third")
+        assert contents(output) == before
+        ingest(pair, output, call="fourth", overwrite=True)
+        dataset = open_observation(output)
+        assert dataset.attrs["call"] == "fourth"
+        np.testing.assert_array_equal(
+            dataset.halpha.isel(time=0).transpose("wavelength_halpha", "y", "x"), fits.getdata(pair[0])
+        )
+        assert leftovers(output) == []
+
+
+class TestInterruption:
+    def test_no_space_left(self, series, tmp_path, monkeypatch):
+        output = tmp_path / "obs.zarr"
+        write = pipeline.ingest._write
+
+        def full(task, *arguments):
+            write(task, *arguments)
+            if task.time == 1:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr("pipeline.ingest._write", full)
+        with pytest.raises(StoreError, match="no space left") as caught:
+            ingest([series[0]], output, call="")
+        assert "free some space" in str(caught.value)
+        assert not output.exists()
+        monkeypatch.setattr("pipeline.ingest._write", write)
+        assert ingest([series[0]], output, call="").resumed == 1
+
+    def test_resumes_only_what_is_of_the_same_files(self, tmp_path, monkeypatch):
+        for number in range(2):
+            write_pair(tmp_path, shape=(40, 50), angle=None, number=number, seed=number)
+        output = tmp_path / "obs.zarr"
+        work = pipeline.ingest.ingest_pair
+
+        def stop(task):
+            if task.time == 1:
+                raise KeyboardInterrupt
+            return work(task)
+
+        monkeypatch.setattr("pipeline.ingest.ingest_pair", stop)
+        with pytest.raises(KeyboardInterrupt):
+            ingest([tmp_path], output, call="")
+        assert not output.exists()
+        (changed,) = tmp_path.glob("*6563_r00000.fits")
+        change_data(changed, lambda data: data + 1)
+        monkeypatch.setattr("pipeline.ingest.ingest_pair", work)
+        assert ingest([tmp_path], output, call="").resumed == 0
+        stored = open_observation(output).halpha.isel(time=0).transpose("wavelength_halpha", "y", "x")
+        np.testing.assert_array_equal(stored, fits.getdata(changed))
+        assert leftovers(output) == []
+
+    def test_damaged_journal_starts_over(self, pair, tmp_path):
+        output = tmp_path / "obs.zarr"
+        journal_path(output).write_text("not a journal\n")
+        ingest(pair, output, call="")
+        assert open_observation(output).sizes["time"] == 1
+        assert leftovers(output) == []
+
+    def test_killed_at_any_moment(self, series, observation, tmp_path):
+        """SIGKILL in the middle of a slice, before the end, in the renaming: then the same bytes."""
+        output = tmp_path / "obs.zarr"
+        script = (
+            "import os, signal, sys, pipeline.ingest as i\n"
+            "name, left = sys.argv[3], int(sys.argv[4])\n"
+            "original = getattr(i, name)\n"
+            "def fatal(*arguments):\n"
+            "    global left\n"
+            "    left -= 1\n"
+            "    if not left:\n"
+            "        os.kill(os.getpid(), signal.SIGKILL)\n"
+            "    return original(*arguments)\n"
+            "setattr(i, name, fatal)\n"
+            "i.ingest([sys.argv[1]], sys.argv[2], call='flarefield ingest series obs.zarr')\n"
+        )
+        for name, call in (("_bring_to_disk", 5), ("finish", 1), ("_put_in_place", 1), ("sync_directory", 1)):
+            process = subprocess.run(
+                [sys.executable, "-c", script, str(series[0]), str(output), name, str(call)],
+                capture_output=True,
+                check=False,
+            )
+            assert process.returncode == -signal.SIGKILL, process.stderr.decode()
+            assert output.exists() == (name == "sync_directory")
+        report = ingest([series[0]], output, call="flarefield ingest series obs.zarr")
+        assert report.complete_before
+        assert contents(output) == contents(observation[0])
+        assert leftovers(output) == []
+
+
+class TestOpen:
+    def test_missing(self, tmp_path):
+        with pytest.raises(StoreError, match="no such observation"):
+            open_observation(tmp_path / "obs.zarr")
+
+    def test_something_else(self, tmp_path):
+        (tmp_path / "obs.zarr").mkdir()
+        with pytest.raises(StoreError, match="not a FlareField observation"):
+            open_observation(tmp_path / "obs.zarr")
+
+    def test_all_faults_are_named(self, observation):
+        dataset = open_observation(observation[0])
+        dataset = dataset.drop_vars("mu")
+        dataset["shift_y"].attrs["units"] = "furlong"
+        with pytest.raises(StoreError, match=r"no mu.*shift_y is in 'furlong'"):
+            validate(dataset)
+        with pytest.raises(StoreError, match="valid is over"):
+            validate(dataset.assign(valid=dataset.valid.isel(time=0)))
+
+    def test_damaged(self, observation, tmp_path):
+        copy = tmp_path / "obs.zarr"
+        shutil.copytree(observation[0], copy)
+        text = (copy / "zarr.json").read_text()
+        (copy / "zarr.json").write_text(text.replace('"float32"', '"float99"'))
+        with pytest.raises(StoreError):
+            open_observation(copy)
