@@ -15,8 +15,8 @@ scans, so that the images look like a flare. No atmosphere paints more than 2 % 
 
 Both lines are rendered from the same scene, Ca II at displaced coordinates, with every pixel collecting the
 light that falls on it (no image is interpolated) through a point spread, and given photon noise. Pixels
-beside a cell's border thus mix the light of neighbours, as real ones do; their truth is the atmosphere at their
-centre.
+beside a cell's border thus mix the light of neighbours, as real ones do; their truth is the atmosphere at
+their centre.
 
 Both lines share a granulation, one factor at all wavelengths: the grid's atmospheres have one and the same
 photosphere, and without it the wings, on which real scans are registered, would show little. Dividing by the

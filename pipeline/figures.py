@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from inn.layout import CA8542, HALPHA
@@ -192,6 +193,9 @@ def _image(
         beside = axes.inset_axes((1.035, 0.0, 0.045, 1.0))
         handle = axes.figure.colorbar(drawn, cax=beside, extend=extend, extendfrac=0.04)
         handle.set_label(bar, fontsize=8)
+        if not isinstance(norm, LogNorm):
+            handle.locator = MaxNLocator(6)
+            handle.update_ticks()
         handle.outline.set_linewidth(0.5)
         beside.tick_params(labelsize=7.5)
 
@@ -520,7 +524,7 @@ def trust_figure(ds: xr.Dataset, *, time: int = 0) -> Figure:
         axes[1, 0].axhline(
             0.02, color=TRUE, linestyle="--", linewidth=1.0, label="spread evenly, as the grid's"
         )
-        axes[1, 0].legend(loc="upper left")
+        axes[1, 0].legend(loc="upper right")
         axes[1, 0].set(
             title=f"{100 * unlike:.1f} % below {NOVELTY_LEVEL}: flagged novel",
             xlabel="novelty (tail probability)", ylabel="share of pixels", xlim=(0.0, 1.0),

@@ -49,8 +49,11 @@ LIMITS = (
 )
 """What a map cannot say; the page lists it."""
 
-SHORT = 60  # characters of a mapping that is shown on one line
-LONG = 600  # characters of a value, of which the page shows no more
+SETTINGS = ("call", "flarefield_version", "settings", "relative_calibration")
+"""Attributes of a map that the page shows at once; the others are folded away."""
+
+MOST = 40  # entries of one attribute that the page shows
+LONG = 600  # characters of one value that it shows
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,8 @@ def write_report(
         truth=true_maps,
         height_zero=map_store.attrs.get("height_zero", "that of the training grid"),
         limits=[*_special_limits(map_store), *LIMITS],
-        settings=_settings(map_store.attrs),
+        settings=_rows({name: map_store.attrs[name] for name in SETTINGS if name in map_store.attrs}),
+        record=_rows({name: value for name, value in map_store.attrs.items() if name not in SETTINGS}),
         version=flarefield_version(),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -221,8 +225,9 @@ def _profiles(
 ) -> list[Picture]:
     """Two pixels, of a dense and of a tenuous chromosphere, without a flag if there are such pixels."""
     quality = ds["quality"].isel(time=time).transpose("y", "x").values
-    chosen = answered & (quality == 0)
-    chosen = chosen if chosen.any() else answered
+    chosen, standing = answered & (quality == 0), "unflagged"
+    if not chosen.any():
+        chosen, standing = answered, "answered"
     if not chosen.any():
         return []
     median = ds["electron_density"].sel(quantile=0.5, height=height, method="nearest").isel(time=time)
@@ -240,7 +245,7 @@ def _profiles(
                 f"profile_{name}",
                 f"A {name} pixel",
                 f"A {name} pixel: its electron density at {height:g} Mm is above that of {100 * share:.0f} % "
-                "of the scan's unflagged pixels. Bands hold 68 % and 90 % of the posterior at each height"
+                f"of the scan's {standing} pixels. Bands hold 68 % and 90 % of the posterior at each height"
                 + ("; dashed is the truth." if true is not None else "."),
             )
         )
@@ -259,12 +264,20 @@ def _true_maps(ds: xr.Dataset, truth: xr.Dataset, time: int, height: float) -> P
 def _flags(quality: Any) -> list[dict[str, Any]]:  # noqa: ANN401
     none = int((quality == 0).sum())
     rows: list[dict[str, Any]] = [
-        {"name": "no flag", "pixels": none, "answer": "yes", "meaning": "looks like the training grid"}
+        {
+            "name": "no flag",
+            "pixels": none,
+            "answer": "yes",
+            "meaning": "looks like the training grid",
+            "code": False,
+        }
     ]
     for name, count in count_flags(quality).items():
         flag = Flag[name.upper()]
         answer = "none" if flag & WITHOUT_ANSWER else "yes, with care"
-        rows.append({"name": name, "pixels": count, "answer": answer, "meaning": MEANINGS[flag]})
+        rows.append(
+            {"name": name, "pixels": count, "answer": answer, "meaning": MEANINGS[flag], "code": True}
+        )
     return [row | {"share": 100.0 * row["pixels"] / quality.size} for row in rows]
 
 
@@ -314,14 +327,16 @@ def _special_limits(ds: xr.Dataset) -> list[str]:
     return [f"What its training grid leaves out. {statement}"] if statement else []
 
 
-def _settings(attrs: Mapping[Any, Any]) -> list[tuple[str, str]]:
-    """Attributes of the store as rows of text, nested ones under their joint name."""
+def _rows(attrs: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Attributes as rows of text, nested ones under their joint name."""
     rows: list[tuple[str, str]] = []
-    for name, value in attrs.items():
-        if isinstance(value, Mapping) and len(json.dumps(value, default=str)) > SHORT:
-            rows.extend((f"{name}: {inner}", text) for inner, text in _settings(value))
+    for number, (name, value) in enumerate(attrs.items()):
+        if number == MOST:
+            rows.append((f"{prefix}…", f"and {len(attrs) - MOST} more"))
+            break
+        if isinstance(value, Mapping):
+            rows.extend(_rows(value, f"{prefix}{name}: "))
             continue
-        structured = isinstance(value, (Mapping, list, tuple))
-        text = json.dumps(value, default=str, ensure_ascii=False) if structured else str(value)
-        rows.append((str(name), text if len(text) <= LONG else f"{text[:LONG]} …"))
+        text = json.dumps(value, default=str) if isinstance(value, (list, tuple)) else str(value)
+        rows.append((f"{prefix}{name}", text if len(text) <= LONG else f"{text[:LONG]} …"))
     return rows
