@@ -7,7 +7,7 @@ import astropy.units as u
 import numpy as np
 import pytest
 import xarray as xr
-from toy_observation import toy_observation
+from toy_observation import toy_observation, write_store
 
 from inn.layout import HEIGHTS
 from inn.novelty import NOVEL
@@ -147,6 +147,6 @@ def test_what_is_not_a_map_is_not_opened_as_one(tmp_path, kind):
     elif kind == "a file":
         path.write_text("hello")
     elif kind == "another store":
-        toy_observation().to_zarr(path, zarr_format=3, consolidated=False)
+        write_store(toy_observation(), path)
     with pytest.raises(StoreError, match="map"):
         open_map(path)

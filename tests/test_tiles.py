@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from toy_observation import FULL, NOT_A_NUMBER, OUTSIDE, ZERO
+from toy_observation import FULL, NOT_A_NUMBER, OUTSIDE, ZERO, write_store
 
 import pipeline.tiles as tiles
 from inn.checkpoint import load_model, model_hash
@@ -289,7 +289,7 @@ def test_wavelengths_that_do_not_reach_are_flagged(spec, tmp_path, toy):
     narrow["wavelength_halpha"] = 6564.61 + 0.5 * (narrow["wavelength_halpha"] - 6564.61)
     for name in narrow.variables:
         narrow[name].encoding = {}
-    narrow.to_zarr(tmp_path / "narrow.zarr", zarr_format=3, consolidated=False)
+    write_store(narrow, tmp_path / "narrow.zarr")
     path = str(tmp_path / "narrow.zarr")
     receipt = invert_tile(replace(spec, observation=path, observation_hash=observation_hash(path)), GRID[0])
     assert receipt.answered == 0

@@ -1,6 +1,8 @@
 """A tiny observation store in the schema of `pipeline.observation`, with a pixel of every kind."""
 
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -78,7 +80,14 @@ def toy_observation(
     )
 
 
+def write_store(dataset: xr.Dataset, path: Path, **settings: Any) -> None:
+    """Write a dataset as a Zarr v3 store with consolidated metadata, as observations have."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
+        dataset.to_zarr(path, zarr_format=3, **settings)
+
+
 def write_toy_observation(path: Path, **shape: float) -> Path:
     """Write `toy_observation` as a store."""
-    toy_observation(**shape).to_zarr(path, zarr_format=3, consolidated=False)
+    write_store(toy_observation(**shape), path)
     return path
