@@ -273,7 +273,7 @@ def pair_scans(scans: Sequence[Scan], tolerance: float) -> tuple[tuple[Pair, ...
     return pairs, tuple(scan for scan in (*halpha, *ca8542) if scan.path not in taken)
 
 
-def ingest_pair(task: PairTask) -> dict[str, Any]:
+def ingest_pair(task: PairTask) -> dict[str, Any] | FlareFieldError:
     """Write one time of an observation store: what a worker does.
 
     Parameters
@@ -283,33 +283,29 @@ def ingest_pair(task: PairTask) -> dict[str, Any]:
 
     Returns
     -------
-    dict
-        The journal's record: displacement, confidence, and the SHA-256 of both files.
-
-    Raises
-    ------
-    InputError
-        A file cannot be read, or holds nothing.
-    StoreError
-        There is no space left.
+    dict or FlareFieldError
+        The journal's record: displacement, confidence, and the SHA-256 of both files. What a user has to mend
+        comes back as a value: trying again would not help, and the worker has nothing to say about it.
     """
     pair = task.pair
-    cubes = (open_intensity(pair.halpha), open_intensity(pair.ca8542))
-    fields = (field_of_view(cubes[0]), field_of_view(cubes[1]))
-    shift = find_shift(
-        cubes[0],
-        cubes[1],
-        (pair.halpha.wavelength, pair.ca8542.wavelength),
-        (pair.halpha.window.rest_wavelength, pair.ca8542.window.rest_wavelength),
-        fields,
-    )
     try:
+        cubes = (open_intensity(pair.halpha), open_intensity(pair.ca8542))
+        fields = (field_of_view(cubes[0]), field_of_view(cubes[1]))
+        shift = find_shift(
+            cubes[0],
+            cubes[1],
+            (pair.halpha.wavelength, pair.ca8542.wavelength),
+            (pair.halpha.window.rest_wavelength, pair.ca8542.window.rest_wavelength),
+            fields,
+        )
         _write(task, cubes, fields, shift)
         for name in (*LINES, "valid"):
             _bring_to_disk(Path(task.store, name, "c", str(task.time)))
+    except FlareFieldError as refusal:
+        return refusal
     except OSError as failure:
-        if (refusal := out_of_space(failure, task.store)) is not None:
-            raise refusal from failure
+        if (full := out_of_space(failure, task.store)) is not None:
+            return full
         raise
     return {
         "time": task.time,
@@ -405,15 +401,15 @@ def _make(
         failures: list[tuple[Pair, BaseException]] = []
         with Progress("ingesting", len(pairs), "scan pairs", done=resumed) as progress:
             for outcome in _run(client, ingest_pair, waiting):
-                if isinstance(outcome.error, StoreError):
-                    raise outcome.error
-                if outcome.result is None:
-                    assert outcome.error is not None
-                    failures.append((pairs[outcome.task.time], outcome.error))
-                    logger.error("%s: %s", outcome.task.pair.halpha.path, outcome.error)
-                else:
-                    journal.append(outcome.result)
-                    done[outcome.task.time] = outcome.result
+                answer = outcome.error or outcome.result
+                if isinstance(answer, StoreError):
+                    raise answer
+                if isinstance(answer, dict):
+                    journal.append(answer)
+                    done[outcome.task.time] = answer
+                elif answer is not None:
+                    failures.append((pairs[outcome.task.time], answer))
+                    logger.error("%s failed: %s", outcome.task.pair.halpha.path, answer)
                 progress.advance(1)
         if failures:
             raise _failed(failures, len(pairs))
