@@ -30,7 +30,7 @@ from distributed import Client
 from zarr.storage import LocalStore
 
 from inn.checkpoint import Network, load_model, model_hash
-from inn.latent import LatentKind
+from inn.latent import LatentKind, draw_latent
 from inn.posterior import QUANTILES
 from pipeline.cluster import AddressConfig, LocalConfig, SlurmConfig, connect, threads_per_task, verified
 from pipeline.driver import run_bounded
@@ -228,6 +228,7 @@ def invert(
     )
     if network.novelty is None:
         logger.warning("the model has no novelty measure: profiles unlike its training set are not flagged")
+    draw_latent(draws, network.latent_size, seed, latent)  # refuses here what it would refuse in every tile
     fingerprint = _fingerprint(spec, grid, network)
     attrs = _attributes(spec, dataset, network, fingerprint, call or f"invert({observation}, {output})")
     if not output.parent.is_dir():

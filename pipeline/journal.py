@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
 import socket
 import time
@@ -23,6 +24,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from pipeline.errors import MisuseError, StoreError
+
+logger = logging.getLogger("flarefield")
 
 FORMAT = 1
 BATCH = 64
@@ -292,6 +295,11 @@ def lock(store: Path) -> Iterator[None]:
                 found=holder or None,
                 remedy="wait for it to end, or end it; the same command then goes on from there",
             ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            # Some clusters' file systems are mounted so. A warning must do: refusing would help nobody.
+            logger.warning("%s is on a file system without locks: see that one command works on it", store)
         # The holder before us removes the file when it is done: what we locked may be that one.
         try:
             current = os.stat(path).st_ino

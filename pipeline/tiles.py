@@ -36,7 +36,7 @@ from pipeline.spectra import covers, network_lines
 KERNEL = 1
 """Version of what a tile's numbers depend on in this package; raised whenever they change."""
 
-MISFIT_DRAWS = 16
+MISFIT_DRAWS = 8
 """Posterior draws whose emulated profiles are compared with the observed ones."""
 
 SPREAD = (0.16, 0.84)

@@ -327,6 +327,25 @@ def test_an_output_that_is_something_else_is_left_alone(tmp_path, toy, client, s
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"draws": 1},
+        {"latent": "uniform"},
+        {"tile": 0},
+        {"quantiles": (0.5, 0.2)},
+        {"calibration_error": -1.0},
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be_are_refused_before_anything_is_made(
+    tmp_path, toy, client, settings, setting
+):
+    with pytest.raises(MisuseError):
+        invert(toy, tmp_path / "map.zarr", cluster=client, **{**settings, **setting})
+    assert not os.listdir(tmp_path)
+
+
 def test_a_missing_directory_is_named(tmp_path, toy, client, settings):
     with pytest.raises(MisuseError, match="directory") as refusal:
         invert(toy, tmp_path / "gone" / "map.zarr", cluster=client, **settings)

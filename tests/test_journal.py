@@ -1,5 +1,7 @@
 """The journal survives being killed at any moment, and says what is done and nothing else."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -168,3 +170,14 @@ def test_two_clients_cannot_hold_one_map_and_a_killed_one_lets_go(tmp_path):
         holder.kill()
         holder.wait()
         holder.stdout.close()
+
+
+def test_a_file_system_without_locks_is_worked_on_with_a_warning(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with lock(tmp_path / "map.zarr"):
+        pass
+    assert "without locks" in caplog.text
+    assert not os.listdir(tmp_path)
