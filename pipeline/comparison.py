@@ -97,6 +97,15 @@ def compare(
     error, climatology_error, correlation = (np.full(shape, np.nan) for _ in range(3))
     coverage = np.full((*shape, len(intervals)), np.nan)
     answered, novel_share = np.full((2, len(regions)), np.nan)
+    finite = np.ones(painted.shape, dtype=np.bool_)
+    for quantity in QUANTITIES:
+        values = (
+            map_store[quantity].isel(height=levels).transpose("time", "y", "x", "quantile", "height").values
+        )
+        finite &= np.isfinite(values).all(axis=(-2, -1))
+    for row, region in enumerate(regions.values()):
+        if region.any():
+            answered[row], novel_share[row] = finite[region].mean(), novel[region].mean()
     for column, quantity in enumerate(QUANTITIES):
         posterior = (
             map_store[quantity].isel(height=levels).transpose("time", "y", "x", "quantile", "height").values
@@ -104,13 +113,10 @@ def compare(
         table = truth[quantity].isel(height=levels).transpose("sample", "height").values
         if quantity in LOGARITHMIC:
             posterior, table = np.log10(posterior), np.log10(table)
-        finite = np.isfinite(posterior).all(axis=(-2, -1))
         for row, region in enumerate(regions.values()):
             chosen = region & finite
             if not chosen.any():
                 continue
-            answered[row] = chosen.sum() / region.sum()
-            novel_share[row] = novel[region].mean()
             found, true = posterior[chosen], table[painted[chosen]]
             median = found[:, middle]
             error[row, column] = np.median(np.abs(median - true))

@@ -172,13 +172,12 @@ def _image(
     finite = values[np.isfinite(values)]
     if norm is None:
         norm = mpl.colors.Normalize(*(_limits(values) if limits is None else limits))
-    cmap = mpl.colormaps[colours].copy() if isinstance(colours, str) else colours
-    cmap.set_bad(MISSING)
+    cmap = mpl.colormaps[colours] if isinstance(colours, str) else colours
     drawn = axes.imshow(
         np.ma.masked_invalid(values),
         origin="lower",
         extent=frame.extent,
-        cmap=cmap,
+        cmap=cmap.with_extremes(bad=MISSING),
         norm=norm,
         interpolation="nearest",
     )
@@ -422,9 +421,9 @@ def profile_figure(
                 panel.plot(
                     heights[seen], true[seen], color=TRUE, linewidth=1.4, linestyle="--", label="truth"
                 )
-            if look.logarithmic:
+            if look.logarithmic and np.isfinite(values[:, seen]).any():
                 panel.set_yscale("log")
-            else:
+            elif not look.logarithmic:
                 panel.axhline(0.0, color="#999999", linewidth=0.6, zorder=0)
             panel.set(title=NAMES[quantity], xlabel="height [Mm]", ylabel=look.label, xlim=(heights[0], top))
             _open_frame(panel)
