@@ -56,6 +56,13 @@ WORKER_SETTINGS = {
 NO_DASHBOARD = "127.0.0.1:0"
 
 
+class _UnsafeError(ValueError):
+    remedy = (
+        "start scheduler and workers with --tls-ca-file, --tls-cert and --tls-key, and give tls://host:port "
+        "with tls_ca_file, tls_client_cert and tls_client_key in a configuration file"
+    )
+
+
 class _Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -100,10 +107,9 @@ class AddressConfig(_Config):
         if parts.scheme not in ("tls", "tcp") or not parts.hostname or parts.port is None:
             raise ValueError(f"{self.address!r} is no scheduler's address; write tls://host:port")
         if parts.scheme == "tcp" and not is_loopback(self.address):
-            raise ValueError(
+            raise _UnsafeError(
                 f"{self.address!r} is reached over a network without encryption: anyone on it could run code "
-                "on the cluster. Start scheduler and workers with --tls-ca-file, --tls-cert and --tls-key, "
-                "and give tls://host:port with tls_ca_file, tls_client_cert and tls_client_key"
+                "on the cluster"
             )
         return self
 
@@ -256,17 +262,20 @@ def _validate(settings: dict[str, Any], where: object) -> LocalConfig | AddressC
         return _ADAPTER.validate_python(settings)
     except ValidationError as error:
         kind = _KINDS.get(str(settings.get("kind")))
-        problems = []
+        problems, remedy = [], None
         for detail in error.errors():
             name = ".".join(str(part) for part in detail["loc"][1:])
             message = detail["msg"].removeprefix("Value error, ")
             problems.append(f"{name}: {message}" if name else message)
-        expected = f"kind: {', '.join(_KINDS)}" if kind is None else ", ".join(kind.model_fields)
+            remedy = getattr(detail.get("ctx", {}).get("error"), "remedy", remedy)
         raise MisuseError(
             "the cluster configuration cannot be used",
             where=where,
             found="; ".join(problems),
-            expected=f"settings: {expected}" if kind is not None else expected,
+            expected=f"kind: {', '.join(_KINDS)}"
+            if kind is None
+            else f"settings: {', '.join(kind.model_fields)}",
+            remedy=remedy or "see deploy/ for examples",
         ) from error
 
 
@@ -313,6 +322,8 @@ def _local(config: LocalConfig) -> Iterator[Client]:
         memory_limit=config.memory_limit,
         scheduler_kwargs=_dashboard(config.dashboard),
         host="127.0.0.1",
+        # Dask would raise its log to warnings where its user has turned it lower.
+        silence_logs=max(logging.WARNING, logging.getLogger("distributed").level),
     )
     with _closing(cluster), Client(cluster) as client:
         yield client
@@ -496,7 +507,7 @@ def verified(client: Client) -> Iterator[None]:
     ClusterError
         A worker does not pass.
     """
-    addresses = [client.scheduler.address, *client.scheduler_info(n_workers=-1)["workers"]]
+    addresses = [client.scheduler.address, *client.nthreads()]
     for address in addresses:
         if urlsplit(address).scheme not in ("tls", "inproc") and not is_loopback(address):
             raise ClusterError(

@@ -44,7 +44,7 @@ class Progress:
 
     def __init__(self, title: str, total: int, unit: str, done: int = 0) -> None:
         self.title, self.total, self.unit, self.done = title, total, unit, done
-        self._first = done
+        self._first = self._said = done
         self._started = self._logged = time.monotonic()
         self._bar: Bar | None = None
 
@@ -73,7 +73,7 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        else:
+        elif self._said != self.done:
             logger.info(self.line())
         sys.stderr.flush()
 
@@ -97,5 +97,5 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, rate=f"{self.rate:,.1f} {self.unit}/s")
         elif time.monotonic() - self._logged >= LOG_INTERVAL:
-            self._logged = time.monotonic()
+            self._logged, self._said = time.monotonic(), self.done
             logger.info(self.line())

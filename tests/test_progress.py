@@ -37,8 +37,16 @@ def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(clock, caplog):
             clock[0] += 0.5
             progress.advance(1)
     lines = [record.getMessage() for record in caplog.records]
-    assert len(lines) == 50 // 10 + 1
+    assert len(lines) == 50 // 10  # the last of them is that of the end
     assert lines[-1].startswith("inverting: 100/100 pixels (100 %), 2.0 pixels/s")
+
+
+def test_the_end_is_said_however_soon_it_comes(clock, caplog):
+    with caplog.at_level(logging.INFO, logger="flarefield"), Progress("inverting", 9, "pixels") as progress:
+        clock[0] += 0.5
+        progress.advance(9)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("inverting: 9/9 pixels (100 %)")
 
 
 def test_on_a_terminal_a_bar_is_drawn(monkeypatch, capsys):
