@@ -2,9 +2,11 @@
 
 A grid holds clean profiles at fine wavelengths. An observation is sampled coarsely, is noisy, comes at any
 heliocentric angle, and its two lines are calibrated against each other only to some per cent. Each batch goes
-through the same steps as a real pixel: sampling at CRISP's own wavelengths, photon noise, a calibration error
-between the lines, linear interpolation onto the network's points, division by the joint maximum. A bulk
-Doppler shift, which moves the velocity at all heights and both lines together, is exact physics as well.
+through the steps of a real pixel but one: sampling at CRISP's own wavelengths, photon noise, a calibration
+error between the lines, linear interpolation onto the network's points, division by the joint maximum. The
+one that is missing is CRISP's transmission profile, which smooths narrow features of Ca II. A bulk Doppler
+shift, which moves the velocity at all heights and both lines together, is exact physics as well. Between the
+grid's values of mu profiles are interpolated linearly, which blurs lines with strong flows.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from inn.layout import Layout
 from inn.scaling import scale_atmosphere
-from pipeline.errors import InputError
+from pipeline.errors import InputError, MisuseError
 from pipeline.grids.store import open_grid, split
 from pipeline.spectra import sampling_matrix, window_matrix
 
@@ -52,13 +54,27 @@ class Augmentation:
         Standard deviation of a bulk velocity that is added at all heights, km/s.
     doppler_steps : int
         Number of bulk velocities, evenly spaced between plus and minus 2.5 standard deviations, among which
-        it is drawn.
+        it is drawn; odd, so that zero is among them.
+
+    Raises
+    ------
+    MisuseError
+        `doppler_steps` is not an odd number.
     """
 
     noise: tuple[float, float] = (0.003, 0.02)
     calibration_error: tuple[float, float] = (0.0, 0.2)
     doppler: float = 1.5
     doppler_steps: int = 11
+
+    def __post_init__(self) -> None:
+        if self.doppler_steps < 1 or self.doppler_steps % 2 == 0:
+            raise MisuseError(
+                "zero must be among the bulk velocities",
+                where="doppler_steps",
+                found=self.doppler_steps,
+                expected="an odd number",
+            )
 
     @property
     def velocities(self) -> NDArray[np.float64]:
