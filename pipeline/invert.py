@@ -207,7 +207,7 @@ def invert(
     model_path = None if model is None else str(Path(model).absolute())
     network = load_model(model_path)
     dataset = open_observation(observation)
-    _check_observation(dataset, network, observation)
+    _check_observation(dataset, network, observation, calibration_error)
     if tile < 1:
         raise MisuseError("a tile must hold pixels", where="tile", found=tile)
     grid = TileGrid.square((dataset.sizes["time"], dataset.sizes["y"], dataset.sizes["x"]), tile)
@@ -269,7 +269,9 @@ def invert(
     )
 
 
-def _check_observation(dataset: xr.Dataset, network: Network, path: Path) -> None:
+def _check_observation(
+    dataset: xr.Dataset, network: Network, path: Path, calibration_error: float | None
+) -> None:
     for window in network.layout.lines:
         axis = dataset[f"wavelength_{window.name}"].values
         if (missing := shortfall(axis, window)) > 0:
@@ -288,8 +290,21 @@ def _check_observation(dataset: xr.Dataset, network: Network, path: Path) -> Non
             where=path,
             found=mu[~((mu > 0) & (mu <= 1))][0],
             expected="above 0, at most 1",
-            remedy="ingest the scans again, giving mu",
+            remedy="leave out the scans whose frame lies off the disc, or whose headers misstate their pointing",
         )
+    # The novelty measure does not look at these: outside of what was trained, only this warning says so.
+    conditions = network.record.get("conditions", {})
+    for name, values in (("mu", mu), ("calibration_error", [calibration_error])):
+        low, high = conditions.get(name, (-np.inf, np.inf))
+        outside = [value for value in values if value is not None and not low <= value <= high]
+        if outside:
+            logger.warning(
+                "%s is %.3g, outside of %.3g to %.3g, for which the network was trained: its answers extrapolate",
+                name,
+                outside[0],
+                low,
+                high,
+            )
 
 
 def _fingerprint(spec: TileSpec, grid: TileGrid, network: Network) -> dict[str, Any]:

@@ -144,6 +144,10 @@ def train(
             "split": "by simulation, 80/10/10 (pipeline.grids.store.split)",
             **grid_description(grid),
         },
+        "conditions": {
+            "mu": [round(float(edge(sets["train"].mu)), 6) for edge in (min, max)],
+            "calibration_error": list(settings.augmentation.calibration_error),
+        },
         "epochs": {"flow": len(flow_history), "emulator": len(emulator_history)},
         "torch": torch.__version__,
         "metrics": metrics(network, sets["test"], generators["test"]),
