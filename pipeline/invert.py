@@ -290,7 +290,7 @@ def _check_observation(
             where=path,
             found=mu[~((mu > 0) & (mu <= 1))][0],
             expected="above 0, at most 1",
-            remedy="leave out the scans whose frame lies off the disc, or whose headers misstate their pointing",
+            remedy="leave out the scans that point off the disc, or mend their headers",
         )
     # The novelty measure does not look at these: outside of what was trained, only this warning says so.
     conditions = network.record.get("conditions", {})
@@ -299,7 +299,7 @@ def _check_observation(
         outside = [value for value in values if value is not None and not low <= value <= high]
         if outside:
             logger.warning(
-                "%s is %.3g, outside of %.3g to %.3g, for which the network was trained: its answers extrapolate",
+                "%s is %.3g, outside of the %.3g to %.3g that the network was trained for",
                 name,
                 outside[0],
                 low,
