@@ -327,5 +327,15 @@ def _arguments(
     model: Network, lines: ArrayLike | Tensor, mu: ArrayLike | None, calibration_error: ArrayLike | None
 ) -> tuple[NDArray[Any], NDArray[np.float64] | None, NDArray[np.float64] | None]:
     array = _check_lines(lines, model.layout)
-    pixels = array.shape[0]
-    return array, _per_pixel(mu, "mu", pixels), _per_pixel(calibration_error, "calibration_error", pixels)
+    angle = _per_pixel(mu, "mu", array.shape[0])
+    error = _per_pixel(calibration_error, "calibration_error", array.shape[0])
+    # Numbers that are missing (NaN) spoil their pixels alone; impossible ones are a mistake.
+    for name, values in (("mu", angle), ("calibration_error", error)):
+        if values is not None and ((values < 0.0) | (values > 1.0)).any():
+            raise MisuseError(
+                f"{name} lies between 0 and 1",
+                where=name,
+                found=f"{np.nanmin(values):g} to {np.nanmax(values):g}",
+                remedy="mu is the cosine of the heliocentric angle; the error is relative, 0.05 for 5 %",
+            )
+    return array, angle, error

@@ -141,6 +141,11 @@ def test_the_misfit_is_the_distance_of_emulated_lines(network):
         ({"lines": np.zeros((3, 60)), "mu": np.zeros(2)}, "mu"),
         ({"lines": np.zeros((3, 60)), "mu": 0.5, "quantiles": (0.5, 1.5)}, "between 0 and 1"),
         ({"lines": np.zeros((3, 60)), "mu": 0.5, "draws": 0}, "at least one point"),
+        ({"lines": np.zeros((3, 60)), "mu": 55.0}, "mu lies between"),
+        (
+            {"lines": np.zeros((3, 60)), "mu": 0.5, "calibration_error": -0.1},
+            "calibration_error lies between",
+        ),
         ({"lines": np.zeros((3, 60))}, "conditioned on mu"),
     ],
 )
