@@ -38,8 +38,8 @@ LARGEST_BLOCK = 160
 FINE_BLOCKS = 96  # fields at least so wide are checked on 3 x 3 blocks, smaller ones on 2 x 2
 FILLED = 0.4  # a block counts if at least this share of it lies in the field
 OVERLAP = 0.5  # share of the field that a shift must leave in common
-SMALLEST_DETAIL = 1.0  # pixels: below is photon noise, CRISP's point spread is about two pixels wide
-LARGEST_DETAIL = 4.0  # pixels: above, the lines differ (ribbons, limb darkening)
+SMALLEST_DETAIL = 0.7  # pixels: below is photon noise, CRISP resolves about two pixels
+LARGEST_DETAIL = 3.0  # pixels: above, the lines differ (ribbons, limb darkening)
 TAPER = 8.0  # pixels over which the common field fades out
 UPSAMPLING = 100
 
@@ -160,8 +160,8 @@ def find_shift(
     Returns
     -------
     Shift
-        The mean over the bands that convince, weighted by how well the images correlate; of the best band
-        if none does.
+        The mean over the bands that convince, weighted by how well the images correlate. If none does, over
+        those that agree with one another and weigh most.
     """
     middle = _middle(fields[0] & fields[1], LARGEST)
     bands = [
@@ -179,13 +179,12 @@ def find_shift(
             masks.append(mask)
         found.append(_estimate(images[0], images[1], masks[0], masks[1]))
     convincing = [estimate for estimate in found if estimate.confidence >= CONFIDENT]
-    if not convincing:
-        best = max(found, key=lambda estimate: (estimate.confidence, estimate.weight))
-        return Shift(float(best.shift[0]), float(best.shift[1]), best.confidence)
-    shifts = np.array([estimate.shift for estimate in convincing])
-    y, x = np.average(shifts, axis=0, weights=[estimate.weight for estimate in convincing])
+    chosen = convincing or _best_supported(found)
+    shifts = np.array([estimate.shift for estimate in chosen])
     contradiction = np.abs(shifts[:, None] - shifts[None]).max() > AGREEMENT
-    confidence = 0.0 if contradiction else max(estimate.confidence for estimate in convincing)
+    confidence = 0.0 if contradiction else max(estimate.confidence for estimate in chosen)
+    # Bands without any structure weigh nothing, even together.
+    y, x = np.average(shifts, axis=0, weights=[estimate.weight + 1e-12 for estimate in chosen])
     return Shift(float(y), float(x), confidence)
 
 
@@ -278,6 +277,15 @@ class _Estimate:
     shift: NDArray[np.float64]
     confidence: float
     weight: float
+
+
+def _best_supported(found: list[_Estimate]) -> list[_Estimate]:
+    """Return the estimates around that one with which the most weight agrees."""
+    groups = [
+        [other for other in found if np.abs(other.shift - one.shift).max() <= AGREEMENT / 2.0]
+        for one in found
+    ]
+    return max(groups, key=lambda group: sum(estimate.weight for estimate in group))
 
 
 def _estimate(reference: Image, moving: Image, reference_mask: Mask, moving_mask: Mask) -> _Estimate:
