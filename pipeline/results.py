@@ -134,17 +134,6 @@ VARIABLES: tuple[Variable, ...] = (
         },
     ),
     Variable(
-        "quality",
-        "uint16",
-        int(Flag.NOT_DONE),
-        False,
-        {
-            "long_name": "quality flags",
-            "flag_masks": [int(flag) for flag in Flag],
-            "flag_meanings": " ".join(str(flag.name).lower() for flag in Flag),
-        },
-    ),
-    Variable(
         "novelty",
         "float32",
         np.nan,
@@ -165,8 +154,20 @@ VARIABLES: tuple[Variable, ...] = (
             "comment": "profiles in units of the joint maximum of both lines",
         },
     ),
+    Variable(
+        "quality",
+        "uint16",
+        int(Flag.NOT_DONE),
+        False,
+        {
+            "long_name": "quality flags",
+            "flag_masks": [int(flag) for flag in Flag],
+            "flag_meanings": " ".join(str(flag.name).lower() for flag in Flag),
+        },
+    ),
 )
-"""The map store's variables; a receipt's checksum is over their bytes in this order."""
+"""The map store's variables. A receipt's checksum is over their bytes in this order. They are written in this
+order, too: what `quality` does not call undone is all there."""
 
 
 @contextmanager

@@ -603,9 +603,10 @@ def write_tile(store: Path, run: str, tile: Tile, values: Mapping[str, NDArray[A
         )
     keys = tile_keys(tile)
     try:
-        for name, key in keys.items():
+        for key in reversed(keys.values()):
             # What an earlier attempt left behind would be read and merged otherwise, whatever state it is in.
             sync(group.store.delete(key))
+        for name in keys:
             array = group[name]
             assert isinstance(array, zarr.Array)
             # An all-NaN tile is a finished tile, too.
