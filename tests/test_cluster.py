@@ -417,8 +417,9 @@ def test_credentials_of_slurm_workers_are_their_owner_s_alone_and_gone_afterward
 
 SBATCH = """\
     #!/bin/sh
-    # runs the job here and now, as its own process group
-    setsid sh "$1" > "$0.log" 2>&1 &
+    # runs the job here and now, as its own process group; the script is the submitter's, who removes it
+    cp "$1" "$0.job"
+    setsid sh "$0.job" > "$0.log" 2>&1 &
     echo "Submitted batch job $!"
 """
 SCANCEL = """\
