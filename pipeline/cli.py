@@ -82,13 +82,17 @@ def ingest_command(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Pair, mask and align CRISP scans of both lines; write an observation store."""
-    from pipeline.cluster import connect, load_config
+    from pipeline.cluster import load_config
     from pipeline.ingest import ingest
 
-    with connect(load_config(cluster)) as client:
-        report = ingest(
-            sources, output, client=client, tolerance=tolerance, overwrite=overwrite, call=_call()
-        )
+    report = ingest(
+        sources,
+        output,
+        cluster=load_config(cluster),
+        tolerance=tolerance,
+        overwrite=overwrite,
+        call=_call(),
+    )
     _say(report.summary())
 
 

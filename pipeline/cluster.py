@@ -315,6 +315,27 @@ def connect(config: LocalConfig | AddressConfig | SlurmConfig) -> Iterator[Clien
 
 
 @contextmanager
+def opened(cluster: LocalConfig | AddressConfig | SlurmConfig | Client) -> Iterator[Client]:
+    """Yield a verified client: of the configured cluster, which is closed at the end, or the one given.
+
+    Parameters
+    ----------
+    cluster : configuration or distributed.Client
+
+    Raises
+    ------
+    ClusterError
+        As `connect` and `verified` raise it.
+    """
+    if isinstance(cluster, Client):
+        with verified(cluster):
+            yield cluster
+    else:
+        with connect(cluster) as client:
+            yield client
+
+
+@contextmanager
 def _local(config: LocalConfig) -> Iterator[Client]:
     cluster = LocalCluster(
         n_workers=config.workers,

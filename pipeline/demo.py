@@ -112,7 +112,7 @@ def run_demo(
         warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
         truth.to_zarr(folder / "truth.zarr", mode="w", zarr_format=3)
     logger.info("%d files of a series made in %s", len(made.files), series)
-    ingested = ingest(made.files, observation, client=client, call=call, overwrite=True)
+    ingested = ingest(made.files, observation, cluster=client, call=call, overwrite=True)
     logger.info(ingested.summary())
     inverted = invert(
         observation, map_store, model=model, cluster=client, draws=draws, seed=seed, overwrite=True, call=call

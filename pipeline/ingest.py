@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import zarr
@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from inn.layout import LineWindow
+from pipeline.cluster import AddressConfig, LocalConfig, SlurmConfig, opened
 from pipeline.crisp import LINES, Scan, find_scans, open_intensity
 from pipeline.driver import Outcome, run_bounded
 from pipeline.errors import FlareFieldError, InputError, MisuseError, StoreError
@@ -62,6 +63,7 @@ LISTED = 10  # files that an error names one by one
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+Cluster: TypeAlias = LocalConfig | AddressConfig | SlurmConfig | Client | None
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def ingest(
     sources: Sequence[str | Path],
     output: str | Path,
     *,
-    client: Client | None = None,
+    cluster: Cluster = None,
     call: str,
     tolerance: float = TOLERANCE,
     overwrite: bool = False,
@@ -155,8 +157,9 @@ def ingest(
         Files, directories and patterns, in any order; scans are known by their content.
     output : str or Path
         The store. If it was made from the same files nothing is done; an interrupted ingest is resumed.
-    client : distributed.Client, optional
-        The cluster; without one the work is done in this process.
+    cluster : configuration or distributed.Client, optional
+        Where to run; without one the work is done in this process. A configured cluster is started only when
+        there is something to do.
     call : str
         The command line or Python call, for the record.
     tolerance : float
@@ -197,11 +200,11 @@ def ingest(
         logger.warning("%s, passed over", text)
     with lock(output):
         if output.exists() and not overwrite:
-            _check_same(output, pairs, tolerance, client)
+            _check_same(output, pairs, tolerance, cluster)
             journal_path(output).unlink(missing_ok=True)
             return IngestReport(output, pairs, (), unpaired, passed_over, complete_before=True)
         try:
-            return _make(output, pairs, unpaired, passed_over, client, call, tolerance)
+            return _make(output, pairs, unpaired, passed_over, cluster, call, tolerance)
         except OSError as failure:
             if (refusal := out_of_space(failure, output)) is not None:
                 raise refusal from failure
@@ -384,7 +387,7 @@ def _make(
     pairs: tuple[Pair, ...],
     unpaired: tuple[Scan, ...],
     passed_over: tuple[str, ...],
-    client: Client | None,
+    cluster: Cluster,
     call: str,
     tolerance: float,
 ) -> IngestReport:
@@ -400,7 +403,7 @@ def _make(
         )
         failures: list[tuple[Pair, BaseException]] = []
         with Progress("ingesting", len(pairs), "scan pairs", done=resumed) as progress:
-            for outcome in _run(client, ingest_pair, waiting):
+            for outcome in _run(cluster, ingest_pair, waiting):
                 answer = outcome.error or outcome.result
                 if isinstance(answer, StoreError):
                     raise answer
@@ -543,11 +546,12 @@ def _failed(failures: list[tuple[Pair, BaseException]], count: int) -> FlareFiel
 
 
 def _run(
-    client: Client | None, function: Callable[[Task], Result], tasks: Iterable[Task]
+    cluster: Cluster, function: Callable[[Task], Result], tasks: Iterable[Task]
 ) -> Iterator[Outcome[Task, Result]]:
     """Run tasks on the cluster, or here if there is none."""
-    if client is not None:
-        yield from run_bounded(client, function, tasks)
+    if cluster is not None:
+        with opened(cluster) as client:
+            yield from run_bounded(client, function, tasks)
         return
     for task in tasks:
         try:
@@ -577,7 +581,7 @@ def _check_output(output: Path) -> None:
         )
 
 
-def _check_same(output: Path, pairs: tuple[Pair, ...], tolerance: float, client: Client | None) -> None:
+def _check_same(output: Path, pairs: tuple[Pair, ...], tolerance: float, cluster: Cluster) -> None:
     """Accept an existing observation only if it was made from the same files in the same way."""
     attrs: dict[str, Any] = dict(zarr.open_group(output, mode="r").attrs.asdict())
     recorded = list(attrs.get("made_from", {}).values())
@@ -589,7 +593,7 @@ def _check_same(output: Path, pairs: tuple[Pair, ...], tolerance: float, client:
         differs = f"made from {len(recorded)} files, now {len(paths)}"
     else:
         given = []
-        for outcome in _run(client, sha256_file, paths):
+        for outcome in _run(cluster, sha256_file, paths):
             if outcome.result is None:
                 raise InputError(
                     "the file cannot be read", where=outcome.task, found=outcome.error

@@ -15,7 +15,6 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +31,7 @@ from zarr.storage import LocalStore
 from inn.checkpoint import Network, load_model, model_hash
 from inn.latent import LatentKind, draw_latent
 from inn.posterior import QUANTILES
-from pipeline.cluster import AddressConfig, LocalConfig, SlurmConfig, connect, threads_per_task, verified
+from pipeline.cluster import AddressConfig, LocalConfig, SlurmConfig, opened, threads_per_task
 from pipeline.driver import run_bounded
 from pipeline.errors import FlareFieldError, InputError, MisuseError, StoreError
 from pipeline.journal import Journal, changes, journal_path, lock, out_of_space, sync_directory
@@ -251,7 +250,7 @@ def invert(
         with journal:
             work.take_up()
             if work.resumed < len(grid):
-                with _client(cluster) as client:
+                with opened(cluster or LocalConfig()) as client:
                     work.go_on(client, window)
             journal.append({"finished": True})
         if store != output:
@@ -501,16 +500,6 @@ def _discard(store: Path) -> None:
 
 
 # The run
-
-
-@contextmanager
-def _client(cluster: LocalConfig | AddressConfig | SlurmConfig | Client | None) -> Iterator[Client]:
-    if isinstance(cluster, Client):
-        with verified(cluster):
-            yield cluster
-    else:
-        with connect(cluster or LocalConfig()) as client:
-            yield client
 
 
 @dataclass

@@ -217,12 +217,12 @@ class TestContent:
             Client(cluster) as client,
         ):
             path = tmp_path / "obs.zarr"
-            ingest([series[0]], path, client=client, call="flarefield ingest series obs.zarr")
+            ingest([series[0]], path, cluster=client, call="flarefield ingest series obs.zarr")
             assert contents(path) == contents(observation[0])
-            again = ingest([series[0]], path, client=client, call="again")
+            again = ingest([series[0]], path, cluster=client, call="again")
             assert again.complete_before
             with pytest.raises(MisuseError, match="other files"):
-                ingest(sorted(series[0].glob("*.fits"))[:4:3], path, client=client, call="", tolerance=60.0)
+                ingest(sorted(series[0].glob("*.fits"))[:4:3], path, cluster=client, call="", tolerance=60.0)
 
     def test_fields_larger_than_a_shard(self, tmp_path, monkeypatch):
         """Shards fit together: the same as one piece."""
