@@ -9,9 +9,10 @@ How the scene is painted
 The field is divided into small cells (a Voronoi diagram of jittered points), each painted with one
 atmosphere. Held-out atmospheres with emission in a line core (`shows_emission`) paint the ribbons, all others
 the quiet Sun (where these are fewer than the field needs, the faintest with emission join them). **Every**
-held-out atmosphere is used, and within its group each paints the same area: nothing is picked by hand. Only
-*where* each goes is arranged: the brighter ones towards the ribbons' outer, leading edges and the later
-scans, so that the images look like a flare. No atmosphere paints more than 2 % of the field.
+held-out atmosphere is used if there are cells enough, and none is preferred: each of the quiet Sun's paints
+the same area, each of the ribbons' the same number of cells. Only *where* each goes is arranged, so that the
+images look like a flare: the brighter ones towards the ribbons' outer, leading edges and the later scans, those
+of like contrast between the lines side by side. No atmosphere paints more than 2 % of the field.
 
 Both lines are rendered from the same scene, Ca II at displaced coordinates, with every pixel collecting the
 light that falls on it (no image is interpolated) through a point spread, and given photon noise. Pixels
@@ -47,6 +48,7 @@ Array = NDArray[np.float64]
 LARGEST_SHARE = 0.02
 """Largest share of the field that one atmosphere may paint in one scan."""
 FEWEST_QUIET = 56  # atmospheres that share the two thirds of the field outside of the ribbons
+BLOCK = 24  # atmospheres of similar brightness among which neighbours are chosen for their contrast
 FEWEST_RIBBON = 24  # atmospheres that share the ribbons
 
 POINTING = (-730.0, -313.0)
@@ -154,7 +156,59 @@ def shows_emission(profiles: Mapping[str, Array]) -> NDArray[np.bool_]:
     return np.asarray(emission[0] | emission[1])
 
 
-def casting(profiles: Mapping[str, Array]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+@dataclass(frozen=True)
+class Cast:
+    """The atmospheres that paint one part of the scene, in blocks of similar brightness, the faintest first.
+
+    Attributes
+    ----------
+    blocks : tuple of array of int
+        Indices of samples; within a block in order of Ca II's brightness against H-alpha's.
+    """
+
+    blocks: tuple[NDArray[np.int64], ...]
+
+    @property
+    def samples(self) -> NDArray[np.int64]:
+        """All of them."""
+        return np.concatenate(self.blocks)
+
+    def lay_out(self, brightness: Array, contrast: Array, weight: Array) -> NDArray[np.int64]:
+        """Choose an atmosphere for each cell, so that neighbours are alike and all get the same weight.
+
+        Parameters
+        ----------
+        brightness : array, shape (cell,)
+            The brighter atmospheres go where this is large.
+        contrast : array, shape (cell,)
+            Those with the brighter Ca II go where this is large.
+        weight : array, shape (cell,)
+            What is shared out evenly: the cells' areas, or 1 for each that is seen.
+
+        Returns
+        -------
+        array of int, shape (cell,)
+        """
+        block_of = np.repeat(np.arange(len(self.blocks)), [block.size for block in self.blocks])
+        block = block_of[_even_classes(brightness, weight, block_of.size)]
+        chosen = np.empty(block.size, dtype=np.int64)
+        for number, samples in enumerate(self.blocks):
+            here = block == number
+            chosen[here] = samples[_even_classes(contrast[here], weight[here], samples.size)]
+        return chosen
+
+
+def _even_classes(order: Array, weight: Array, count: int) -> NDArray[np.int64]:
+    """Give each cell one of `count` classes, ascending with `order`; all classes get the same weight."""
+    rank = np.argsort(order, kind="stable")
+    middle = np.cumsum(weight[rank]) - 0.5 * weight[rank]
+    position = middle / (weight.sum() or 1.0)
+    classes = np.empty(order.size, dtype=np.int64)
+    classes[rank] = np.minimum(position * count, count - 1).astype(np.int64)
+    return classes
+
+
+def casting(profiles: Mapping[str, Array]) -> tuple[Cast, Cast]:
     """Which atmospheres paint the ribbons and which the quiet Sun; each one does either.
 
     Parameters
@@ -164,8 +218,7 @@ def casting(profiles: Mapping[str, Array]) -> tuple[NDArray[np.int64], NDArray[n
 
     Returns
     -------
-    ribbon, quiet : array of int
-        Indices of the samples, faintest first.
+    ribbon, quiet : Cast
 
     Raises
     ------
@@ -173,11 +226,14 @@ def casting(profiles: Mapping[str, Array]) -> tuple[NDArray[np.int64], NDArray[n
         There are too few atmospheres.
     """
     emission = shows_emission(profiles)
-    faintest_first = np.argsort(brightness(profiles), kind="stable")
-    # Quiet atmospheres first, whatever their brightness; then the faintest of the others.
-    ranked = np.concatenate(
-        [faintest_first[~emission[faintest_first]], faintest_first[emission[faintest_first]]]
-    )
+    # Logarithms of both cores' mean intensities, each in units of its spread.
+    cores = []
+    for line in (HALPHA, CA8542):
+        core = np.log(profiles[line.name][:, _core(line)].mean(axis=1))
+        cores.append(core / (core.std() or 1.0))
+    brightness, contrast = cores[0] + cores[1], cores[1] - cores[0]
+    # Those without emission first, whatever their brightness; then the faintest of the others.
+    ranked = np.lexsort((brightness, emission))
     quiet = max(int((~emission).sum()), FEWEST_QUIET)
     if ranked.size < quiet + FEWEST_RIBBON:
         raise InputError(
@@ -186,26 +242,12 @@ def casting(profiles: Mapping[str, Array]) -> tuple[NDArray[np.int64], NDArray[n
             expected=f"{quiet + FEWEST_RIBBON} or more",
             remedy="use a larger grid",
         )
-    return ranked[quiet:], ranked[:quiet]
 
+    def blocks(samples: NDArray[np.int64]) -> Cast:
+        parts = np.array_split(samples, max(samples.size // BLOCK, 1))
+        return Cast(tuple(part[np.argsort(contrast[part], kind="stable")] for part in parts))
 
-def brightness(profiles: Mapping[str, Array]) -> Array:
-    """Order of the atmospheres in the images: mean log intensity of both cores, each in units of its spread.
-
-    Parameters
-    ----------
-    profiles : mapping of str to array, shape (sample, wavelength)
-        As `line_profiles` returns them.
-
-    Returns
-    -------
-    array, shape (sample,)
-    """
-    total = np.zeros(len(profiles[HALPHA.name]))
-    for line in (HALPHA, CA8542):
-        core = np.log(profiles[line.name][:, _core(line)].mean(axis=1))
-        total += core / (core.std() or 1.0)
-    return total
+    return blocks(ranked[quiet:]), blocks(ranked[:quiet])
 
 
 @dataclass(frozen=True)
@@ -272,15 +314,6 @@ class Texture:
         return np.asarray(np.sqrt(2.0 / self.phase.size) * total)
 
 
-def _share_out(order: Array, area: Array, count: int) -> NDArray[np.int64]:
-    """Give each cell one of `count` classes, ascending with `order`; all classes get the same area."""
-    rank = np.argsort(order, kind="stable")
-    middle = np.cumsum(area[rank]) - 0.5 * area[rank]
-    classes = np.empty(order.size, dtype=np.int64)
-    classes[rank] = np.clip(middle / area.sum() * count, 0, count - 1).astype(np.int64)
-    return classes
-
-
 @dataclass(frozen=True)
 class Scene:
     """The Sun behind the canvas: cells, and the atmosphere of each in every scan.
@@ -343,17 +376,15 @@ class Scene:
         return np.moveaxis(blurred, -1, 0)
 
 
-def make_scene(
-    canvas: Canvas, ribbon: NDArray[np.int64], quiet: NDArray[np.int64], *, scans: int, cell: float, seed: int
-) -> Scene:
+def make_scene(canvas: Canvas, ribbon: Cast, quiet: Cast, *, scans: int, cell: float, seed: int) -> Scene:
     """Arrange atmospheres into two ribbons, which brighten and separate, over quiet Sun.
 
     Parameters
     ----------
     canvas : Canvas
         The frame.
-    ribbon, quiet : array of int
-        The atmospheres of either group, faintest first.
+    ribbon, quiet : Cast
+        The atmospheres of either.
     scans : int
         How many scans.
     cell : float
@@ -408,10 +439,13 @@ def make_scene(
     )
     y, x = canvas.pixels()
     area = np.bincount(scene.cell_at(y, x)[canvas.inside(y, x)], minlength=len(cells)).astype(np.float64)
-    network = Texture.random(0.07 * width, random)(v, u)
-    scene.sample[:] = quiet[_share_out(network, area * (~within).any(axis=0), quiet.size)]
-    classes = _share_out(activity[within], np.broadcast_to(area, within.shape)[within], ribbon.size)
-    scene.sample[within] = ribbon[classes]
+    network, contrast = (Texture.random(scale * width, random)(v, u) for scale in (0.07, 0.1))
+    scene.sample[:] = quiet.lay_out(network, contrast, area * (~within).any(axis=0))
+    # The ribbons are many atmospheres' on few cells: sharing out cells, not areas, forgets none of them.
+    seen = (area > 0).astype(np.float64)
+    scene.sample[within] = ribbon.lay_out(
+        activity[within], *(np.broadcast_to(values, within.shape)[within] for values in (contrast, seen))
+    )
     for scan in range(scans):
         painted = np.bincount(scene.sample[scan], weights=area) / area.sum()
         if painted.max() > LARGEST_SHARE:
