@@ -11,8 +11,8 @@ atmosphere. Held-out atmospheres with emission in a line core (`shows_emission`)
 the quiet Sun (where these are fewer than the field needs, the faintest with emission join them). **Every**
 held-out atmosphere is used if there are cells enough, and none is preferred: each of the quiet Sun's paints
 the same area, each of the ribbons' the same number of cells. Only *where* each goes is arranged, so that the
-images look like a flare: the brighter ones towards the ribbons' outer, leading edges and the later scans, those
-of like contrast between the lines side by side. No atmosphere paints more than 2 % of the field.
+images look like a flare: the brighter ones towards the ribbons' outer, leading edges and the later scans,
+those of like contrast between the lines side by side. No atmosphere paints more than 2 % of the field.
 
 Both lines are rendered from the same scene, Ca II at displaced coordinates, with every pixel collecting the
 light that falls on it (no image is interpolated) through a point spread, and given photon noise. Pixels
