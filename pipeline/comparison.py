@@ -90,7 +90,7 @@ def compare(
     novel = flagged(map_store, "novel").transpose("time", "y", "x").values
     regions = {
         "ribbon": overlap & ribbon,
-        "ribbon, unmixed": overlap & ribbon & _unmixed(painted),
+        "ribbon, unmixed": overlap & ribbon & unmixed(painted),
         "quiet": overlap & ~ribbon & (painted >= 0),
     }
     shape = (len(regions), len(QUANTITIES))
@@ -203,8 +203,14 @@ def valid_error(valid: NDArray[np.bool_], overlap: NDArray[np.bool_]) -> float:
     return max(distances)
 
 
-def _unmixed(painted: NDArray[np.int32]) -> NDArray[np.bool_]:
-    """Pixels that show the same atmosphere as all eight neighbours."""
+def unmixed(painted: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """Pixels that show the same atmosphere as all eight neighbours.
+
+    Parameters
+    ----------
+    painted : array of int, shape (time, y, x)
+        The truth's ``painted``.
+    """
     around = (1, 3, 3)
     alike: NDArray[np.bool_] = ndimage.minimum_filter(painted, around) == ndimage.maximum_filter(
         painted, around

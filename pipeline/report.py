@@ -19,6 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from pipeline import figures
+from pipeline.comparison import unmixed
 from pipeline.errors import MisuseError
 from pipeline.provenance import flarefield_version
 from pipeline.results import WITHOUT_ANSWER, Flag, count_flags
@@ -228,6 +229,11 @@ def _profiles(
     chosen, standing = answered & (quality == 0), "unflagged"
     if not chosen.any():
         chosen, standing = answered, "answered"
+    if truth is not None:
+        # A pixel that mixes the light of two atmospheres has no one truth to be shown beside.
+        pure = chosen & unmixed(truth["painted"].values)[time]
+        if pure.any():
+            chosen, standing = pure, f"{standing}, unmixed"
     if not chosen.any():
         return []
     median = ds["electron_density"].sel(quantile=0.5, height=height, method="nearest").isel(time=time)
