@@ -12,9 +12,11 @@ import hashlib
 import io
 import json
 import os
+import pickletools
 import re
 import shutil
 import uuid
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -438,16 +440,19 @@ def _read_description(path: Path) -> dict[str, Any]:
 
 def _unpickle_tensors(file: Path, content: bytes) -> Any:  # noqa: ANN401 - the file may hold anything
     try:
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's advice on how to load it all the same
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as failure:
         # Damaged and hostile files fail in as many ways as a pickle has; all of them mean the same here.
         message = str(failure)
-        forbidden = re.search(r"GLOBAL ([\w.]+)", message) or re.search(r"class (\S+) was not", message)
+        named = re.search(r"GLOBAL ([\w.]+)", message) or re.search(r"class (\S+) was not", message)
+        forbidden = named[1] if named is not None else _named_code(content)
         if forbidden is not None:
             raise ModelError(
                 "the checkpoint holds code, which is never executed",
                 where=file,
-                found=forbidden[1],
+                found=forbidden,
                 expected="tensors, numbers, texts, lists and dictionaries",
                 remedy="use the checkpoint as published, or save its weights alone: "
                 "torch.save({'state_dict': network.state_dict()}, file)",
@@ -455,10 +460,26 @@ def _unpickle_tensors(file: Path, content: bytes) -> Any:  # noqa: ANN401 - the 
         raise ModelError(
             "the file is not a checkpoint that torch can read, or is damaged",
             where=file,
-            found=f"{type(failure).__name__}: {message.splitlines()[0] if message else ''}",
+            found=f"{len(content)} bytes that begin with {content[:8]!r}",
             expected="a file that torch.save wrote",
             remedy="download it again and compare its size",
         ) from failure
+
+
+def _named_code(content: bytes) -> str | None:
+    """Name of the first function or class that a bare pickle asks for; None if there is none."""
+    texts: list[str] = []
+    try:
+        for operation, argument, _ in pickletools.genops(content):
+            if operation.name == "GLOBAL":
+                return str(argument).replace(" ", ".")
+            if operation.name == "STACK_GLOBAL":
+                return ".".join(texts[-2:])
+            if isinstance(argument, str):
+                texts.append(argument)
+    except (ValueError, UnicodeDecodeError, OverflowError):
+        return None  # not a pickle, or a broken one
+    return None
 
 
 def _not_published(file: Path, found: str) -> ModelError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -323,8 +324,9 @@ def _start_log(debug: bool) -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
     if not debug:
-        # A cluster that is closing says much that its user can do nothing about.
-        logging.getLogger("distributed").setLevel(logging.CRITICAL)
+        # A cluster says much that its user can do nothing about, and tells of errors that we report.
+        # Dask reads this when it is imported, here and in the worker processes.
+        os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "critical")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

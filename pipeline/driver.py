@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Generic, TypeVar
 
 from distributed import Client, Future, KilledWorker, as_completed
 
-from pipeline.errors import ClusterError
+from pipeline.errors import ClusterError, FlareFieldError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -44,7 +44,7 @@ def run_bounded(
     *,
     window: int | None = None,
     attempts: int = 3,
-) -> Iterator[Outcome[Task, Result]]:
+) -> Generator[Outcome[Task, Result], None, None]:
     """Run ``function(task)`` for each task on a cluster; yield each outcome as it comes, in any order.
 
     At most `window` tasks exist on the cluster at any time, so a million tasks need no more memory in
@@ -52,7 +52,8 @@ def run_bounded(
     early lets the job run out in good order. Leaving the loop over the outcomes takes back what is still in
     flight.
 
-    A task that raises is submitted again until it has been tried `attempts` times. A task whose worker dies
+    A task that raises is submitted again until it has been tried `attempts` times, unless it raises a
+    `FlareFieldError`: those say what a person has to mend. A task whose worker dies
     is rescheduled by Dask itself, as often as the cluster's ``allowed-failures`` says; one that has killed
     that many workers is given up at once.
 
@@ -105,7 +106,7 @@ def run_bounded(
                     yield Outcome(task, result, None, attempt)
                 elif future.status == "error":
                     error: BaseException = result[1]
-                    if attempt < attempts and not isinstance(error, KilledWorker):
+                    if attempt < attempts and not isinstance(error, (KilledWorker, FlareFieldError)):
                         again.append((task, attempt + 1))
                     else:
                         yield Outcome(task, None, error, attempt)

@@ -572,7 +572,7 @@ def _check_output(output: Path) -> None:
         raise MisuseError(
             "the output's directory does not exist", where=output.parent, remedy="make it first"
         )
-    if output.exists() and not is_observation(output):
+    if os.path.lexists(output) and not is_observation(output):
         raise MisuseError(
             "the output exists and is not an observation",
             where=output,

@@ -14,7 +14,8 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -559,30 +560,38 @@ class _Work:
     def go_on(self, client: Client, window: int | None) -> None:
         """Do all tiles that are not done."""
         spec = replace(self.spec, threads=threads_per_task(client))
-        fatal: list[FlareFieldError] = []
-
-        def missing() -> Iterator[Tile]:
-            for index in np.flatnonzero(~self.done):
-                # What is in flight is still brought home when the run cannot go on.
-                if fatal:
-                    return
-                yield self.grid[int(index)]
-
-        with Progress("inverting", self.grid.pixels, "pixels", self.pixels) as progress:
-            for outcome in run_bounded(client, partial(invert_tile, spec), missing(), window=window):
-                try:
-                    if outcome.result is not None:
-                        self._finish(outcome.result)
-                    elif _concerns_run(outcome.error):
-                        assert isinstance(outcome.error, FlareFieldError)
-                        fatal.append(outcome.error)
-                    else:
-                        self._give_up(spec, outcome.task, outcome.error, outcome.attempts)
-                except StoreError as error:
-                    fatal.append(error)
+        missing = (self.grid[int(index)] for index in np.flatnonzero(~self.done))
+        with (
+            Progress("inverting", self.grid.pixels, "pixels", self.pixels) as progress,
+            closing(run_bounded(client, partial(invert_tile, spec), missing, window=window)) as outcomes,
+        ):
+            for outcome in outcomes:
+                if outcome.result is not None:
+                    self._finish(outcome.result)
+                elif _concerns_run(outcome.error):
+                    # Nothing that is in flight could do better.
+                    assert isinstance(outcome.error, FlareFieldError)
+                    raise outcome.error
+                else:
+                    self._give_up(spec, outcome.task, outcome.error, outcome.attempts)
                 progress.advance(outcome.task.pixels)
-        if fatal:
-            raise fatal[0]
+        self._see_that_all_is_there()
+
+    def _see_that_all_is_there(self) -> None:
+        """Refuse to call a map finished that has lost tiles while it was made."""
+        store = LocalStore(self.spec.store)
+        lost = 0
+        for index in np.flatnonzero(self.done):
+            try:
+                stored_bytes(store, self.grid[int(index)])
+            except FileNotFoundError:
+                lost += 1
+        if lost:
+            raise StoreError(
+                f"{lost} finished tiles have gone from the map while it was being made",
+                where=self.spec.store,
+                remedy="run the same command again: it does them once more",
+            )
 
     def _finish(self, result: TileResult) -> None:
         self._count(result.tile, result.answered, result.flags, result.stored)

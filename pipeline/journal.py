@@ -280,10 +280,20 @@ def lock(store: Path) -> Iterator[None]:
     ------
     MisuseError
         Another process works on this map.
+    StoreError
+        The directory cannot be written to.
     """
     path = store.with_name(store.name + ".lock")
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise StoreError(
+                "nothing can be written there",
+                where=path.parent,
+                found=error.strerror,
+                remedy="choose an output in a directory that you may write to",
+            ) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

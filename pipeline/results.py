@@ -112,7 +112,6 @@ VARIABLES: tuple[Variable, ...] = (
         {
             "units": "cm-3",
             "long_name": "electron density",
-            "cell_methods": "quantile of the posterior",
         },
     ),
     Variable(
@@ -120,7 +119,7 @@ VARIABLES: tuple[Variable, ...] = (
         "float32",
         np.nan,
         True,
-        {"units": "K", "long_name": "temperature", "cell_methods": "quantile of the posterior"},
+        {"units": "K", "long_name": "temperature"},
     ),
     Variable(
         "velocity",
@@ -130,7 +129,6 @@ VARIABLES: tuple[Variable, ...] = (
         {
             "units": "km/s",
             "long_name": "vertical velocity, upflow positive",
-            "cell_methods": "quantile of the posterior",
         },
     ),
     Variable(
@@ -140,7 +138,7 @@ VARIABLES: tuple[Variable, ...] = (
         False,
         {
             "units": "1",
-            "long_name": "share of the training grid's profiles that lie at least as far out as this pixel's",
+            "long_name": "share of held-out profiles that lie at least as far out as this pixel's",
         },
     ),
     Variable(

@@ -120,7 +120,7 @@ def test_the_report_counts_what_is_in_the_map(client, undisturbed, toy, settings
 
 
 def test_a_finished_map_needs_no_cluster(undisturbed, toy, settings, monkeypatch):
-    monkeypatch.setattr(pipeline.invert, "connect", lambda config: pytest.fail("a cluster was started"))
+    monkeypatch.setattr(pipeline.invert, "opened", lambda config: pytest.fail("a cluster was started"))
     before = contents(undisturbed)
     assert invert(toy, undisturbed, **settings).resumed == 18
     assert contents(undisturbed) == before
