@@ -146,7 +146,11 @@ def compare(
             "quantity": list(QUANTITIES),
             "interval": [round(float(quantiles[upper] - quantiles[lower]), 6) for lower, upper in intervals],
         },
-        attrs={"kind": "comparison", "heights": [float(heights[0]), float(heights[1])]},
+        attrs={
+            "kind": "comparison",
+            "heights": [float(heights[0]), float(heights[1])],
+            "held_out": bool(truth.attrs.get("held_out", False)),
+        },
     )
     return (
         result
@@ -179,7 +183,11 @@ def as_json(comparison: xr.Dataset) -> dict[str, Any]:
                 }
             }
         regions[str(region)] = entry
-    result: dict[str, Any] = {"heights_Mm": list(comparison.attrs["heights"]), "regions": regions}
+    result: dict[str, Any] = {
+        "heights_Mm": list(comparison.attrs["heights"]),
+        "held_out": comparison.attrs["held_out"],
+        "regions": regions,
+    }
     if "shift_error_y" in comparison:
         result["registration"] = {
             name: [_number(value) for value in comparison[name].values.tolist()]

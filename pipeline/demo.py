@@ -15,6 +15,7 @@ from distributed import Client
 from rich.console import Console
 from rich.table import Table
 
+from inn.checkpoint import load_model
 from pipeline.cluster import LocalConfig, connect
 from pipeline.comparison import as_json, compare
 from pipeline.demo_series import make_series
@@ -106,7 +107,11 @@ def run_demo(
     shutil.rmtree(series, ignore_errors=True)
     with open_grid(grid_path) as store:
         made = make_series(series, store, seed=seed, scans=scans)
-    truth = made.dataset.assign_attrs(provenance(call, {"grid": content_hash(grid_path)}))
+    grid_hash = content_hash(grid_path)
+    held_out = load_model(model).record.get("grid", {}).get("sha256") == grid_hash
+    if not held_out:
+        logger.warning("the model was not trained on the grid that paints the demo: its physics may be known")
+    truth = made.dataset.assign_attrs(provenance(call, {"grid": grid_hash}), held_out=held_out)
     with warnings.catch_warnings():
         # Not yet in Zarr's specification; xarray reads it, and every reader may ignore it.
         warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")

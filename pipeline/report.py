@@ -324,6 +324,7 @@ def _comparison(comparison: xr.Dataset) -> dict[str, Any]:
         "intervals": [f"{100 * float(interval):.0f}" for interval in comparison["interval"].values],
         "rows": rows,
         "registration": registration,
+        "held_out": comparison.attrs["held_out"],
     }
 
 

@@ -139,6 +139,9 @@ def test_json_holds_everything_and_no_nan(truth):
         assert set(stored["regions"]["ribbon"]["velocity"]["coverage"]) == {"0.68", "0.9"}
         assert stored["registration"]["shift_applied"] == [True, False]
     assert stored["regions"]["ribbon"]["velocity"]["error"] is None
+    assert stored["held_out"] is False  # nobody said that it was
+    told = truth.assign_attrs(held_out=True)
+    assert as_json(compare(map_around(truth), told))["held_out"] is True
 
 
 def test_the_order_of_dimensions_does_not_matter(truth):
