@@ -346,7 +346,7 @@ def _local(config: LocalConfig) -> Iterator[Client]:
         # Dask would raise its log to warnings where its user has turned it lower.
         silence_logs=max(logging.WARNING, logging.getLogger("distributed").level),
     )
-    with _closing(cluster), Client(cluster) as client:
+    with _closing(cluster), Client(cluster, set_as_default=False) as client:
         yield client
 
 
@@ -370,7 +370,9 @@ def _closing(cluster: SpecCluster) -> Iterator[None]:
 @contextmanager
 def _running(config: AddressConfig) -> Iterator[Client]:
     try:
-        client = Client(config.address, security=config.security(), timeout=config.timeout)
+        client = Client(
+            config.address, security=config.security(), timeout=config.timeout, set_as_default=False
+        )
     except (OSError, TypeError, ValueError) as error:  # Dask refuses missing credentials with a TypeError
         raise ClusterError(
             "the scheduler cannot be reached",
@@ -455,7 +457,7 @@ def slurm_cluster(config: SlurmConfig) -> SpecCluster:
 @contextmanager
 def _slurm(config: SlurmConfig) -> Iterator[Client]:
     cluster = slurm_cluster(config)
-    with _closing(cluster), Client(cluster) as client:
+    with _closing(cluster), Client(cluster, set_as_default=False) as client:
         cluster.adapt(minimum_jobs=config.jobs, maximum_jobs=config.jobs)
         logger.info("waiting for SLURM to start a worker (%d jobs submitted)", config.jobs)
         client.wait_for_workers(1)

@@ -100,7 +100,8 @@ def run_bounded(
     try:
         for batch in in_flight.batches():
             again: list[tuple[Task, int]] = []
-            for future, result in batch:
+            # What is finished comes first: an error may be a reason for the caller to leave.
+            for future, result in sorted(batch, key=lambda pair: bool(pair[0].status != "finished")):
                 task, attempt = pending.pop(future)
                 if future.status == "finished":
                     yield Outcome(task, result, None, attempt)

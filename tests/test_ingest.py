@@ -214,7 +214,7 @@ class TestContent:
     def test_through_dask(self, series, observation, tmp_path):
         with (
             LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
-            Client(cluster) as client,
+            Client(cluster, set_as_default=False) as client,
         ):
             path = tmp_path / "obs.zarr"
             ingest([series[0]], path, cluster=client, call="flarefield ingest series obs.zarr")

@@ -445,9 +445,10 @@ def test_an_error_that_concerns_the_run_ends_it_and_keeps_what_is_done(
     output = tmp_path / "map.zarr"
     with pytest.raises(StoreError, match="no more"):
         invert(toy, output, cluster=client, window=4, **settings)
-    assert len(records(output)) == 5
+    kept = len(records(output))
+    assert 5 - sum(client.nthreads().values()) <= kept <= 5  # all but what was in flight
     monkeypatch.setattr(tiles, "write_tile", real)
-    assert invert(toy, output, cluster=client, **settings).resumed == 5
+    assert invert(toy, output, cluster=client, **settings).resumed == kept
     assert contents(output) == contents(undisturbed)
 
 
