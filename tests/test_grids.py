@@ -195,7 +195,7 @@ def test_upflow_is_blueshift(quiet):
 
 
 def test_lines_agree_with_a_fine_reference(flare):
-    reference = lightweaver.synthesise(FLARE, depth_points=220, rays=5)
+    reference = lightweaver.synthesise(FLARE, depth_points=220, rays=5, sparse=False)
     assert rms(flare.halpha, reference.halpha) < 0.01
     assert rms(flare.ca8542, reference.ca8542) < 0.01
     chromosphere = (HEIGHTS > 0.0) & (HEIGHTS < 1.3)
@@ -212,7 +212,7 @@ def test_what_does_not_converge_is_said():
 def test_numerical_failure_is_recorded(monkeypatch):
     tried = []
 
-    def fail(_parameters, _heights, _rays, accelerated):
+    def fail(_parameters, _heights, _rays, accelerated, _sparse):
         tried.append(accelerated)
         raise np.linalg.LinAlgError("singular matrix")
 
@@ -228,10 +228,10 @@ def test_numerical_failure_is_recorded(monkeypatch):
 def test_acceleration_that_overshoots_is_left_out(monkeypatch, flare):
     context = lightweaver._context
 
-    def overshoot(parameters, heights, rays, accelerated):
+    def overshoot(parameters, heights, rays, accelerated, sparse):
         if accelerated:
             raise np.linalg.LinAlgError("singular matrix")
-        return context(parameters, heights, rays, accelerated)
+        return context(parameters, heights, rays, accelerated, sparse)
 
     monkeypatch.setattr(lightweaver, "_context", overshoot)
     plain = lightweaver.synthesise(FLARE)

@@ -33,8 +33,8 @@ BUNDLED_GRID = Path(__file__).parents[1] / "data" / "grid.zarr"
 SCHEMA = 1
 CHUNK = 1024
 """Samples in each chunk, which is one file: a bundled grid stays a few dozen files below a megabyte each."""
-MANTISSA_BITS = 10
-"""Bits kept of a float32 mantissa: values are stored to 5e-4 of themselves, less than the synthesis errs."""
+MANTISSA_BITS = 9
+"""Bits kept of a float32 mantissa: values are stored to 1e-3 of themselves, less than the synthesis errs."""
 _LINE_UNITS = "erg / (s cm2 sr Angstrom)"
 _ATMOSPHERE = {
     "electron_density": ("cm-3", "electron density"),
