@@ -256,8 +256,10 @@ def record(sample, status=0, reason=""):
         electron_density=10 ** rng.uniform(8, 15, 50),
         temperature=10 ** rng.uniform(3.6, 7, 50),
         velocity=rng.normal(0, 20, 50),
-        halpha=rng.uniform(1e5, 1e7, (5, 73)),
-        ca8542=np.full((5, 113), np.nan) if status else rng.uniform(1e5, 1e7, (5, 113)),
+        halpha=rng.uniform(1e5, 1e7, (len(lightweaver.MU), 73)),
+        ca8542=np.full((len(lightweaver.MU), 113), np.nan)
+        if status
+        else rng.uniform(1e5, 1e7, (len(lightweaver.MU), 113)),
         status=status,
         iterations=40,
         reason=reason,
@@ -280,7 +282,7 @@ def test_rounding_is_numcodecs_bitround():
     codec = BitRound(keepbits=store.MANTISSA_BITS)
     assert np.array_equal(rounded, codec.decode(codec.encode(values.copy())).reshape(values.shape))
     assert np.array_equal(store.round_mantissa(rounded), rounded)
-    assert np.abs(rounded / values - 1).max() <= 2.0**-11
+    assert np.abs(rounded / values - 1).max() <= 2.0**-10
     assert np.isnan(store.round_mantissa(np.array([np.nan, np.inf]))).tolist() == [True, False]
 
 
@@ -289,7 +291,7 @@ def test_store_has_the_schema(filled):
     assert dict(grid.sizes) == {
         "sample": 4,
         "height": 50,
-        "mu": 5,
+        "mu": len(lightweaver.MU),
         "wavelength_halpha": 73,
         "wavelength_ca8542": 113,
     }
@@ -318,7 +320,7 @@ def test_store_has_the_schema(filled):
     assert grid.attrs["call"].startswith("flarefield grid lightweaver")
     assert zarr.open_group(filled).metadata.zarr_format == 3
     assert zarr.open_group(filled).metadata.consolidated_metadata is not None
-    assert grid["temperature"].values[2] == pytest.approx(record(2).temperature, rel=2.0**-11)
+    assert grid["temperature"].values[2] == pytest.approx(record(2).temperature, rel=2.0**-10)
     with xr.open_zarr(filled) as plain:  # any xarray user's way
         assert set(plain.data_vars) == set(grid.data_vars)
 
