@@ -1,16 +1,22 @@
-"""Training loops: maximum likelihood for the conditional flow, least squares for the emulator.
+"""Training: maximum likelihood for the conditional flow, least squares for the emulator.
 
 Grids are small and overfitting is the enemy, not capacity: batches are augmented afresh by their source, the
 weights that count are a running average, held-out simulations decide which average is kept, and when to stop.
+
+A `Trainer` goes one optimiser step at a time and can be stopped after any of them: its `Trainer.state` holds
+everything that the steps to come depend on, so that a training which was interrupted ends in the same bits as
+one which was not (on the same device, with the same number of threads).
 """
 
 from __future__ import annotations
 
+import abc
 import copy
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from inn.conditional import ConditionalNetwork
 from inn.emulator import Emulator
-from inn.errors import ModelError
+from inn.errors import MisuseError, ModelError
 
 
 class Examples(Protocol):
@@ -97,8 +103,11 @@ class Epoch:
         Mean over the epoch's batches, and on the held-out examples with the averaged weights. Flow: negative
         log likelihood per component; emulator: mean squared error.
     learning_rate : float
+        After the epoch's last step.
     seconds : float
-        Since training began.
+        Spent on this and the epochs before, without what was spent and lost in an interruption.
+    terms : dict of str to float
+        Further figures by name: terms of the loss, their weights, bandwidths.
     """
 
     epoch: int
@@ -106,9 +115,325 @@ class Epoch:
     held_out_loss: float
     learning_rate: float
     seconds: float
+    terms: dict[str, float] = field(default_factory=dict)
 
 
 Report = Callable[[Epoch], None]
+
+
+@dataclass(frozen=True)
+class Moved:
+    """`Examples` on another device than their source makes them on; see `on_device`."""
+
+    atmosphere: Tensor
+    lines: Tensor
+    mu: Tensor
+    calibration_error: Tensor
+    microturbulence: Tensor
+
+
+def on_device(examples: Examples, device: torch.device) -> Examples:
+    """Bring a batch to a device; one that is there already is returned as it is.
+
+    Random numbers are drawn on the CPU whatever the network runs on: the examples do not depend on it.
+    """
+    if examples.atmosphere.device == device:
+        return examples
+    return Moved(
+        examples.atmosphere.to(device),
+        examples.lines.to(device),
+        examples.mu.to(device),
+        examples.calibration_error.to(device),
+        examples.microturbulence.to(device),
+    )
+
+
+class Trainer(abc.ABC):
+    """A training that goes one optimiser step at a time, and can be taken up again after any of them.
+
+    Attributes
+    ----------
+    history : list of Epoch
+        Epochs that are finished.
+    """
+
+    history: list[Epoch]
+
+    @property
+    @abc.abstractmethod
+    def finished(self) -> bool:
+        """Whether all epochs are done, or patience is exhausted."""
+
+    @abc.abstractmethod
+    def step(self) -> Epoch | None:
+        """Take one optimiser step.
+
+        Returns
+        -------
+        Epoch or None
+            What the epoch came to, where this step ended one.
+
+        Raises
+        ------
+        ModelError
+            The loss is no longer a number.
+        MisuseError
+            The training is finished.
+        """
+
+    @abc.abstractmethod
+    def state(self) -> dict[str, Any]:
+        """Everything that the steps to come depend on.
+
+        Returns
+        -------
+        dict
+            Tensors and plain values only, nested: ``torch.save`` writes it and ``torch.load`` reads it with
+            ``weights_only=True``. The tensors are the trainer's own, not copies: save them before the next
+            step.
+        """
+
+    @abc.abstractmethod
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from where `state` was taken.
+
+        Parameters
+        ----------
+        state : mapping
+            Of a trainer that was constructed with the same arguments.
+        """
+
+    @abc.abstractmethod
+    def finish(self) -> list[Epoch]:
+        """Put the best weights into the network, in evaluation mode, and return the history."""
+
+    def run(self, report: Report | None = None) -> list[Epoch]:
+        """Take all steps that are left, and `finish`.
+
+        Parameters
+        ----------
+        report : callable, optional
+            Called with each epoch's `Epoch`.
+
+        Returns
+        -------
+        list of Epoch
+        """
+        while not self.finished:
+            entry = self.step()
+            if entry is not None and report is not None:
+                report(entry)
+        return self.finish()
+
+
+class GlobalRandom:
+    """Torch's global random numbers for one trainer: dropout draws from them, and takes no generator.
+
+    Parameters
+    ----------
+    seed : int
+    device : torch.device
+        Of the network.
+    """
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._device = device
+        self._states = {
+            kind: torch.Generator(kind).manual_seed(seed).get_state() for kind in {"cpu", device.type}
+        }
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Within, global draws go on from this object's last; outside, nobody notices."""
+        cuda = self._device.type == "cuda"
+        with torch.random.fork_rng(devices=[self._device] if cuda else []):
+            torch.set_rng_state(self._states["cpu"])
+            if cuda:
+                torch.cuda.set_rng_state(self._states["cuda"], self._device)
+            yield
+            self._states["cpu"] = torch.get_rng_state()
+            if cuda:
+                self._states["cuda"] = torch.cuda.get_rng_state(self._device)
+
+    def state(self) -> dict[str, Tensor]:
+        """Where the draws have got to."""
+        return dict(self._states)
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from there; what another kind of device drew means nothing here."""
+        self._states.update({kind: state[kind] for kind in self._states if kind in state})
+
+
+class AveragingTrainer(Trainer):
+    """AdamW under a half cosine, with a running average of the weights; see `Schedule`.
+
+    Subclasses say what the loss is. The network must be on its device, with its statistics set.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Changed in place.
+    draw : callable
+        Returns freshly augmented examples.
+    held_out : sequence of Examples
+        Examples of simulations that `draw` never draws from.
+    schedule : Schedule
+    seed : int
+        Seed of everything random here.
+    """
+
+    def __init__(
+        self, module: nn.Module, draw: Draw, held_out: Sequence[Examples], schedule: Schedule, seed: int = 0
+    ) -> None:
+        self.module, self.schedule = module, schedule
+        self.device = next(module.parameters()).device
+        self.history = []
+        self._draw = draw
+        self._held_out = [on_device(examples, self.device) for examples in held_out]
+        self._generator = torch.Generator().manual_seed(seed)
+        self._random = GlobalRandom(seed, self.device)
+        self._optimiser = torch.optim.AdamW(
+            module.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay
+        )
+        total = schedule.epochs * schedule.steps
+        warm = min(200, max(total // 20, 1))
+        self._rate = torch.optim.lr_scheduler.SequentialLR(
+            self._optimiser,
+            [
+                torch.optim.lr_scheduler.LinearLR(self._optimiser, 0.01, 1.0, warm),
+                torch.optim.lr_scheduler.CosineAnnealingLR(self._optimiser, max(total - warm, 1)),
+            ],
+            [warm],
+        )
+        share = 1.0 - schedule.average
+        self._averaged = AveragedModel(
+            module, avg_fn=lambda mean, weights, _: torch.lerp(mean, weights, share)
+        )
+        self._best = copy.deepcopy(module.state_dict())
+        self._best_loss, self._best_epoch = float("inf"), 0
+        self._steps, self._sum_of_losses, self._seconds = 0, 0.0, 0.0
+
+    @abc.abstractmethod
+    def loss(self, module: nn.Module, examples: Examples, generator: torch.Generator | None) -> Tensor:
+        """Loss of a batch, a scalar; held-out examples come without a generator."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done, or patience is exhausted."""
+        done = len(self.history)
+        return done >= self.schedule.epochs or done - self._best_epoch >= max(self.schedule.patience, 1)
+
+    def step(self) -> Epoch | None:
+        """Take one optimiser step; see `Trainer.step`."""
+        if self.finished:
+            raise MisuseError("the training is finished", found=f"{len(self.history)} epochs")
+        started = time.monotonic()
+        with self._random.swapped_in():
+            self.module.train()
+            self._optimiser.zero_grad(set_to_none=True)
+            examples = on_device(self._draw(self.schedule.batch, self._generator), self.device)
+            value = self.loss(self.module, examples, self._generator)
+            if not torch.isfinite(value):
+                raise ModelError(
+                    "the training loss is no longer a number",
+                    found=f"epoch {len(self.history) + 1}",
+                    remedy="train with a lower learning rate",
+                )
+            torch.autograd.backward(value)
+            nn.utils.clip_grad_norm_(self.module.parameters(), 5.0)
+            self._optimiser.step()
+            self._rate.step()
+            self._averaged.update_parameters(self.module)
+        self._sum_of_losses += value.item()
+        self._steps += 1
+        held_out_loss = self._held_out_loss() if self._steps == self.schedule.steps else None
+        self._seconds += time.monotonic() - started
+        return None if held_out_loss is None else self._end_epoch(held_out_loss)
+
+    def _held_out_loss(self) -> float:
+        """Mean over the held-out examples, with the averaged weights."""
+        module = self._averaged.module.eval()
+        with self._random.swapped_in(), torch.no_grad():
+            losses = [self.loss(module, examples, None).item() for examples in self._held_out]
+        return sum(losses) / len(losses)
+
+    def _end_epoch(self, held_out_loss: float) -> Epoch:
+        entry = Epoch(
+            len(self.history) + 1,
+            self._sum_of_losses / self.schedule.steps,
+            held_out_loss,
+            float(self._rate.get_last_lr()[0]),
+            self._seconds,
+        )
+        self.history.append(entry)
+        if held_out_loss < self._best_loss:
+            self._best_loss, self._best_epoch = held_out_loss, entry.epoch
+            self._best = copy.deepcopy(self._averaged.module.state_dict())
+        self._steps, self._sum_of_losses = 0, 0.0
+        return entry
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the steps to come depend on; see `Trainer.state`."""
+        return {
+            "module": self.module.state_dict(),
+            "averaged": self._averaged.state_dict(),
+            "best": self._best,
+            "best_loss": self._best_loss,
+            "best_epoch": self._best_epoch,
+            "optimiser": self._optimiser.state_dict(),
+            "rate": self._rate.state_dict(),
+            "generator": self._generator.get_state(),
+            "random": self._random.state(),
+            "history": [asdict(entry) for entry in self.history],
+            "steps": self._steps,
+            "sum_of_losses": self._sum_of_losses,
+            "seconds": self._seconds,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from where `state` was taken; see `Trainer.restore`."""
+        self.module.load_state_dict(state["module"])
+        self._averaged.load_state_dict(state["averaged"])
+        self._best = copy.deepcopy(state["best"])
+        self._best_loss, self._best_epoch = state["best_loss"], state["best_epoch"]
+        # These two keep and change what they are given.
+        self._optimiser.load_state_dict(copy.deepcopy(state["optimiser"]))
+        self._rate.load_state_dict(copy.deepcopy(state["rate"]))
+        self._generator.set_state(state["generator"])
+        self._random.restore(state["random"])
+        self.history = [Epoch(**entry) for entry in state["history"]]
+        self._steps, self._sum_of_losses = state["steps"], state["sum_of_losses"]
+        self._seconds = state["seconds"]
+
+    def finish(self) -> list[Epoch]:
+        """Put the averaged weights of the best epoch into the network; see `Trainer.finish`."""
+        self.module.load_state_dict(self._best)
+        self.module.eval()
+        return self.history
+
+
+class LikelihoodTrainer(AveragingTrainer):
+    """Maximum likelihood of the flow's leading components; see `fit_flow`."""
+
+    def loss(self, module: nn.Module, examples: Examples, generator: torch.Generator | None) -> Tensor:
+        """Negative log likelihood per component."""
+        network = cast(ConditionalNetwork, module)
+        leading = network.components
+        components = network.to_components(examples.atmosphere)[:, :leading]
+        if generator is not None:
+            noise = torch.randn(components.shape, generator=generator).to(components)
+            components = components + self.schedule.component_noise * noise
+        context = network.context(examples.lines, examples.mu, examples.calibration_error)
+        return -network.components_log_prob(components, context).mean() / leading
+
+
+class LeastSquaresTrainer(AveragingTrainer):
+    """Least squares of the emulator's lines; see `fit_emulator`."""
+
+    def loss(self, module: nn.Module, examples: Examples, generator: torch.Generator | None) -> Tensor:
+        """Mean squared error of the normalised lines."""
+        emulated: Tensor = module(examples.atmosphere, examples.microturbulence, examples.mu)
+        return (emulated - examples.lines).square().mean()
 
 
 def fit_flow(
@@ -147,18 +472,7 @@ def fit_flow(
     ModelError
         The loss is no longer a number.
     """
-    leading = network.components
-
-    def loss(model: nn.Module, examples: Examples, generator: torch.Generator | None) -> Tensor:
-        assert isinstance(model, ConditionalNetwork)
-        components = model.to_components(examples.atmosphere)[:, :leading]
-        if generator is not None:
-            noise = torch.randn(components.shape, generator=generator).to(components)
-            components = components + schedule.component_noise * noise
-        context = model.context(examples.lines, examples.mu, examples.calibration_error)
-        return -model.components_log_prob(components, context).mean() / leading
-
-    return _fit(network, loss, draw, held_out, schedule, seed, report)
+    return LikelihoodTrainer(network, draw, held_out, schedule, seed).run(report)
 
 
 def fit_emulator(
@@ -170,80 +484,4 @@ def fit_emulator(
     report: Report | None = None,
 ) -> list[Epoch]:
     """Train the emulator by least squares on clean lines; see `fit_flow` for the parameters."""
-
-    def loss(model: nn.Module, examples: Examples, _: torch.Generator | None) -> Tensor:
-        emulated: Tensor = model(examples.atmosphere, examples.microturbulence, examples.mu)
-        return (emulated - examples.lines).square().mean()
-
-    return _fit(emulator, loss, draw, held_out, schedule, seed, report)
-
-
-def _fit(
-    module: nn.Module,
-    loss: Callable[[nn.Module, Examples, torch.Generator | None], Tensor],
-    draw: Draw,
-    held_out: Sequence[Examples],
-    schedule: Schedule,
-    seed: int,
-    report: Report | None,
-) -> list[Epoch]:
-    generator = torch.Generator().manual_seed(seed)
-    started = time.monotonic()
-    optimiser = torch.optim.AdamW(
-        module.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay
-    )
-    total = schedule.epochs * schedule.steps
-    warm = min(200, max(total // 20, 1))
-    rate = torch.optim.lr_scheduler.SequentialLR(
-        optimiser,
-        [
-            torch.optim.lr_scheduler.LinearLR(optimiser, 0.01, 1.0, warm),
-            torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(total - warm, 1)),
-        ],
-        [warm],
-    )
-    share = 1.0 - schedule.average
-    averaged = AveragedModel(module, avg_fn=lambda mean, weights, _: torch.lerp(mean, weights, share))
-    best_state, best_loss, best_epoch = copy.deepcopy(module.state_dict()), float("inf"), 0
-    history: list[Epoch] = []
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # for dropout, which takes no generator
-        for number in range(1, schedule.epochs + 1):
-            module.train()
-            sum_of_losses = 0.0
-            for _ in range(schedule.steps):
-                optimiser.zero_grad(set_to_none=True)
-                value = loss(module, draw(schedule.batch, generator), generator)
-                if not torch.isfinite(value):
-                    raise ModelError(
-                        "the training loss is no longer a number",
-                        found=f"epoch {number}",
-                        remedy="train with a lower learning rate",
-                    )
-                torch.autograd.backward(value)
-                nn.utils.clip_grad_norm_(module.parameters(), 5.0)
-                optimiser.step()
-                rate.step()
-                averaged.update_parameters(module)
-                sum_of_losses += value.item()
-            averaged.module.eval()
-            with torch.no_grad():
-                held_out_losses = [loss(averaged.module, examples, None).item() for examples in held_out]
-            entry = Epoch(
-                number,
-                sum_of_losses / schedule.steps,
-                sum(held_out_losses) / len(held_out_losses),
-                float(rate.get_last_lr()[0]),
-                time.monotonic() - started,
-            )
-            history.append(entry)
-            if report is not None:
-                report(entry)
-            if entry.held_out_loss < best_loss:
-                best_loss, best_epoch = entry.held_out_loss, number
-                best_state = copy.deepcopy(averaged.module.state_dict())
-            elif number - best_epoch >= schedule.patience:
-                break
-    module.load_state_dict(best_state)
-    module.eval()
-    return history
+    return LeastSquaresTrainer(emulator, draw, held_out, schedule, seed).run(report)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +19,8 @@ from inn.conditional import ConditionalNetwork
 from inn.emulator import Emulator
 from inn.layout import CA8542, HALPHA, Layout, LineWindow
 from inn.scaling import scale_atmosphere, unscale
-from inn.training import Schedule, fit_emulator, fit_flow
+from inn.training import Epoch, LikelihoodTrainer, Schedule, fit_emulator, fit_flow
+from pipeline.crisp.instrument import transmission
 from pipeline.errors import InputError, MisuseError
 from pipeline.grids.store import open_grid, split
 from pipeline.train_job import Recipe, shows_emission, train
@@ -28,7 +31,7 @@ SMALL = Layout(
     np.linspace(0.0, 2.0, 2),
     (LineWindow("halpha", 6564.61, 1.4, 4), LineWindow("ca8542", 8544.44, 1.0, 4)),
 )
-STILL = Augmentation(noise=(1e-6, 1e-6), calibration_error=(0.0, 0.0), doppler=0.0)
+STILL = Augmentation(noise=(1e-6, 1e-6), calibration_error=(0.0, 0.0), doppler=0.0, transmission=False)
 
 
 class LinearGaussian:
@@ -105,6 +108,70 @@ def test_training_repeats_itself_and_keeps_the_best_epoch():
     assert float(kept) / 6 == pytest.approx(min(entry.held_out_loss for entry in curves[0]), abs=1e-5)
 
 
+def _dropout_network() -> ConditionalNetwork:
+    torch.manual_seed(0)
+    return ConditionalNetwork(SMALL, components=6, steps=2, hidden=8, context=4, embedding=8, dropout=0.1)
+
+
+def _figures(history: list[Epoch]) -> list[tuple[float, ...]]:
+    return [(entry.loss, entry.held_out_loss, entry.learning_rate) for entry in history]
+
+
+@pytest.mark.parametrize("steps", [7, 20])
+def test_a_trainer_goes_on_bit_for_bit_from_its_state_in_a_file(steps):
+    problem = LinearGaussian()
+    held_out = [problem.draw(200, torch.Generator().manual_seed(1))]
+    schedule = Schedule(epochs=3, steps=10, batch=32, average=0.8)
+
+    def trainer() -> LikelihoodTrainer:
+        return LikelihoodTrainer(_dropout_network(), problem.draw, held_out, schedule, seed=5)
+
+    undisturbed, interrupted, resumed = trainer(), trainer(), trainer()
+    undisturbed.run()
+    for _ in range(steps):
+        interrupted.step()
+    file = io.BytesIO()
+    torch.save(interrupted.state(), file)
+    file.seek(0)
+    resumed.restore(torch.load(file, weights_only=True))
+    interrupted.step()  # a trainer that goes on shares nothing with one that took its state over
+    torch.rand(100)
+    assert _figures(resumed.run()) == _figures(undisturbed.history)
+    for first, second in zip(resumed.module.parameters(), undisturbed.module.parameters(), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_trainers_that_take_turns_do_not_disturb_each_other_or_global_random_numbers():
+    problem = LinearGaussian()
+    held_out = [problem.draw(200, torch.Generator().manual_seed(1))]
+    schedule = Schedule(epochs=2, steps=5, batch=32)
+    alone = LikelihoodTrainer(_dropout_network(), problem.draw, held_out, schedule, seed=5).run()
+    first, second = (
+        LikelihoodTrainer(_dropout_network(), problem.draw, held_out, schedule, seed=seed) for seed in (5, 6)
+    )
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    while not first.finished:
+        first.step()
+        second.step()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert _figures(first.finish()) == _figures(alone)
+    assert _figures(second.finish()) != _figures(alone)
+    with pytest.raises(MisuseError, match="finished"):
+        first.step()
+
+
+def test_training_stops_when_the_held_out_loss_no_longer_falls():
+    problem = LinearGaussian()
+    held_out = [problem.draw(200, torch.Generator().manual_seed(1))]
+    # Steps this long lead nowhere: some epoch is the best, and so many later patience is exhausted.
+    schedule = Schedule(epochs=200, steps=2, batch=16, learning_rate=0.3, average=0.5, patience=4)
+    history = LikelihoodTrainer(_dropout_network(), problem.draw, held_out, schedule, seed=5).run()
+    losses = [entry.held_out_loss for entry in history]
+    assert len(history) < 200
+    assert len(history) - 1 - int(np.argmin(losses)) == 4
+
+
 def test_the_emulator_learns_a_known_function():
     class Source:
         """Lines that depend on two numbers of the atmosphere, on microturbulence and on mu."""
@@ -158,6 +225,11 @@ def test_parts_share_no_simulation_and_leave_out_what_did_not_converge(grid_path
 
 def _closed_form(samples: np.ndarray, bulk: np.ndarray, mu: np.ndarray) -> np.ndarray:
     """Network lines of toy atmospheres that move as a whole, from the toy's own formulae."""
+    lines = _intensities(samples, bulk, mu)
+    return lines / lines.max(axis=1, keepdims=True)
+
+
+def _intensities(samples: np.ndarray, bulk: np.ndarray, mu: np.ndarray) -> np.ndarray:
     grid = toy_grid()
     heating = grid["parameter_heating"].to_numpy()[samples]
     density = grid["parameter_density"].to_numpy()[samples]
@@ -176,8 +248,7 @@ def _closed_form(samples: np.ndarray, bulk: np.ndarray, mu: np.ndarray) -> np.nd
             beyond = np.maximum(window.wavelengths - fine[-1], 0.0)
             rows.append(np.interp(window.wavelengths, fine, profile) + slope * beyond)
         parts.append(np.array(rows))
-    lines = np.concatenate(parts, axis=1)
-    return lines / lines.max(axis=1, keepdims=True)
+    return np.concatenate(parts, axis=1)
 
 
 def test_clean_examples_are_the_grid_at_the_instrument_s_wavelengths(grid_path):
@@ -192,8 +263,27 @@ def test_clean_examples_are_the_grid_at_the_instrument_s_wavelengths(grid_path):
     assert (clean.microturbulence == 4.0).all()
 
 
+def test_profiles_pass_the_instrument(grid_path):
+    part = open_parts(grid_path, LAYOUT, replace(STILL, transmission=True))["test"]
+    sharp = open_parts(grid_path, LAYOUT, STILL)["test"].clean().lines
+    samples, mu = np.repeat(part.simulation, MU.size), np.tile(MU, len(part))
+    # What CRISP measures is the mean of what lies around a wavelength, weighted with its transmission; to look
+    # beside the wavelength is to look at a line that moves.
+    offset = np.linspace(-0.6, 0.6, 61)
+    weight = {line: transmission(line, offset) for line in REST}
+    expected = np.zeros((samples.size, 60))
+    for number, beside in enumerate(offset):
+        for line, points in (("halpha", slice(0, 30)), ("ca8542", slice(30, 60))):
+            velocity = beside / REST[line] * LIGHT_SPEED / mu
+            share = weight[line][number] / weight[line].sum()
+            expected[:, points] += share * _intensities(samples, velocity, mu)[:, points]
+    expected /= expected.max(axis=1, keepdims=True)
+    np.testing.assert_allclose(part.clean().lines.numpy(), expected, atol=3e-3)
+    assert np.abs(sharp.numpy() - expected).max() > 2e-2
+
+
 def test_a_bulk_velocity_moves_the_atmosphere_and_both_lines_together(grid_path):
-    moving = Augmentation(noise=(1e-6, 1e-6), calibration_error=(0.0, 0.0), doppler=2.0)
+    moving = replace(STILL, doppler=2.0)
     part = open_parts(grid_path, LAYOUT, moving)["test"]
     generator = torch.Generator().manual_seed(6)
     count = 60
