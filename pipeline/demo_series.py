@@ -38,10 +38,11 @@ from scipy.spatial import cKDTree
 
 from inn.layout import CA8542, HALPHA, QUANTITIES, LineWindow
 from pipeline.crisp.fchroma import file_name, write_fchroma
+from pipeline.crisp.instrument import response_matrix
 from pipeline.crisp.scan import cosine_of_pointing
 from pipeline.errors import InputError
 from pipeline.grids.store import split
-from pipeline.training_set import CRISP_WAVELENGTHS
+from pipeline.training_set import CRISP_WAVELENGTHS, angle_weights
 
 Array = NDArray[np.float64]
 
@@ -88,14 +89,14 @@ class DemoTruth:
 
 
 def line_profiles(grid: xr.Dataset, mu: float) -> dict[str, Array]:
-    """Profiles of a grid's atmospheres at CRISP's wavelengths, seen at one inclination.
+    """Profiles of a grid's atmospheres as CRISP measures them, seen at one inclination.
 
     Parameters
     ----------
     grid : xarray.Dataset
         A grid store; its wavelengths are offsets, placed here on the laboratory rest wavelengths.
     mu : float
-        Cosine of the heliocentric angle, within the grid's range; interpolated linearly.
+        Cosine of the heliocentric angle, within the grid's range; a cubic spline between its values.
 
     Returns
     -------
@@ -126,8 +127,10 @@ def line_profiles(grid: xr.Dataset, mu: float) -> dict[str, Array]:
                 found=f"{covered.min():.3f} to {covered.max():.3f} Angstrom about the line",
                 expected=f"{offsets.min():.3f} to {offsets.max():.3f}",
             )
-        seen = grid[line.name].astype("float64").interp({"mu": mu, name: offsets})
-        profiles[line.name] = np.asarray(seen.transpose("sample", name).values)
+        at_angle = grid[line.name].sortby("mu").transpose("sample", "mu", name).values.astype(np.float64)
+        weights = angle_weights(np.sort(grid.mu.values), np.array([mu]))[0]
+        seen = np.einsum("m,smw->sw", weights, at_angle)
+        profiles[line.name] = seen @ response_matrix(line.name, covered, offsets).T
     return profiles
 
 

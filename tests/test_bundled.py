@@ -8,6 +8,7 @@ import pytest
 
 import inn
 from inn.checkpoint import BUNDLED
+from pipeline.crisp.instrument import transmission
 from pipeline.grids.store import BUNDLED_GRID, open_grid, split
 from pipeline.spectra import network_lines
 from pipeline.training_set import CRISP_WAVELENGTHS, content_hash
@@ -35,9 +36,13 @@ def observed(grid, model, receding: float):
         # What is seen at a wavelength was emitted at a shorter one.
         emitted = CRISP_WAVELENGTHS[line] / (1.0 + receding / LIGHT_SPEED) - rest
         offsets = grid[f"wavelength_{line}"].values
-        spectra[line] = np.array(
-            [np.interp(emitted, offsets, spectrum) for spectrum in grid[line].isel(mu=MU).values]
-        )
+        beside = np.linspace(-0.3, 0.3, 31)
+        weight = transmission(line, beside)
+        seen = [
+            [np.interp(emitted + offset, offsets, spectrum) for offset in beside]
+            for spectrum in grid[line].isel(mu=MU).values
+        ]
+        spectra[line] = np.einsum("k,skw->sw", weight / weight.sum(), np.array(seen))
     lines, _ = network_lines(
         spectra["halpha"],
         spectra["ca8542"],

@@ -11,6 +11,7 @@ from scipy import ndimage
 from inn.layout import CA8542, HALPHA
 from pipeline import demo_series
 from pipeline.comparison import compare
+from pipeline.crisp.instrument import transmission
 from pipeline.crisp.scan import cosine_of_pointing
 from pipeline.demo import run_demo
 from pipeline.demo_series import (
@@ -127,19 +128,27 @@ def test_emission_is_a_core_above_the_far_wings():
     assert shows_emission(flat).tolist() == [False, True, True, False]
 
 
-def test_profiles_are_the_grids_at_laboratory_wavelengths(grid):
+def test_profiles_are_the_grids_at_laboratory_wavelengths_through_the_instrument(grid):
     sample = grid.isel(sample=[5])
     seen = line_profiles(sample, 0.6)
     for line in (HALPHA, CA8542):
-        offsets = CRISP_WAVELENGTHS[line.name] - line.rest_wavelength
-        expected = np.interp(
-            offsets, grid[f"wavelength_{line.name}"].values, sample[line.name].sel(mu=0.6).values[0]
-        )
-        assert seen[line.name][0] == pytest.approx(expected, rel=1e-6)
-    between = line_profiles(sample, 0.5)["halpha"] - 0.5 * (
-        line_profiles(sample, 0.4)["halpha"] + line_profiles(sample, 0.6)["halpha"]
-    )
-    assert np.abs(between).max() < 1e-6 * seen["halpha"].max()
+        spectrum = sample[line.name].sel(mu=0.6).values[0].astype(float)
+        beside = np.linspace(-0.6, 0.6, 2401)
+        weight = transmission(line.name, beside)
+        for wavelength, measured in zip(CRISP_WAVELENGTHS[line.name], seen[line.name][0], strict=True):
+            around = wavelength - line.rest_wavelength + beside
+            sharp = np.interp(around, grid[f"wavelength_{line.name}"].values, spectrum)
+            assert measured == pytest.approx((weight * sharp).sum() / weight.sum(), rel=2e-3)
+
+
+def test_inclinations_between_the_grids_follow_a_smooth_curve(grid):
+    # A profile that is a parabola in mu at every wavelength: a cubic spline is exact on it.
+    sample = grid.isel(sample=[5]).load()
+    shape = 1.0 + 0.8 * sample["mu"] - 0.3 * sample["mu"] ** 2
+    for name in ("halpha", "ca8542"):
+        sample[name] = (sample[name].isel(mu=0, drop=True) * shape).transpose(*sample[name].dims)
+    ratio = line_profiles(sample, 0.53)["ca8542"] / line_profiles(sample, 0.8)["ca8542"]
+    assert ratio == pytest.approx((1.0 + 0.8 * 0.53 - 0.3 * 0.53**2) / (1.0 + 0.64 - 0.192), rel=1e-5)
 
 
 def test_inclinations_and_wavelengths_outside_the_grid_are_refused(grid):

@@ -267,8 +267,8 @@ def test_profiles_pass_the_instrument(grid_path):
     part = open_parts(grid_path, LAYOUT, replace(STILL, transmission=True))["test"]
     sharp = open_parts(grid_path, LAYOUT, STILL)["test"].clean().lines
     samples, mu = np.repeat(part.simulation, MU.size), np.tile(MU, len(part))
-    # What CRISP measures is the mean of what lies around a wavelength, weighted with its transmission; to look
-    # beside the wavelength is to look at a line that moves.
+    # What CRISP measures is the mean of what lies around a wavelength, weighted with its transmission; to
+    # look beside the wavelength is to look at a line that moves.
     offset = np.linspace(-0.6, 0.6, 61)
     weight = {line: transmission(line, offset) for line in REST}
     expected = np.zeros((samples.size, 60))

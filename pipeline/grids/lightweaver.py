@@ -12,10 +12,10 @@ the paper used, follow it in time. A network trained on such a grid inherits tha
 What was spared, and what it costs: two rays, two fifths of the wavelengths of hydrogen's lines (three fifths
 of H-alpha's) and an iteration that ends with lines within 0.03 % of the converged ones take a third off the
 time of three rays and all wavelengths. Between the two, over 40 atmospheres (root mean square over the line,
-relative to its maximum, at the worst mu), H-alpha differs by 0.6 % at most (median 0.23 %) and Ca II by 0.94 %
-(median 0.12 %; the largest in strong condensations). Against 320 depth points, five rays and all wavelengths,
-over 12 other atmospheres, H-alpha is within 0.7 % (median 0.35 %) and Ca II within 0.5 % (median 0.2 %). An
-atmosphere takes 0.7 to 0.8 s on one core of a two-core machine.
+relative to its maximum, at the worst mu), H-alpha differs by at most 0.6 % (median 0.23 %) and Ca II by at
+most 0.94 % (median 0.12 %; the largest in strong condensations). Against 320 depth points, five rays and all
+wavelengths, over 12 other atmospheres, H-alpha is within 0.7 % (median 0.35 %) and Ca II within 0.5 % (median
+0.2 %). An atmosphere takes 0.7 to 0.8 s on one core of a two-core machine.
 """
 
 from __future__ import annotations
