@@ -1,4 +1,4 @@
-"""How good a posterior is on examples whose truth is known: coverage, sharpness and error."""
+"""How good a posterior is on examples whose truth is known: coverage, ranks, sharpness and error."""
 
 from __future__ import annotations
 
@@ -35,6 +35,37 @@ def coverage(draws: NDArray[Any], truth: NDArray[Any], level: float) -> NDArray[
     low, high = np.quantile(draws, (0.5 - 0.5 * level, 0.5 + 0.5 * level), axis=1)
     inside: NDArray[np.float64] = ((truth >= low) & (truth <= high)).mean(axis=0)
     return inside
+
+
+def normalised_ranks(
+    draws: NDArray[Any], truth: NDArray[Any], generator: np.random.Generator
+) -> NDArray[np.float64]:
+    """Where truths lie among their draws, from 0 (below all) to 1 (above all).
+
+    The rank of the truth among the draws, those that equal it counted or not by chance, plus a number drawn
+    evenly between 0 and 1, over the number of draws plus one. If the truth and its independent draws come
+    from one distribution, the result is uniform for any number of draws, without the steps of the rank
+    itself: simulation-based calibration (Talts et al. 2018, arXiv:1804.06788, theorem 1).
+
+    Parameters
+    ----------
+    draws : ndarray, shape (pixels, draws, heights)
+        Independent of each other and between pixels: latents shared by all pixels would make every pixel err
+        alike, and evenly spread ones (Sobol points) are not independent.
+    truth : ndarray, shape (pixels, heights)
+    generator : numpy.random.Generator
+        Source of the random numbers.
+
+    Returns
+    -------
+    ndarray, shape (pixels, heights)
+        The truth lies inside the central interval of probability ``p`` where this is within ``p / 2`` of 0.5.
+    """
+    below = (draws < truth[:, None]).sum(axis=1)
+    equal = (draws == truth[:, None]).sum(axis=1)
+    ranks = below + generator.integers(0, equal + 1)
+    share: NDArray[np.float64] = (ranks + generator.uniform(size=ranks.shape)) / (draws.shape[1] + 1)
+    return share
 
 
 def crps(draws: NDArray[Any], truth: NDArray[Any]) -> NDArray[np.float64]:
