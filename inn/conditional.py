@@ -1,9 +1,9 @@
 """The recommended network: a conditional flow between latents and atmospheres, given the lines.
 
-An atmosphere of 150 numbers has far fewer degrees of freedom than that. It is rotated onto the principal
-components of the training atmospheres; the leading ones go through a coupling flow that sees the lines, and
-the others, which hold what little variance is left, keep the Gaussian of the training set. Together that is a
-bijection between 150 latents and the 150 numbers of an atmosphere, for given lines.
+An atmosphere of 150 numbers has far fewer degrees of freedom than that. Brought to normal scores, it is
+rotated onto the principal components of the training atmospheres; the leading ones go through a coupling flow
+that sees the lines, and the others, which hold what little variance is left, keep the Gaussian of the training
+set. Together that is a bijection between 150 latents and the 150 numbers of an atmosphere, for given lines.
 
 What depends on the pixel alone (the lines, mu, the calibration error) is brought to a short context vector
 once, and enters the coupling networks as a bias of their hidden layers; what depends on the draw alone (the
@@ -25,6 +25,7 @@ from inn.coupling import soft_clamp
 from inn.emulator import Emulator
 from inn.errors import MisuseError
 from inn.layout import Layout
+from inn.marginals import NormalScores
 from inn.novelty import Novelty
 
 FAINTEST = 1e-3
@@ -91,6 +92,8 @@ class ConditionalNetwork(nn.Module):
         Whether the context also gives each component a skewness and a weight of its tails (sinh-arcsinh
         transformation: Jones & Pewsey 2009, Biometrika 96, 761, doi:10.1093/biomet/asp053). Affine steps
         alone make posteriors with a sharp peak and far tails too wide in the middle.
+    normal_scores : bool
+        Whether components are those of the numbers' normal scores (`inn.marginals`) or of the numbers.
     default_calibration_error : float
         Relative error between the two lines that is assumed where none is given.
 
@@ -110,6 +113,7 @@ class ConditionalNetwork(nn.Module):
         embedding: int = 128,
         dropout: float = 0.0,
         tails: bool = False,
+        normal_scores: bool = False,
         default_calibration_error: float = DEFAULT_CALIBRATION_ERROR,
     ) -> None:
         super().__init__()
@@ -133,6 +137,7 @@ class ConditionalNetwork(nn.Module):
             "embedding": embedding,
             "dropout": dropout,
             "tails": tails,
+            "normal_scores": normal_scores,
             "default_calibration_error": default_calibration_error,
         }
         features = 2 * layout.lines_size + 2
@@ -156,6 +161,7 @@ class ConditionalNetwork(nn.Module):
             _Step(halves[index % 2], halves[1 - index % 2], context, hidden, dropout)
             for index in range(steps)
         )
+        self.scores = NormalScores(size) if normal_scores else None
         self.register_buffer("atmosphere_mean", torch.zeros(size))
         self.register_buffer("atmosphere_scale", torch.ones(size))
         self.register_buffer("rotation", torch.eye(size))
@@ -198,7 +204,9 @@ class ConditionalNetwork(nn.Module):
         mu, calibration_error : Tensor, shape (m,)
             The conditions of `lines`.
         """
-        values = atmosphere.double()
+        if self.scores is not None:
+            self.scores.fit(atmosphere)
+        values = self.to_scores(atmosphere).double()
         mean = values.mean(dim=0)
         # Every number counts alike, but those that hardly vary (the photosphere's) are not blown up.
         scale = (values - mean).square().mean(dim=0).sqrt().clamp_min(SMALLEST_SCALE)
@@ -213,19 +221,23 @@ class ConditionalNetwork(nn.Module):
         self.feature_mean.copy_(features.mean(dim=0))
         self.feature_scale.copy_(features.std(dim=0).clamp_min(1e-3))
 
+    def to_scores(self, atmosphere: Tensor) -> Tensor:
+        """Normal scores (..., atmosphere_size) of atmospheres; without them, the atmospheres themselves."""
+        return atmosphere if self.scores is None else self.scores(atmosphere)
+
+    def from_scores(self, scores: Tensor) -> Tensor:
+        """Atmospheres in network units from normal scores: undoes `to_scores`, and ascends in each number."""
+        return scores if self.scores is None else self.scores.inverse(scores)
+
     def to_components(self, atmosphere: Tensor) -> Tensor:
         """Whitened principal components (n, atmosphere_size), by falling variance, of atmospheres."""
-        return (
-            ((atmosphere - self.atmosphere_mean) / self.atmosphere_scale)
-            @ self.rotation
-            / self.component_scale
-        )
+        standard = (self.to_scores(atmosphere) - self.atmosphere_mean) / self.atmosphere_scale
+        return standard @ self.rotation / self.component_scale
 
     def from_components(self, components: Tensor) -> Tensor:
         """Atmospheres in network units from whitened principal components: the inverse of `to_components`."""
-        return (
-            components * self.component_scale
-        ) @ self.rotation.T * self.atmosphere_scale + self.atmosphere_mean
+        standard = (components * self.component_scale) @ self.rotation.T
+        return self.from_scores(standard * self.atmosphere_scale + self.atmosphere_mean)
 
     # Conditions
 
@@ -393,7 +405,25 @@ class ConditionalNetwork(nn.Module):
         Returns
         -------
         Tensor, shape (n, draws, atmosphere_size)
-            Network units; laid out with the draws contiguous, as sorting them wants it.
+            Network units.
+        """
+        return self.from_scores(self.score_draws(lines, latent, mu, calibration_error))
+
+    def score_draws(
+        self,
+        lines: Tensor,
+        latent: Tensor,
+        mu: Tensor | float | None = None,
+        calibration_error: Tensor | float | None = None,
+    ) -> Tensor:
+        """Atmospheres as `inverse_draws` returns them, but in normal scores.
+
+        They ascend with the numbers in network units, so that quantiles may be taken before `from_scores`.
+
+        Returns
+        -------
+        Tensor, shape (n, draws, atmosphere_size)
+            Laid out with the draws contiguous, as sorting them wants it.
         """
         context = self.context(lines, mu, calibration_error)
         leading = self.generate_components(latent[None, :, : self.components], context[:, None])
@@ -442,6 +472,8 @@ class ConditionalNetwork(nn.Module):
         others = _log_normal(components[..., self.components :])
         # The rotation leaves volumes as they are.
         volume = self.atmosphere_scale.log().sum() + self.component_scale.log().sum()
+        if self.scores is not None:
+            volume = volume - self.scores.log_slope(atmosphere).sum(dim=-1)
         return leading + others - volume
 
 

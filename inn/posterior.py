@@ -54,6 +54,21 @@ class SharedDraws(Protocol):
         ...
 
 
+@runtime_checkable
+class ScoreDraws(Protocol):
+    """A network that draws on a scale of its own that ascends with the network units, number by number."""
+
+    def score_draws(
+        self, lines: Tensor, latent: Tensor, mu: Tensor | None, calibration_error: Tensor | None
+    ) -> Tensor:
+        """As `SharedDraws.inverse_draws`, on that scale."""
+        ...
+
+    def from_scores(self, scores: Tensor) -> Tensor:
+        """Network units (..., atmosphere_size) of numbers on that scale."""
+        ...
+
+
 class _Batch(NamedTuple):
     pixels: slice
     good: NDArray[np.bool_]
@@ -61,9 +76,16 @@ class _Batch(NamedTuple):
 
 
 def _draws(
-    model: Network, lines: Tensor, latent: Tensor, mu: Tensor | None, calibration_error: Tensor | None
+    model: Network,
+    lines: Tensor,
+    latent: Tensor,
+    mu: Tensor | None,
+    calibration_error: Tensor | None,
+    scores: bool,
 ) -> Tensor:
-    """Atmospheres in network units, shape (pixels, draws, atmosphere_size)."""
+    """Atmospheres, shape (pixels, draws, atmosphere_size), in network units or as `ScoreDraws`."""
+    if scores and isinstance(model, ScoreDraws):
+        return model.score_draws(lines, latent, mu, calibration_error)
     if isinstance(model, SharedDraws):
         return model.inverse_draws(lines, latent, mu, calibration_error)
     pixels, draws = lines.shape[0], latent.shape[0]
@@ -111,8 +133,9 @@ def _batches(
     calibration_error: NDArray[np.float64] | None,
     latent: Tensor,
     batch_rows: int,
+    scores: bool = False,
 ) -> Iterator[_Batch]:
-    """Sample every pixel, batch by batch, all batches of the same shape."""
+    """Sample every pixel, batch by batch, all batches of the same shape (`scores`: on its own scale)."""
     weights = next(iter(model.parameters()))
     latent = latent.to(weights)
     size = max(1, batch_rows // latent.shape[0])
@@ -136,6 +159,7 @@ def _batches(
             latent,
             None if mu is None else filled(mu, pixels, good),
             None if calibration_error is None else filled(calibration_error, pixels, good),
+            scores,
         )
         yield _Batch(pixels, good, atmosphere[: good.size])
 
@@ -175,9 +199,10 @@ def posterior_quantiles(
 ) -> dict[str, NDArray[Any]]:
     """Quantiles of each pixel's posterior at every height.
 
-    Draws are sorted in network units, and the quantiles, interpolated linearly between neighbouring order
-    statistics there, are brought to physical units. The scaling ascends, so that this is exact at the order
-    statistics; between two of them it interpolates in the logarithm, which is far below the sampling error.
+    Draws are sorted in network units, or on the network's own ascending scale, and the quantiles,
+    interpolated linearly between neighbouring order statistics there, are brought to physical units. The scaling ascends,
+    so that this is exact at the order statistics; what it does between two of them is far below the sampling
+    error.
 
     Parameters
     ----------
@@ -222,10 +247,11 @@ def posterior_quantiles(
     shape = (array.shape[0], levels.size, model.layout.atmosphere_size)
     result = np.full(shape, np.nan, dtype=_dtype(model))
     with torch.inference_mode():
-        for batch in _batches(model, array, mu_array, error_array, points, batch_rows):
-            ordered = _sorted_draws(batch.atmosphere)
-            values = _order_statistics(ordered, levels).cpu().numpy()
-            result[batch.pixels][batch.good] = values[batch.good]
+        for batch in _batches(model, array, mu_array, error_array, points, batch_rows, scores=True):
+            values = _order_statistics(_sorted_draws(batch.atmosphere), levels)
+            if isinstance(model, ScoreDraws):
+                values = model.from_scores(values)
+            result[batch.pixels][batch.good] = values.cpu().numpy()[batch.good]
     return unscale_atmosphere(result)
 
 

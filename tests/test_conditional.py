@@ -45,11 +45,14 @@ def conditions(layout: Layout, count: int, dtype=torch.float64, seed=3):
     return lines, mu, 0.1 * mu, latent
 
 
-@pytest.mark.parametrize("tails", [False, True])
+SHAPES = [{}, {"tails": True}, {"normal_scores": True}, {"tails": True, "normal_scores": True}]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
-def test_it_is_a_bijection_of_150_numbers(dtype, tolerance, tails):
+def test_it_is_a_bijection_of_150_numbers(dtype, tolerance, shape):
     layout = Layout()
-    network = scrambled(layout, dtype, tails=tails)
+    network = scrambled(layout, dtype, **shape)
     lines, mu, error, latent = conditions(layout, 200, dtype)
     with torch.no_grad():
         atmosphere = network.inverse(lines, latent, mu, error)
@@ -60,9 +63,9 @@ def test_it_is_a_bijection_of_150_numbers(dtype, tolerance, tails):
         assert (returned - latent).abs().max() < 10 * tolerance
 
 
-@pytest.mark.parametrize("tails", [False, True])
-def test_log_prob_is_the_normal_density_times_the_jacobian(tails):
-    network = scrambled(SMALL, components=7, steps=4, hidden=16, context=6, embedding=16, tails=tails)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_log_prob_is_the_normal_density_times_the_jacobian(shape):
+    network = scrambled(SMALL, components=7, steps=4, hidden=16, context=6, embedding=16, **shape)
     lines, mu, error, latent = conditions(SMALL, 5)
     atmosphere = network.inverse(lines, latent, mu, error).detach()
     found = network.log_prob(atmosphere, lines, mu, error).detach().numpy()
@@ -92,10 +95,10 @@ def test_an_untrained_flow_is_the_training_set_s_gaussian():
     np.testing.assert_allclose(found, gaussian.logpdf(points.numpy()), atol=1e-3)
 
 
-@pytest.mark.parametrize("tails", [False, True])
-def test_shared_draws_are_the_same_as_drawing_for_each_pixel(tails):
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shared_draws_are_the_same_as_drawing_for_each_pixel(shape):
     layout = Layout()
-    network = scrambled(layout, tails=tails)
+    network = scrambled(layout, **shape)
     lines, mu, error, latent = conditions(layout, 6)
     with torch.no_grad():
         shared = network.inverse_draws(lines, latent[:4], mu, error)

@@ -1,0 +1,81 @@
+"""Normal scores: each number of an atmosphere on a scale on which the training set is normally distributed.
+
+At the height of a transition region the temperature is either a chromosphere's or a corona's, and hardly ever
+between: two narrow peaks, two decades apart. A flow that starts from such numbers spends itself on their
+shape. On the scale of normal scores (each number's rank in the training set, through the inverse of the
+normal distribution) both peaks take the room that their share of the atmospheres deserves.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+KNOTS = 113
+FURTHEST = 3.5
+"""Normal score of the outermost knots; the scale goes on straight beyond them."""
+FLATTEST = 0.01
+"""Smallest change (network units) for a unit of normal score: what hardly varies is not blown up."""
+
+
+class NormalScores(nn.Module):
+    """Ascending, piecewise linear scale of each of `size` numbers, and back.
+
+    A new one is the identity; `fit` takes the scale from a training set.
+
+    Parameters
+    ----------
+    size : int
+        How many numbers, each with a scale of its own.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("knots", torch.linspace(-FURTHEST, FURTHEST, KNOTS).repeat(size, 1))
+
+    knots: Tensor
+
+    def fit(self, values: Tensor) -> None:
+        """Take the scale from examples, shape (n, size)."""
+        scores = torch.linspace(-FURTHEST, FURTHEST, KNOTS, dtype=torch.float64)
+        levels = torch.special.ndtr(scores)
+        knots = torch.stack([torch.quantile(column, levels) for column in values.double().T])
+        middle = knots[:, KNOTS // 2].clone()
+        least = FLATTEST * 2.0 * FURTHEST / (KNOTS - 1)
+        steps = knots.diff(dim=1).clamp_min(least)
+        rising = torch.cat((torch.zeros_like(middle)[:, None], steps.cumsum(dim=1)), dim=1)
+        self.knots.copy_(rising - rising[:, KNOTS // 2, None] + middle[:, None])
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Normal scores of numbers, shape (..., size)."""
+        segment, left, width = self._segments(values)
+        scores: Tensor = -FURTHEST + self._spacing * (segment + (values - left) / width)
+        return scores
+
+    def inverse(self, scores: Tensor) -> Tensor:
+        """Numbers of normal scores, shape (..., size)."""
+        position = (scores + FURTHEST) / self._spacing
+        segment = position.detach().clamp(0, KNOTS - 2).floor()
+        left, width = self._ends(segment.long())
+        return left + (position - segment) * width
+
+    def log_slope(self, values: Tensor) -> Tensor:
+        """Logarithm of the scores' change with the numbers, shape (..., size)."""
+        _, _, width = self._segments(values)
+        return (self._spacing / width).log()
+
+    @property
+    def _spacing(self) -> float:
+        return 2.0 * FURTHEST / (KNOTS - 1)
+
+    def _ends(self, segment: Tensor) -> tuple[Tensor, Tensor]:
+        """Left end and width of each number's segment (..., size)."""
+        rows = segment.reshape(-1, self.knots.shape[0]).T
+        left, right = self.knots.gather(1, rows), self.knots.gather(1, rows + 1)
+        return left.T.reshape(segment.shape), (right - left).T.reshape(segment.shape)
+
+    def _segments(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rows = values.detach().reshape(-1, self.knots.shape[0]).T.contiguous()
+        segment = (torch.searchsorted(self.knots, rows) - 1).clamp(0, KNOTS - 2).T.reshape(values.shape)
+        left, width = self._ends(segment)
+        return segment, left, width
