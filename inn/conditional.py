@@ -2,8 +2,9 @@
 
 An atmosphere of 150 numbers has far fewer degrees of freedom than that. Brought to normal scores, it is
 rotated onto the principal components of the training atmospheres; the leading ones go through a coupling flow
-that sees the lines, and the others, which hold what little variance is left, keep the Gaussian of the training
-set. Together that is a bijection between 150 latents and the 150 numbers of an atmosphere, for given lines.
+that sees the lines, and the others, which hold what little variance is left, keep the Gaussian of the
+training set. Together that is a bijection between 150 latents and the 150 numbers of an atmosphere, for given
+lines.
 
 What depends on the pixel alone (the lines, mu, the calibration error) is brought to a short context vector
 once, and enters the coupling networks as a bias of their hidden layers; what depends on the draw alone (the

@@ -200,9 +200,9 @@ def posterior_quantiles(
     """Quantiles of each pixel's posterior at every height.
 
     Draws are sorted in network units, or on the network's own ascending scale, and the quantiles,
-    interpolated linearly between neighbouring order statistics there, are brought to physical units. The scaling ascends,
-    so that this is exact at the order statistics; what it does between two of them is far below the sampling
-    error.
+    interpolated linearly between neighbouring order statistics there, are brought to physical units. The
+    scaling ascends, so that this is exact at the order statistics; what it does between two of them is far
+    below the sampling error.
 
     Parameters
     ----------
