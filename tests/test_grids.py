@@ -368,6 +368,71 @@ def test_torn_journal_loses_the_torn_record_only(tmp_path):
         assert journal.samples == {0, 1}
 
 
+def test_journal_torn_in_its_first_line_starts_anew(tmp_path):
+    path = tmp_path / "grid.zarr"
+    (tmp_path / "grid.zarr.journal").write_bytes(b'{"schema": 1, "heig')
+    with store.Journal(path, description()) as journal:
+        journal.append(record(0))
+    with store.Journal(path, description()) as journal:
+        assert journal.samples == {0}
+
+
+def test_assembling_in_small_steps_makes_the_same_store(filled, tmp_path, monkeypatch):
+    """From the store and the journal together, whose samples lie in turns and in part replace each other."""
+    with store.Journal(tmp_path / "at_once.zarr", description()) as journal:
+        journal.extend(record(sample) for sample in range(9))
+        journal.assemble("call")
+    with store.Journal(filled, description()) as journal:
+        journal.extend(record(sample) for sample in (8, 6, 4, 1, 5, 7))  # 1 had failed
+        rows = journal._rows
+        monkeypatch.setattr(journal, "_rows", lambda samples: (sizes.append(len(samples)), rows(samples))[1])
+        monkeypatch.setattr(store, "CHUNK", 2)
+        sizes = []
+        journal.assemble("call")
+    assert sizes == [2, 2, 2, 2, 1]
+    assert store.open_grid(filled).load().identical(store.open_grid(tmp_path / "at_once.zarr").load())
+
+
+def test_runs_are_kept_with_their_samples(tmp_path):
+    path = tmp_path / "grid.zarr"
+    with store.Journal(path, description()) as journal:
+        journal.extend([record(0), record(1)])
+        journal.add_run("first", {"sha256": "0" * 64})
+        journal.add_run("second", {"refused": "damaged"})
+    with (tmp_path / "grid.zarr.runs").open("ab") as file:
+        file.write(b'{"third": {"sha')  # killed while it was written
+    with store.Journal(path, description()) as journal:
+        assert journal.runs == {"first": {"sha256": "0" * 64}, "second": {"refused": "damaged"}}
+        journal.assemble("call")
+    assert [file.name for file in tmp_path.iterdir()] == ["grid.zarr"]
+    grid = store.open_grid(path)
+    assert json.loads(grid.attrs["runs"])["second"] == {"refused": "damaged"}
+    assert grid.attrs["made_from"]["first"] == "0" * 64
+    with store.Journal(path, description()) as journal:
+        journal.add_run("second", {"sha256": "1" * 64})
+        journal.keep({1, 2})
+        assert journal.samples == {1}
+        journal.assemble("call")
+    grid = store.open_grid(path)
+    assert grid["sample"].values.tolist() == [1]
+    assert json.loads(grid.attrs["runs"])["second"] == {"sha256": "1" * 64}
+
+
+def test_settings_of_a_grid_finished_or_under_way(filled, tmp_path):
+    fingerprint = description().fingerprint()
+    assert store.settings_of(filled) == fingerprint
+    filled.rename(filled.with_name("grid.zarr.old"))
+    assert store.settings_of(filled) == fingerprint
+    other = tmp_path / "other.zarr"
+    assert store.settings_of(other) is None
+    with store.Journal(other, description()) as journal:
+        journal.append(record(0))
+    assert store.settings_of(other) == fingerprint
+    (tmp_path / "other.zarr.journal").write_text("a letter\n")
+    with pytest.raises(MisuseError, match="not a grid's journal"):
+        store.settings_of(other)
+
+
 def test_other_settings_are_refused(filled):
     with pytest.raises(MisuseError, match="other settings: maker"):
         store.Journal(filled, description(seed=1))

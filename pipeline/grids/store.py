@@ -9,8 +9,9 @@ import os
 import shutil
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,7 +25,7 @@ from zarr.codecs import BloscCodec
 from pipeline.errors import MisuseError, StoreError
 from pipeline.provenance import provenance
 
-Array = NDArray[np.float64]
+Array = NDArray[np.floating[Any]]
 
 STATUS = ("converged", "iteration_limit", "numerical_failure")
 """Meaning of each value of a grid's ``status``."""
@@ -155,12 +156,77 @@ def _record_type(about: Description) -> np.dtype[np.void]:
     )
 
 
+def settings_of(path: Path) -> dict[str, Any] | None:
+    """Settings that the grid at a path was made with, finished or under way.
+
+    Parameters
+    ----------
+    path : Path
+        A grid store, there or not.
+
+    Returns
+    -------
+    dict or None
+        Its :meth:`Description.fingerprint`; None if nothing is there yet.
+
+    Raises
+    ------
+    MisuseError
+        If `path` or its journal is something else.
+    """
+    for place in (path, _swapped_out(path)):
+        if place.exists():
+            return dict(json.loads(_own(place).attrs.get("fingerprint", "{}")))
+    journal = _journal(path)
+    if journal.exists():
+        with journal.open("rb") as file:
+            return _head(journal, file.readline())
+    return None
+
+
+def _journal(path: Path) -> Path:
+    return path.with_name(path.name + ".journal")
+
+
+def _swapped_out(path: Path) -> Path:
+    return path.with_name(path.name + ".old")
+
+
+def _own(path: Path) -> xr.Dataset:
+    """The grid that is to be resumed or enlarged."""
+    try:
+        return open_grid(path)
+    except StoreError as error:
+        raise MisuseError(
+            "the output exists and is not a grid",
+            where=path,
+            found=error.found,
+            remedy="give another output path, or move it away",
+        ) from error
+
+
+def _head(path: Path, line: bytes) -> dict[str, Any] | None:
+    """Settings in a journal's first line; None if it was killed while that line was written."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        return dict(json.loads(line))
+    except ValueError as error:
+        raise MisuseError(
+            "this is not a grid's journal",
+            where=path,
+            remedy="move it away, or choose another output",
+        ) from error
+
+
 class Journal:
     """Finished samples of a grid under way, in an append-only file beside the store and in the store itself.
 
     The file ``GRID.zarr.journal`` is one line of JSON (the grid's fingerprint), then records of fixed length,
-    each with a checksum, each on disk before :meth:`append` returns. A torn last record is dropped. The
-    journal is removed when the store that holds its samples is in place.
+    each with a checksum, each on disk before :meth:`append` or :meth:`extend` returns. A torn last record is
+    dropped. Memory holds only where each sample lies, so that a grid may be larger than memory. A grid whose
+    samples are snapshots of runs has beside it ``GRID.zarr.runs``, what is known of each run as a line of
+    JSON. Both files are removed when the store that holds their content is in place.
 
     Parameters
     ----------
@@ -168,6 +234,12 @@ class Journal:
         The grid store, there or not.
     about : Description
         What the grid holds. An existing store or journal must have been made with the same settings.
+
+    Attributes
+    ----------
+    runs : dict of str to dict
+        What is known of each run by its name (JSON values), as :meth:`add_run` was told; in the store as
+        ``attrs["runs"]``.
 
     Raises
     ------
@@ -177,13 +249,18 @@ class Journal:
 
     def __init__(self, path: Path, about: Description) -> None:
         self.path, self.about = path, about
-        self.file_path = path.with_name(path.name + ".journal")
+        self.file_path = _journal(path)
+        self.runs_path = path.with_name(path.name + ".runs")
+        self.runs: dict[str, dict[str, Any]] = {}
         self._type = _record_type(about)
-        self._records: dict[int, np.void] = {}
-        self._stored: set[int] = set()
-        swapped_out = path.with_name(path.name + ".old")
-        if swapped_out.exists() and not path.exists():  # killed between the two steps of a swap
-            swapped_out.rename(path)
+        self._grid: xr.Dataset | None = None
+        self._reasons: dict[str, str] = {}
+        self._stored: dict[int, int] = {}  # sample -> its place in the store
+        self._written: dict[int, int] = {}  # sample -> its place in the journal's file, which goes before
+        self._count = 0  # records in the file
+        self._changed = False  # whether the store lacks anything
+        if _swapped_out(path).exists() and not path.exists():  # killed between the two steps of a swap
+            _swapped_out(path).rename(path)
         if path.exists():
             self._read_store()
         self._file = self.file_path.open("ab")
@@ -204,6 +281,8 @@ class Journal:
         if self._file.tell() == 0:
             self._file.write(json.dumps(about.fingerprint()).encode() + b"\n")
             self._sync()
+        self._start = self._file.tell() - self._count * self._type.itemsize
+        self._read_runs()
 
     def __enter__(self) -> Self:
         return self
@@ -211,14 +290,15 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.samples == self._stored:
+        if not self._changed:
             self.file_path.unlink(missing_ok=True)
+            self.runs_path.unlink(missing_ok=True)
         self._file.close()
 
     @property
     def samples(self) -> set[int]:
         """Samples that need no more work."""
-        return set(self._records)
+        return self._stored.keys() | self._written.keys()
 
     def _refuse_other(self, where: Path, found: dict[str, Any]) -> None:
         expected = self.about.fingerprint()
@@ -233,53 +313,41 @@ class Journal:
             )
 
     def _read_store(self) -> None:
-        try:
-            grid = open_grid(self.path)
-        except StoreError as error:
-            raise MisuseError(
-                "the output exists and is not a grid",
-                where=self.path,
-                found=error.found,
-                remedy="give another output path, or move it away",
-            ) from error
-        self._refuse_other(self.path, json.loads(grid.attrs.get("fingerprint", "{}")))
-        reasons = json.loads(grid.attrs["failures"])
-        grid = grid.load()
-        for i, sample in enumerate(grid["sample"].values):
-            record = np.zeros(1, self._type)[0]
-            record["sample"] = sample
-            for name in ("simulation", "status", "iterations", *_ATMOSPHERE, *_LINES):
-                record[name] = grid[name].values[i]
-            record["parameters"] = [
-                grid[f"parameter_{name}"].values[i] for name, _, _ in self.about.parameters
-            ]
-            record["reason"] = reasons.get(str(int(sample)), "").encode()
-            self._records[int(sample)] = record
-        self._stored = set(self._records)
+        self._grid = _own(self.path)
+        self._refuse_other(self.path, json.loads(self._grid.attrs.get("fingerprint", "{}")))
+        self._reasons = json.loads(self._grid.attrs["failures"])
+        self.runs = json.loads(self._grid.attrs.get("runs", "{}"))
+        self._stored = {int(sample): place for place, sample in enumerate(self._grid["sample"].values)}
 
     def _read_journal(self) -> None:
-        content = self.file_path.read_bytes()
-        head, newline, body = content.partition(b"\n")
-        if not newline:  # new, or killed while the first line was written: nothing is in it
-            self._file.truncate(0)
+        with self.file_path.open("rb") as file:
+            line = file.readline()
+            found = _head(self.file_path, line)
+            if found is None:  # new, or killed while the first line was written: nothing is in it
+                self._file.truncate(0)
+                self._file.seek(0)
+                return
+            self._refuse_other(self.file_path, found)
+            size = self._type.itemsize
+            while len(content := file.read(size)) == size:
+                record = np.frombuffer(content, self._type)[0]
+                if zlib.crc32(content[4:]) != record["checksum"]:
+                    break
+                self._written[int(record["sample"])] = self._count
+                self._count += 1
+        self._file.truncate(len(line) + self._count * size)
+        self._file.seek(0, os.SEEK_END)
+        self._changed = self._changed or self._count > 0
+
+    def _read_runs(self) -> None:
+        if not self.runs_path.exists():
             return
-        try:
-            found = json.loads(head)
-        except ValueError as error:
-            raise MisuseError(
-                "this is not a grid's journal",
-                where=self.file_path,
-                remedy="move it away, or choose another output",
-            ) from error
-        self._refuse_other(self.file_path, found)
-        whole = len(body) // self._type.itemsize
-        good = 0
-        for record in np.frombuffer(body, self._type, count=whole):
-            if zlib.crc32(record.tobytes()[4:]) != record["checksum"]:
-                break
-            self._records[int(record["sample"])] = record
-            good += 1
-        self._file.truncate(len(head) + 1 + good * self._type.itemsize)
+        content = self.runs_path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        os.truncate(self.runs_path, len(whole))
+        for line in whole.splitlines():
+            self.runs.update(json.loads(line))
+        self._changed = self._changed or bool(whole)
 
     def _sync(self) -> None:
         self._file.flush()
@@ -287,16 +355,41 @@ class Journal:
 
     def append(self, record: Record) -> None:
         """Add a finished sample; it is on disk when this returns."""
-        row = np.zeros(1, self._type)[0]
-        for name in ("sample", "simulation", "status", "iterations", "parameters"):
-            row[name] = getattr(record, name)
-        for name in (*_ATMOSPHERE, *_LINES):
-            row[name] = round_mantissa(getattr(record, name))
-        row["reason"] = record.reason.encode()[:160]
-        row["checksum"] = zlib.crc32(row.tobytes()[4:])
-        self._file.write(row.tobytes())
+        self.extend([record])
+
+    def extend(self, records: Iterable[Record]) -> None:
+        """Add finished samples, each in place of an earlier one of its number; on disk when this returns."""
+        for record in records:
+            row = np.zeros(1, self._type)[0]
+            for name in ("sample", "simulation", "status", "iterations", "parameters"):
+                row[name] = getattr(record, name)
+            for name in (*_ATMOSPHERE, *_LINES):
+                row[name] = round_mantissa(getattr(record, name))
+            row["reason"] = record.reason.encode()[:160]
+            row["checksum"] = zlib.crc32(row.tobytes()[4:])
+            self._file.write(row.tobytes())
+            self._written[record.sample] = self._count
+            self._count += 1
+            self._changed = True
         self._sync()
-        self._records[record.sample] = row
+
+    def add_run(self, name: str, facts: dict[str, Any]) -> None:
+        """Keep what is known of a run (JSON values) instead of what was; on disk when this returns."""
+        if self.runs.get(name) == facts:
+            return
+        with self.runs_path.open("ab") as file:
+            file.write(json.dumps({name: facts}).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.runs[name] = facts
+        self._changed = True
+
+    def keep(self, samples: set[int]) -> None:
+        """Leave all other samples out of the store when it is assembled next."""
+        for places in (self._stored, self._written):
+            for sample in places.keys() - samples:
+                del places[sample]
+                self._changed = True
 
     def assemble(self, call: str, path: Path | None = None) -> None:
         """Write every sample so far into the store, in the design's order, in one step.
@@ -313,28 +406,53 @@ class Journal:
         StoreError
             If there is no sample.
         """
-        if not self._records:
+        samples = sorted(self.samples)
+        if not samples:
             raise StoreError("a grid without samples cannot be written", where=self.path)
         target = path or self.path
-        if path is None and self.samples == self._stored:
+        if path is None and not self._changed:
             return
-        rows = np.array([self._records[sample] for sample in sorted(self._records)], self._type)
-        part, old = target.with_name(target.name + ".part"), target.with_name(target.name + ".old")
+        part, old = target.with_name(target.name + ".part"), _swapped_out(target)
         for left in (part, old):
             shutil.rmtree(left, ignore_errors=True)
-        _write(part, rows, self.about, call)
+        blocks = (samples[first : first + CHUNK] for first in range(0, len(samples), CHUNK))
+        _write(part, len(samples), map(self._rows, blocks), self.about, self.runs, call)
         if target.exists():
             target.rename(old)
         part.rename(target)
         shutil.rmtree(old, ignore_errors=True)
         if path is None:
-            self._stored = self.samples
+            self._changed = False
+
+    def _rows(self, samples: list[int]) -> NDArray[np.void]:
+        """Some samples' records, from the journal's file and the store."""
+        rows = np.zeros(len(samples), self._type)
+        is_new = np.array([sample in self._written for sample in samples])
+        if is_new.any():
+            records = np.memmap(self.file_path, self._type, "r", offset=self._start, shape=(self._count,))
+            rows[is_new] = records[[self._written[sample] for sample in samples if sample in self._written]]
+        if self._grid is not None and not is_new.all():
+            old = [sample for sample in samples if sample not in self._written]
+            grid = self._grid.isel(sample=[self._stored[sample] for sample in old]).load()
+            for name in ("sample", "simulation", "status", "iterations", *_ATMOSPHERE, *_LINES):
+                rows[name][~is_new] = grid[name].values
+            for column, (name, _, _) in enumerate(self.about.parameters):
+                rows["parameters"][~is_new, column] = grid[f"parameter_{name}"].values
+            rows["reason"][~is_new] = [self._reasons.get(str(sample), "").encode() for sample in old]
+        return rows
 
 
-def _write(path: Path, rows: NDArray[np.void], about: Description, call: str) -> None:
-    """Write records as a Zarr v3 store with consolidated metadata."""
+def _write(
+    path: Path,
+    samples: int,
+    blocks: Iterator[NDArray[np.void]],
+    about: Description,
+    runs: dict[str, dict[str, Any]],
+    call: str,
+) -> None:
+    """Write records, `CHUNK` of them at a time, as a Zarr v3 store with consolidated metadata."""
     settings = json.dumps(about.fingerprint(), sort_keys=True)
-    failures = {str(int(row["sample"])): row["reason"].decode() for row in rows if row["status"] != 0}
+    sources = {name: run["sha256"] for name, run in sorted(runs.items()) if "sha256" in run}
     group = zarr.create_group(
         path,
         zarr_format=3,
@@ -346,22 +464,37 @@ def _write(path: Path, rows: NDArray[np.void], about: Description, call: str) ->
             "statistical_equilibrium": about.equilibrium,
             "maker": about.maker,
             "fingerprint": settings,
-            "failures": json.dumps(failures),
-            **provenance(call, {"settings": hashlib.sha256(settings.encode()).hexdigest()}),
+            **({"runs": json.dumps(runs, sort_keys=True)} if runs else {}),
+            **provenance(call, {"settings": hashlib.sha256(settings.encode()).hexdigest(), **sources}),
         },
     )
     codec = BloscCodec(cname="zstd", clevel=9, shuffle="shuffle")
+    columns: list[tuple[zarr.Array[Any], Callable[[NDArray[np.void]], NDArray[Any]]]] = []
 
     def put(name: str, values: NDArray[Any], dims: tuple[str, ...], **attributes: Any) -> None:  # noqa: ANN401
-        chunks = tuple(
-            min(CHUNK, size) if dim == "sample" else size
-            for dim, size in zip(dims, values.shape, strict=True)
-        )
         group.create_array(
-            name, data=values, chunks=chunks, compressors=codec, dimension_names=dims, attributes=attributes,
+            name, data=values, chunks=values.shape, compressors=codec, dimension_names=dims,
+            attributes=attributes,
         )  # fmt: skip
 
-    put("sample", rows["sample"], ("sample",), long_name="index in the design")
+    def column(
+        name: str,
+        values: Callable[[NDArray[np.void]], NDArray[Any]],
+        dims: tuple[str, ...] = (),
+        **attributes: Any,  # noqa: ANN401
+    ) -> None:
+        like = values(np.zeros(1, _record_type(about)))
+        array = group.create_array(
+            name, shape=(samples, *like.shape[1:]), dtype=like.dtype,
+            chunks=(min(CHUNK, samples), *like.shape[1:]), compressors=codec,
+            dimension_names=("sample", *dims), attributes=attributes,
+        )  # fmt: skip
+        columns.append((array, values))
+
+    def parameter(number: int) -> Callable[[NDArray[np.void]], NDArray[Any]]:
+        return lambda rows: rows["parameters"][:, number]
+
+    column("sample", itemgetter("sample"), long_name="index in the design")
     put(
         "height", np.array(about.heights), ("height",), units="Mm", long_name="height", zero=about.height_zero
     )
@@ -372,26 +505,32 @@ def _write(path: Path, rows: NDArray[np.void], about: Description, call: str) ->
             units="Angstrom", long_name=f"{_LINES[line]} wavelength from rest", rest_wavelength=rest,
             rest_wavelength_units="Angstrom", medium="vacuum",
         )  # fmt: skip
-        dims = ("sample", "mu", f"wavelength_{line}")
-        put(line, rows[line], dims, units=_LINE_UNITS, long_name=f"{_LINES[line]} intensity per wavelength")
+        column(
+            line, itemgetter(line), ("mu", f"wavelength_{line}"),
+            units=_LINE_UNITS, long_name=f"{_LINES[line]} intensity per wavelength",
+        )  # fmt: skip
     for name, (units, long_name) in _ATMOSPHERE.items():
-        put(name, rows[name], ("sample", "height"), units=units, long_name=long_name)
-    for column, (name, units, long_name) in enumerate(about.parameters):
-        put(f"parameter_{name}", rows["parameters"][:, column], ("sample",), units=units, long_name=long_name)
-    put(
-        "simulation", rows["simulation"], ("sample",), long_name="simulation that the sample is a snapshot of"
-    )
-    put(
-        "status", rows["status"].astype(np.int8), ("sample",), long_name="how the synthesis ended",
+        column(name, itemgetter(name), ("height",), units=units, long_name=long_name)
+    for number, (name, units, long_name) in enumerate(about.parameters):
+        column(f"parameter_{name}", parameter(number), units=units, long_name=long_name)
+    column("simulation", itemgetter("simulation"), long_name="simulation that the sample is a snapshot of")
+    column(
+        "status", lambda rows: rows["status"].astype(np.int8), long_name="how the synthesis ended",
         flag_values=list(range(len(STATUS))), flag_meanings=" ".join(STATUS),
     )  # fmt: skip
-    put(
-        "converged",
-        rows["status"] == 0,
-        ("sample",),
+    column(
+        "converged", lambda rows: rows["status"] == 0,
         long_name="populations converged: the sample may be used",
-    )
-    put("iterations", rows["iterations"], ("sample",), long_name="iterations taken")
+    )  # fmt: skip
+    column("iterations", itemgetter("iterations"), long_name="iterations taken")
+    failures: dict[str, str] = {}
+    first = 0
+    for rows in blocks:
+        for array, values in columns:
+            array[first : first + rows.size] = values(rows)
+        failures |= {str(int(row["sample"])): row["reason"].decode() for row in rows if row["status"] != 0}
+        first += rows.size
+    group.attrs["failures"] = json.dumps(failures)
     with warnings.catch_warnings():
         # Consolidated metadata is not yet in the Zarr 3 specification; readers without it ignore it.
         warnings.filterwarnings("ignore", category=zarr.errors.ZarrUserWarning)
