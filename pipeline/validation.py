@@ -19,7 +19,6 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -274,22 +273,28 @@ def judge(ensembles: Iterable[NDArray[Any]], truth: NDArray[Any], seed: int = 0)
     return Answers(ranks, scores)
 
 
-def prior(truth: NDArray[Any], draws: int = DRAWS, seed: int = 0) -> Iterator[NDArray[Any]]:
-    """The same ensemble for every observation: some of the grid's own atmospheres, whatever was observed.
+def prior(
+    atmospheres: NDArray[Any], observations: int, draws: int = DRAWS, seed: int = 0
+) -> Iterator[NDArray[Any]]:
+    """Answers that know nothing of the observations: some of many atmospheres, drawn anew for each.
 
     What any network must beat.
 
     Parameters
     ----------
-    truth : ndarray, shape (observations, atmosphere_size)
+    atmospheres : ndarray, shape (n, atmosphere_size)
+    observations : int
     draws : int
-        Atmospheres in the ensemble, at most.
+        Atmospheres in each answer, at most.
     seed : int
-        Decides which.
+
+    Yields
+    ------
+    ndarray, shape (draws, atmosphere_size)
     """
     generator = np.random.default_rng(seed)
-    chosen = generator.choice(len(truth), min(draws, len(truth)), replace=False)
-    return repeat(truth[chosen], len(truth))
+    for _ in range(observations):
+        yield atmospheres[generator.choice(len(atmospheres), min(draws, len(atmospheres)), replace=False)]
 
 
 def scored_heights(truth: NDArray[Any], layout: Layout) -> NDArray[np.bool_]:
@@ -471,7 +476,7 @@ def validate(
     truth = observed.atmosphere.numpy()
     answers = {
         "network": judge(posteriors(network, observed, draws, seed), truth, seed),
-        "grid's own spread": judge(prior(truth, draws, seed), truth, seed),
+        "grid's own spread": judge(prior(truth, len(truth), draws, seed), truth, seed),
     }
     scores = {name: score(each, truth, simulation, network.layout, seed) for name, each in answers.items()}
     about = {

@@ -8,6 +8,7 @@ from itertools import repeat
 import numpy as np
 import pytest
 import torch
+from benchmarks.networks import NEIGHBOURS, check_fresh, choose, lookup, nearest, relative_crps
 from scipy.stats import kstest, norm
 from toy_grid import write_toy_grid
 
@@ -17,11 +18,12 @@ from inn.conditional import ConditionalNetwork
 from inn.layout import Layout
 from pipeline.errors import InputError, MisuseError
 from pipeline.grids.store import open_grid, split
-from pipeline.training_set import Augmentation, content_hash
+from pipeline.training_set import Augmentation, content_hash, open_parts
 from pipeline.validation import (
     BINS,
     CEILING,
     LEAST_SPREAD,
+    Answers,
     calibration_figure,
     fresh_observations,
     judge,
@@ -125,7 +127,7 @@ def test_ensembles_of_other_sizes_can_be_judged():
     truth = np.random.default_rng(13).normal(size=(5, SIZE))
     certain = judge((row[None] for row in truth), truth)
     assert (certain.crps == 0.0).all()
-    climatology = judge(prior(truth, draws=3), truth)
+    climatology = judge(prior(truth, 5, draws=3), truth)
     assert climatology.crps.mean() > 0.1
     with pytest.raises(ValueError, match="zip"):
         judge(repeat(truth[:1], 4), truth)
@@ -199,3 +201,71 @@ def test_a_network_is_validated_on_a_page_with_its_numbers(network, grid_path, t
     with pytest.raises(MisuseError, match="exists"):
         validate(network, grid_path, page)
     assert len(calibration_figure({"network": scores}).axes) == 9 + 3  # and the colour bars
+
+
+QUIET = Augmentation(noise=(1e-6, 1e-6), calibration_error=(0.0, 0.0), doppler=0.0)
+
+
+def test_the_nearest_profiles_are_those_that_were_observed(grid_path):
+    library = open_parts(grid_path, LAYOUT, QUIET)["train"]
+    samples = torch.tensor([4, 17, 30])
+    observed = library.observe(samples, torch.tensor([0.4, 0.6, 0.85]), torch.Generator().manual_seed(1))
+    found = list(nearest(library, observed, 3, copies=2, noisy=False))
+    truth = library.atmospheres(samples).numpy()
+    for ensemble, expected in zip(found, truth, strict=True):
+        assert ensemble.shape == (3, SIZE)
+        # Both copies first, then another atmosphere.
+        np.testing.assert_array_equal(ensemble[:2], np.tile(expected, (2, 1)))
+        assert not np.array_equal(ensemble[2], expected)
+
+
+def test_a_calibration_error_is_looked_up_as_it_was_told(grid_path):
+    """Lines whose ratio is uncertain by 20 % match a library of the same uncertainty, not an exact one."""
+    uncertain = Augmentation(noise=(1e-6, 1e-6), calibration_error=(0.2, 0.2), doppler=0.0)
+    library = open_parts(grid_path, LAYOUT, uncertain)["train"]
+    samples = torch.arange(0, 60, 4)
+    observed = library.observe(samples, torch.full((15,), 0.6), torch.Generator().manual_seed(2))
+    truth = library.atmospheres(samples).numpy()
+
+    def errors(batch):
+        found = np.stack([ensemble[0] for ensemble in nearest(library, batch, 1, copies=40, noisy=False)])
+        return np.abs(found - truth)[:, :HEIGHTS].mean()
+
+    exact = observed._replace(calibration_error=torch.zeros(15))
+    assert errors(observed) < 0.7 * errors(exact)
+
+
+def test_a_lookup_takes_few_neighbours_where_profiles_tell_and_many_where_they_do_not(grid_path):
+    library = open_parts(grid_path, LAYOUT, QUIET)["train"]
+    held_out = library.draw_each(torch.Generator().manual_seed(3))
+    held_out = type(held_out)(*(values[:30] for values in held_out))
+    choices = choose(library, held_out, LAYOUT, copies=1, seed=4)
+    for quantity in inn.QUANTITIES:  # the observed atmosphere is in the library
+        assert choices[quantity].neighbours == 1
+        assert choices[quantity].crps < 1e-6
+    answers = lookup(library, held_out, choices, copies=1, seed=4)
+    assert answers.crps.max() < 1e-6
+    unrelated = held_out._replace(atmosphere=held_out.atmosphere.roll(1, dims=0))
+    choices = choose(library, unrelated, LAYOUT, copies=1, seed=4)
+    most = max(count for count in NEIGHBOURS if count <= len(library))
+    assert all(choices[quantity].neighbours >= most // 2 for quantity in inn.QUANTITIES)
+
+
+def test_the_ratio_of_two_methods_has_its_own_sampling_error():
+    generator = np.random.default_rng(14)
+    difficulty = generator.uniform(0.1, 3.0, 500)
+    ranks = np.full((500, SIZE), 0.5)
+    first, other = (Answers(ranks, np.outer(factor * difficulty, np.ones(SIZE))) for factor in (0.8, 1.0))
+    scored = np.ones((3, HEIGHTS), dtype=bool)
+    ratio, error = relative_crps(first, other, scored, np.arange(500), seed=0)
+    np.testing.assert_allclose(ratio, 0.8)
+    assert (error < 1e-12).all()  # what is hard is hard for both
+
+
+def test_simulations_that_were_trained_on_are_not_fresh(grid_path, tmp_path):
+    parts = open_parts(grid_path, LAYOUT)
+    seen, _ = fresh_observations(grid_path, LAYOUT)
+    with pytest.raises(InputError, match="trained on"):
+        check_fresh(seen, parts, grid_path)
+    other = write_toy_grid(tmp_path / "grid.zarr", samples=20, seed=1)
+    check_fresh(fresh_observations(other, LAYOUT)[0], parts, other)
