@@ -16,6 +16,9 @@ FURTHEST = 3.5
 """Normal score of the outermost knots; the scale goes on straight beyond them."""
 FLATTEST = 0.01
 """Smallest change (network units) for a unit of normal score: what hardly varies is not blown up."""
+TAIL, TAIL_FLATTEST = 2.0, 0.2
+"""Normal score beyond which the change for a unit is at least this share of that between -1 and 1: a number
+just outside of the training set's range must not look as if it lay far out."""
 
 
 class NormalScores(nn.Module):
@@ -41,8 +44,11 @@ class NormalScores(nn.Module):
         levels = torch.special.ndtr(scores)
         knots = torch.stack([torch.quantile(column, levels) for column in values.double().T])
         middle = knots[:, KNOTS // 2].clone()
-        least = FLATTEST * 2.0 * FURTHEST / (KNOTS - 1)
-        steps = knots.diff(dim=1).clamp_min(least)
+        inner = (scores.abs() <= 1.0).nonzero().flatten()
+        change = (knots[:, inner[-1]] - knots[:, inner[0]]) / (scores[inner[-1]] - scores[inner[0]])
+        outside = (0.5 * (scores[1:] + scores[:-1])).abs() > TAIL
+        least = torch.where(outside, TAIL_FLATTEST * change[:, None], 0.0).clamp_min(FLATTEST)
+        steps = torch.maximum(knots.diff(dim=1), least * self._spacing)
         rising = torch.cat((torch.zeros_like(middle)[:, None], steps.cumsum(dim=1)), dim=1)
         self.knots.copy_(rising - rising[:, KNOTS // 2, None] + middle[:, None])
 
