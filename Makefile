@@ -31,6 +31,7 @@ test: lint
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint deploy/constraints.txt --editable '.[benchmark]'
 	$(BIN)/python -m tests.benchmarks.posterior
+	$(BIN)/python -m tests.benchmarks.training
 
 clean:
 	rm -rf $(VENV) demo dist build

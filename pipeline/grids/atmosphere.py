@@ -15,7 +15,7 @@ equilibrium: they are not a radiation-hydrodynamic simulation's, and everything 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -123,7 +123,24 @@ class AtmosphereParameters:
 
     def values(self) -> tuple[float, ...]:
         """The parameters in the order of :data:`PARAMETERS`."""
-        return tuple(getattr(self, field.name) for field in fields(self))
+        return tuple(getattr(self, parameter.name) for parameter in PARAMETERS)
+
+
+@dataclass(frozen=True)
+class SampledAtmosphere(AtmosphereParameters):
+    """An atmosphere of the family of which temperature and velocity are known at some heights only.
+
+    Between them the logarithm of the temperature and the velocity are linear, below the lowest both are
+    constant. The density follows from that temperature by the family's law; it, and the microturbulence, are
+    of the parameters.
+    """
+
+    heights: tuple[float, ...]
+    """Mm, ascending."""
+    temperatures: tuple[float, ...]
+    """K, at `heights`."""
+    velocities: tuple[float, ...]
+    """km/s, at `heights`."""
 
 
 QUIET_SUN = AtmosphereParameters(5700.0, 1000.0, 0.80, 2.1, 6.0, 0.0, 0.0, 0.0, 0.0, 4.0)
@@ -164,6 +181,8 @@ def _rise(height: Array, centre: float, width: float) -> Array:
 
 def temperature(parameters: AtmosphereParameters, height: Array) -> Array:
     """Temperature (K) at heights (Mm)."""
+    if isinstance(parameters, SampledAtmosphere):
+        return np.exp(np.interp(height, parameters.heights, np.log(parameters.temperatures)))
     photosphere = np.interp(height, _FALC[:, 0], _FALC[:, 1])
     # The foot of the plateau is where it leaves the photosphere; no gradient below it.
     above = (
@@ -188,6 +207,8 @@ def velocity(parameters: AtmosphereParameters, height: Array) -> Array:
     Three smooth parts: the bulk of the chromosphere (Gaussian about 0.9 Mm, where the lines form), the
     condensation just below the transition region, and the evaporation, which grows with height in the corona.
     """
+    if isinstance(parameters, SampledAtmosphere):
+        return np.interp(height, parameters.heights, parameters.velocities)
     foot = parameters.transition_region_height
     below = 1.0 - _rise(height, foot, 0.02)
     bulk = parameters.chromospheric_velocity * np.exp(-0.5 * ((height - 0.9) / 0.45) ** 2)
