@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import astropy.units as u
 import numpy as np
@@ -12,9 +14,10 @@ import xarray as xr
 from astropy import constants
 from radyn_files import CC, F_CHROMA, QNORM, RAYS, REST, ToyRun, frequencies
 from radynpy.cdf import LazyRadynData
+from toy_grid import write_toy_grid
 
 from inn.layout import HEIGHTS, Layout
-from pipeline.errors import InputError, MisuseError, StoreError
+from pipeline.errors import InputError, MisuseError
 from pipeline.grids import radyn, store
 from pipeline.grids.radyn import RunFile, RunTask, make_radyn_grid, read_run
 from pipeline.training_set import TrainingSet
@@ -130,11 +133,17 @@ def test_rays_are_sorted(tmp_path):
     assert record.halpha[:, 0] / record.halpha[0, 0] == pytest.approx(wanted / wanted[0], rel=1e-6)
 
 
+@pytest.mark.parametrize("dropped", [False, True])
 @pytest.mark.parametrize(("snapshots", "rays"), [(1, RAYS), (4, RAYS[-1:]), (1, RAYS[-1:])])
-def test_one_snapshot_or_one_ray(snapshots, rays, tmp_path):
-    """Dimensions of length one, which cdflib drops."""
+def test_one_snapshot_or_one_ray(snapshots, rays, dropped, tmp_path, monkeypatch):
+    """Dimensions of length one, which some versions of cdflib drop."""
     run = ToyRun(snapshots=snapshots, rays=rays)
+    if dropped:
+        monkeypatch.setattr(
+            RunFile, "_read", lambda file, name: np.squeeze(np.asarray(getattr(file._data, name)))
+        )
     records = read_run(task(run.write(tmp_path / "run.cdf"))).records
+    monkeypatch.undo()
     assert len(records) == snapshots
     assert records[-1].halpha.shape == (rays.size, frequencies(4).size)
     assert all(record.reason == "" for record in records)
@@ -266,23 +275,28 @@ def make(sources, path, client, **options):
     return make_radyn_grid(sources, path, cluster=client, call="the command", **options)
 
 
-@pytest.fixture
-def runs(tmp_path):
-    """Three runs: of seven snapshots, of seven with a bad one, of three."""
-    folder = tmp_path / "runs"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, client):
+    """Three runs (of seven snapshots, of seven with a bad one, of three), the report on their grid, its path.
+
+    Not to be changed.
+    """
+    folder = tmp_path_factory.mktemp("made")
     second = ToyRun(seed=2)
     second.variables["vz1"][2, 4] = np.nan
-    return [
+    runs = [
         ToyRun(seed=1).write(folder / F_CHROMA),
         second.write(folder / "radyn_out.val3c_d5_1.0e12_t20s_25kev_fp"),
         ToyRun(seed=3, snapshots=3).write(folder / "my own run.cdf"),
     ]
+    return runs, make(runs, folder / "grid.zarr", client), folder / "grid.zarr"
 
 
 @pytest.fixture
-def grid_of_three(runs, tmp_path, client):
-    return make(runs, tmp_path / "grid.zarr", client), store.open_grid(tmp_path / "grid.zarr").load()
+def runs(made, tmp_path):
+    """The same runs, for a test to spoil."""
+    (tmp_path / "runs").mkdir()
+    return [Path(shutil.copy2(run, tmp_path / "runs")) for run in made[0]]
 
 
 def same(one, other):
@@ -294,8 +308,9 @@ def same(one, other):
     return one.identical(other)
 
 
-def test_grid_holds_every_run(grid_of_three, runs):
-    report, grid = grid_of_three
+def test_grid_holds_every_run(made):
+    runs, report, path = made
+    grid = store.open_grid(path).load()
     assert grid.sizes["sample"] == 17
     assert grid.sizes["mu"] == 5
     assert grid["mu"].values == pytest.approx(RAYS)
@@ -323,9 +338,9 @@ def test_grid_holds_every_run(grid_of_three, runs):
     assert report.complete
 
 
-def test_report_names_what_is_wrong(grid_of_three):
-    report, grid = grid_of_three
-    text = report.summary()
+def test_report_names_what_is_wrong(made):
+    _, report, path = made
+    grid, text = store.open_grid(path), report.summary()
     assert "3 runs (3 read, 0 kept, 0 refused), 17 snapshots, 1 not to be used" in text
     assert "radyn_out.val3c_d5_1.0e12_t20s_25kev_fp: 1 of 7 snapshots are not to be used" in text
     assert "my own run: unfinished: it ends at 0.2 s, the longest at 0.6 s" in text
@@ -334,21 +349,18 @@ def test_report_names_what_is_wrong(grid_of_three):
     assert list(json.loads(grid.attrs["failures"]).values()) == ["not finite: velocity"]
 
 
-def test_grid_does_not_depend_on_order_or_growth(runs, tmp_path, client):
-    make(runs, tmp_path / "at_once.zarr", client)
+def test_grid_does_not_depend_on_order_or_growth(made, tmp_path, client):
+    runs, _, path = made
     make(runs[2:], tmp_path / "grown.zarr", client)
     make(runs[1::-1], tmp_path / "grown.zarr", client)
-    assert same(tmp_path / "at_once.zarr", tmp_path / "grown.zarr")
+    assert same(path, tmp_path / "grown.zarr")
 
 
-def test_every_second_snapshot(runs, tmp_path, client):
-    make(runs, tmp_path / "all.zarr", client)
+def test_every_second_snapshot(made, tmp_path, client):
+    runs, _, path = made
     report = make(runs, tmp_path / "some.zarr", client, stride=2)
     assert [run.snapshots for run in report.runs] == [2, 4, 4]
-    every, some = (
-        store.open_grid(tmp_path / "all.zarr").load(),
-        store.open_grid(tmp_path / "some.zarr").load(),
-    )
+    every, some = store.open_grid(path).load(), store.open_grid(tmp_path / "some.zarr").load()
     chosen = np.isin(every["sample"], some["sample"])
     assert some.drop_attrs().equals(every.isel(sample=chosen).drop_attrs())
     assert set(some["parameter_time"].values.round(3)) == {0.0, 0.2, 0.4, 0.6}
@@ -356,8 +368,7 @@ def test_every_second_snapshot(runs, tmp_path, client):
         make(runs, tmp_path / "some.zarr", client, stride=3)
 
 
-def test_killed_job_goes_on_where_it_stopped(runs, tmp_path, client, monkeypatch):
-    make(runs, tmp_path / "undisturbed.zarr", client)
+def test_killed_job_goes_on_where_it_stopped(made, runs, tmp_path, client, monkeypatch):
     path, taken, take = tmp_path / "grid.zarr", [], radyn._take
 
     def killed(journal, name, run):
@@ -380,7 +391,7 @@ def test_killed_job_goes_on_where_it_stopped(runs, tmp_path, client, monkeypatch
     report = make(runs, path, client)
     assert {run.name: run.state for run in report.runs}[taken[0]] == "kept"
     assert [run.state for run in report.runs].count("read") == 2
-    assert same(path, tmp_path / "undisturbed.zarr")
+    assert same(path, made[2])
     assert not list(tmp_path.glob("grid.zarr.*"))
 
 
@@ -433,11 +444,11 @@ def test_bad_runs_do_not_stop_the_others(runs, tmp_path, client):
     assert "refused" not in json.loads(grid.attrs["runs"])[F_CHROMA]
 
 
-def test_other_wavelengths_are_interpolated(runs, tmp_path, client):
+def test_other_wavelengths_are_interpolated(made, tmp_path, client):
     wide = ToyRun(seed=1)
     wide.variables["q"][:, 20] *= 1.2
     wide.write(tmp_path / "wide.cdf")
-    report = make([*runs, tmp_path / "wide.cdf"], tmp_path / "grid.zarr", client)
+    report = make([made[0][0], tmp_path / "wide.cdf"], tmp_path / "grid.zarr", client)
     (mine,) = (run for run in report.runs if run.name == "wide")
     assert mine.notes == ("ca8542 was interpolated from 51 wavelengths of its own",)
     grid = store.open_grid(tmp_path / "grid.zarr").load()
@@ -456,7 +467,8 @@ def test_numbers_of_simulations_are_written_down():
     assert store.split([3039549858]).tolist() == ["train"]
 
 
-def test_requests_that_cannot_be_met(runs, tmp_path, client):
+def test_requests_that_cannot_be_met(made, tmp_path, client):
+    runs = made[0]
     for problem, sources, options in [
         ("at least one run", [], {}),
         ("no such file", [tmp_path / "nothing.cdf"], {}),
@@ -476,12 +488,16 @@ def test_requests_that_cannot_be_met(runs, tmp_path, client):
     assert not list(tmp_path.glob("grid.zarr*"))
 
 
-def test_other_grids_are_not_touched(runs, tmp_path, client):
-    xr.Dataset({"a": ("x", [1, 2])}, attrs={"kind": "map"}).to_zarr(tmp_path / "map.zarr", zarr_format=3)
+def test_other_grids_are_not_touched(made, tmp_path, client):
+    runs = made[0]
+    other = xr.Dataset({"a": ("x", [1, 2])}, attrs={"kind": "map"})
+    other.to_zarr(tmp_path / "map.zarr", zarr_format=3, consolidated=False)
     with pytest.raises(MisuseError, match="exists and is not a grid"):
         make(runs, tmp_path / "map.zarr", client)
-    with pytest.raises(StoreError, match="not a grid"):
-        store.open_grid(tmp_path / "map.zarr")
+    toy = tmp_path / "toy.zarr"
+    write_toy_grid(toy, samples=5)
+    with pytest.raises(MisuseError, match="other settings"):
+        make(runs, toy, client)
 
 
 # What it is for
@@ -503,6 +519,4 @@ def test_networks_can_be_trained_on_it(tmp_path, client, rays):
         assert torch.isfinite(values).all()
     assert batch.microturbulence.tolist() == pytest.approx([2.0] * 16)
     assert float(batch.mu.min()) >= rays.min() - 1e-6
-    # CRISP's wavelengths are coarser than the toy's core; its own flow must still be seen, as a blueshift.
-    clean = examples.clean()
-    assert clean.lines.shape == (21 * rays.size, 60)
+    assert examples.clean().lines.shape == (21 * rays.size, 60)
