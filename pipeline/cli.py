@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperGroup
 
 from pipeline.errors import FlareFieldError, MisuseError
 from pipeline.provenance import flarefield_version
@@ -23,7 +24,17 @@ console = Console()
 errors = Console(stderr=True)
 
 
+class _Commands(TyperGroup):
+    """Commands, some of which have names of two words."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:  # noqa: ANN401
+        if (name := " ".join(args[:2])) in self.commands and len(args) > 1:
+            return name, self.commands[name], args[2:]
+        return super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     rich_markup_mode="rich",
     add_completion=False,
@@ -242,22 +253,78 @@ def grid_lightweaver_command(
     _say(f"{written}: complete")
 
 
-@app.command("train", epilog="Example: [bold]flarefield train grid.zarr model --seed 1[/]")
+@app.command(
+    "train",
+    epilog="Example: [bold]flarefield train grid.zarr model --recipe conditional --seed 1[/]"
+    "\n\nHow it is doing: [bold]flarefield train status model[/]",
+)
 def train_command(
     grid: Annotated[Path, typer.Argument(metavar="GRID.zarr", help="A grid store.")],
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="The model directory to write.")],
-    recipe: Annotated[str, typer.Option(help="How to train.")] = "conditional",
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="The model directory to write, or to go on with.")
+    ],
+    recipe: Annotated[
+        str, typer.Option(help="`conditional` (recommended) or `radynversion` (the paper's).")
+    ] = "conditional",
     seed: Annotated[int, typer.Option(help="Seed of everything random.", min=0)] = 0,
     epochs: Annotated[
-        int | None, typer.Option(help="Epochs; the recipe's if left out.", min=1, show_default=False)
+        int | None,
+        typer.Option(
+            help="Epochs; the recipe's if left out. The paper's curriculum is scaled to them.",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
+    cluster: ClusterOption = "local",
+    detach: Annotated[
+        bool,
+        typer.Option("--detach", help="Return at once; only on a cluster that goes on without this command."),
+    ] = False,
+    checkpoint_every: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Least time between two checkpoints.", min=0.0)
+    ] = 60.0,
+    checkpoint_epochs: Annotated[
+        int | None,
+        typer.Option(help="Epochs after which there is one in any case.", min=1, show_default=False),
     ] = None,
 ) -> None:
-    """Train a network on a grid, score it on held-out simulations, and save it as a model."""
+    """Train a network on a grid, score it on held-out simulations, and save it as a model.
+
+    The same command again goes on where an earlier one was interrupted.
+    """
+    from pipeline.cluster import load_config
     from pipeline.train_job import train
 
-    record = train(grid, model, recipe=recipe, seed=seed, epochs=epochs, call=_call())
+    record = train(
+        grid,
+        model,
+        recipe=recipe,
+        seed=seed,
+        epochs=epochs,
+        call=_call(),
+        cluster=load_config(cluster),
+        detach=detach,
+        checkpoint_seconds=checkpoint_every,
+        checkpoint_epochs=checkpoint_epochs,
+    )
+    if record is None:
+        _say(f"{model}: submitted; see `flarefield train status {shlex.quote(str(model))}`")
+        return
     console.print(_scores(record["metrics"]))
     _say(f"{model}: written")
+
+
+@app.command("train status", epilog="Example: [bold]flarefield train status model[/]")
+def train_status_command(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="The model directory of a training.")],
+) -> None:
+    """Tell how a training is doing; exit code 1 if it is dead, stopped or failed."""
+    from pipeline.train_job import training_status
+
+    status = training_status(model)
+    _say(status.summary())
+    if not status.good:
+        raise typer.Exit(1)
 
 
 def _scores(metrics: dict[str, Any]) -> Table:

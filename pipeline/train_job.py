@@ -1,75 +1,48 @@
-"""Training a network on a grid: recipe in, model directory with its record and history out."""
+"""Training a network on a grid, as one task of a Dask cluster: watched, resumed, left alone, asked about.
+
+The task writes into a folder beside the model (`pipeline.training_folder`), which all machines must see under
+the same path, and which tells the command that watches, or another one later, all it shows. Nothing is lost
+with a worker, a node or the command but the time since the last checkpoint.
+"""
 
 from __future__ import annotations
 
-import csv
+import hashlib
+import json
 import logging
+import os
+import socket
+import threading
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
+from distributed import Client, KilledWorker, fire_and_forget
 
-from inn.calibration import held_out_metrics
-from inn.checkpoint import save_model
-from inn.conditional import ConditionalNetwork
-from inn.emulator import Emulator
-from inn.layout import Layout
-from inn.novelty import NOVEL, Novelty
-from inn.training import Epoch, Schedule, fit_emulator, fit_flow
-from pipeline.errors import MisuseError
-from pipeline.progress import Progress
-from pipeline.training_set import (
-    Augmentation,
-    Batch,
-    TrainingSet,
-    content_hash,
-    grid_description,
-    open_parts,
-)
+from pipeline.cluster import AddressConfig, LocalConfig, SlurmConfig, opened, threads_per_task
+from pipeline.errors import ClusterError, MisuseError
+from pipeline.provenance import flarefield_version
+from pipeline.recipes import RECIPES, Recipe, find_recipe
+from pipeline.training_display import TrainingDisplay, summary_line
+from pipeline.training_folder import HISTORY_FILE, Standing, TrainingFolder
+from pipeline.training_run import Order, run, run_on_worker
+from pipeline.training_set import content_hash
+
+__all__ = ["HISTORY_FILE", "RECIPES", "Recipe", "TrainingStatus", "train", "training_status"]
 
 logger = logging.getLogger("flarefield")
 
-HISTORY_FILE = "history.csv"
-STATISTICS_EXAMPLES = 20_000
-HELD_OUT_DRAWS = 8
-TEST_DRAWS = 4
-NOVELTY_REFERENCES = 8_192
+CHECKPOINT_SECONDS = 60.0
+POLL = 0.3
+"""Seconds between two looks at a training."""
+GRACE = 10.0
+"""Seconds that a process, whose cluster was ended with its command, gets to end."""
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides a training run besides the grid and the seed.
-
-    Parameters
-    ----------
-    architecture, emulator : dict
-        Constructor arguments of `inn.ConditionalNetwork` and `inn.Emulator`.
-    flow_schedule, emulator_schedule : Schedule
-        How long and how fast each is trained.
-    augmentation : Augmentation
-        What an observation adds to a clean profile.
-    novelty_components : int
-        Principal components of the profiles in the novelty measure.
-    """
-
-    architecture: dict[str, Any] = field(default_factory=dict)
-    emulator: dict[str, Any] = field(default_factory=dict)
-    flow_schedule: Schedule = field(default_factory=Schedule)
-    emulator_schedule: Schedule = field(default_factory=Schedule)
-    augmentation: Augmentation = field(default_factory=Augmentation)
-    novelty_components: int = 12
-
-
-RECIPES: dict[str, Recipe] = {
-    "conditional": Recipe(
-        architecture={"components": 32, "dropout": 0.1},
-        flow_schedule=Schedule(epochs=40, steps=100),
-        emulator_schedule=Schedule(epochs=60, steps=100, weight_decay=1e-3),
-    )
-}
-"""The recipes that `flarefield train --recipe` takes."""
+Cluster: TypeAlias = LocalConfig | AddressConfig | SlurmConfig | Client
 
 
 def train(
@@ -80,207 +53,312 @@ def train(
     seed: int = 0,
     epochs: int | None = None,
     call: str | None = None,
-) -> dict[str, Any]:
+    cluster: Cluster | None = None,
+    detach: bool = False,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    checkpoint_epochs: int | None = None,
+) -> dict[str, Any] | None:
     """Train a network, its emulator and its novelty measure on a grid, and save them as a model.
 
     Simulations are split 80/10/10: the first part is learned from, the second decides which weights are kept
     and calibrates the novelty measure, the third is used for nothing but the metrics in the record.
+
+    The same call again goes on where an earlier one was interrupted, watches the training if it still runs on
+    the same cluster, or returns the record if it is complete. The network is the same to the last bit: with
+    the number of threads that the training was begun with, on the same kind of device.
 
     Parameters
     ----------
     grid : path
         A grid store. Samples that did not converge are left out.
     model_path : path
-        Model directory to write; it must not exist.
+        Model directory to write. While training, a folder ``<model_path>.training`` lies beside it.
     recipe : str or Recipe
-        Name of one of `RECIPES`, or settings of one's own.
+        Name of one of `pipeline.recipes.RECIPES`, or settings of one's own.
     seed : int
         Seed of everything random: the same grid, recipe, seed and number of threads give the same network.
     epochs : int, optional
-        Fewer or more epochs than the recipe's, for both the flow and the emulator.
+        Fewer or more epochs than the recipe's; see `pipeline.recipes.Recipe.with_epochs`.
     call : str, optional
         The command, for the record.
+    cluster : configuration or distributed.Client, optional
+        Where to train: one task, on a worker with a resource ``GPU`` if there is one. On a GPU wherever torch
+        can use it. In this process if left out.
+    detach : bool
+        Return when the task is submitted. The cluster must be one that goes on without this process.
+    checkpoint_seconds : float
+        Least time between two checkpoints, which are written after the step that is due.
+    checkpoint_epochs : int, optional
+        Number of epochs after which there is a checkpoint in any case.
 
     Returns
     -------
-    dict
-        The training record, as the model's ``record`` holds it.
+    dict or None
+        The training record, as the model's ``record`` holds it; None if detached.
 
     Raises
     ------
     MisuseError
-        The recipe is unknown, or the output exists.
+        The recipe is unknown, the output exists and is not of this training, another training of this model
+        was begun or is under way, or the cluster would end with this process.
     StoreError, InputError
-        The grid cannot be used.
+        The grid cannot be used, or nothing can be written.
+    ModelError
+        The loss is no longer a number.
+    ClusterError
+        The cluster cannot be used, or was lost.
     """
-    settings, name = _recipe(recipe, epochs)
-    path = Path(model_path)
-    if path.exists():
-        raise MisuseError("the output exists", where=path, remedy="remove it, or name another directory")
-    started = time.monotonic()
-    layout = Layout()
-    sets = open_parts(grid, layout, settings.augmentation)
-    logger.info("training on %s", ", ".join(f"{len(part)} {name}" for name, part in sets.items()))
-    # One generator for each purpose: more held-out examples must not change what is learned.
-    generators = {
-        purpose: torch.Generator().manual_seed(1000 * seed + number)
-        for number, purpose in enumerate(("statistics", "held out", "test", "novelty"), start=1)
-    }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = ConditionalNetwork(layout, **settings.architecture)
-        network.emulator = Emulator(layout, **settings.emulator)
-    flow_history = _train_flow(network, sets, settings.flow_schedule, seed, generators)
-    emulator_history = _train_emulator(network.emulator, sets, settings.emulator_schedule, seed)
-    network.novelty = _novelty(sets, settings.novelty_components, generators["novelty"])
-    record = {
+    name, settings = find_recipe(recipe, epochs)
+    if detach and not isinstance(cluster, AddressConfig | Client):
+        raise MisuseError(
+            "a training can be left alone only on a cluster that goes on without this command",
+            where="--detach",
+            found="this process" if cluster is None else f"a cluster of kind {cluster.kind}",
+            expected="the address of a scheduler, or a configuration of kind address",
+            remedy="start a scheduler and workers (see deploy/address.yaml), or leave out --detach",
+        )
+    folder = TrainingFolder(model_path)
+    fingerprint = {
+        "grid": content_hash(grid),
         "recipe": name,
-        "settings": asdict(settings),
         "seed": seed,
-        "call": call or f"pipeline.train_job.train({str(grid)!r}, {str(model_path)!r}, seed={seed})",
-        "grid": {
-            "sha256": content_hash(grid),
-            "samples": {part: len(examples) for part, examples in sets.items()},
-            "split": "by simulation, 80/10/10 (pipeline.grids.store.split)",
-            **grid_description(grid),
-        },
-        "conditions": {
-            "mu": [round(float(edge(sets["train"].mu)), 6) for edge in (min, max)],
-            "calibration_error": list(settings.augmentation.calibration_error),
-        },
-        "epochs": {"flow": len(flow_history), "emulator": len(emulator_history)},
+        **_flattened(settings.to_json()),
         "torch": torch.__version__,
-        "metrics": metrics(network, sets["test"], generators["test"]),
+        "flarefield": flarefield_version(),
     }
-    record["wall_time_seconds"] = round(time.monotonic() - started, 1)
-    network.record = record
-    save_model(network, path, record)
-    _write_history(path / HISTORY_FILE, {"flow": flow_history, "emulator": emulator_history})
-    return record
-
-
-def _recipe(recipe: str | Recipe, epochs: int | None) -> tuple[Recipe, str]:
-    if isinstance(recipe, Recipe):
-        settings, name = recipe, "own"
-    elif recipe in RECIPES:
-        settings, name = RECIPES[recipe], recipe
-    else:
-        raise MisuseError("there is no such recipe", found=recipe, expected=" or ".join(sorted(RECIPES)))
-    if epochs is not None:
-        if epochs < 1:
-            raise MisuseError("training takes at least one epoch", where="epochs", found=epochs)
-        settings = replace(
-            settings,
-            flow_schedule=replace(settings.flow_schedule, epochs=epochs),
-            emulator_schedule=replace(settings.emulator_schedule, epochs=epochs),
-        )
-    return settings, name
-
-
-def _train_flow(
-    network: ConditionalNetwork,
-    sets: dict[str, TrainingSet],
-    schedule: Schedule,
-    seed: int,
-    generators: dict[str, torch.Generator],
-) -> list[Epoch]:
-    examples = sets["train"].draw(STATISTICS_EXAMPLES, generators["statistics"])
-    network.fit_statistics(examples.atmosphere, examples.lines, examples.mu, examples.calibration_error)
-    held_out = [sets["validation"].draw_each(generators["held out"]) for _ in range(HELD_OUT_DRAWS)]
-    with Progress("training the flow", schedule.epochs, "epochs") as progress:
-        return fit_flow(
-            network, sets["train"].draw, held_out, schedule, seed, report=lambda _: progress.advance(1)
-        )
-
-
-def _train_emulator(
-    emulator: Emulator, sets: dict[str, TrainingSet], schedule: Schedule, seed: int
-) -> list[Epoch]:
-    clean = sets["train"].clean()
-    emulator.fit_statistics(clean.atmosphere, clean.microturbulence, clean.mu, clean.lines)
-    held_out = [sets["validation"].clean()]
-    with Progress("training the emulator", schedule.epochs, "epochs") as progress:
-        return fit_emulator(
-            emulator, sets["train"].draw_clean, held_out, schedule, seed, report=lambda _: progress.advance(1)
-        )
-
-
-def _novelty(sets: dict[str, TrainingSet], components: int, generator: torch.Generator) -> Novelty:
-    training = sets["train"].draw(NOVELTY_REFERENCES, generator).lines
-    held_out = [sets["validation"].draw_each(generator).lines for _ in range(HELD_OUT_DRAWS)]
-    return Novelty.fitted(Layout(), training, torch.cat(held_out), components)
-
-
-def metrics(network: ConditionalNetwork, examples: TrainingSet, generator: torch.Generator) -> dict[str, Any]:
-    """Score a network on simulations that had no part in its training.
-
-    Parameters
-    ----------
-    network : ConditionalNetwork
-        With its emulator and novelty measure.
-    examples : TrainingSet
-        The test part of a grid. Each sample is observed a few times, at angles, noise levels and calibration
-        errors drawn as in training.
-    generator : torch.Generator
-        Source of the observations.
-
-    Returns
-    -------
-    dict
-        `inn.calibration.held_out_metrics` of ``all`` examples and of those in ``emission`` (a line's core
-        brighter than its wings: what ribbons show), ``emulator_mse`` on clean lines, ``novel``: the share of
-        examples that are flagged, which should be one per cent.
-    """
-    batches = [examples.draw_each(generator) for _ in range(TEST_DRAWS)]
-    batch = Batch(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
-    emission = shows_emission(batch.lines, network.layout)
-    result: dict[str, Any] = {}
-    for name, chosen in (("all", torch.ones_like(emission)), ("emission", emission)):
-        if chosen.sum() > 1:
-            result[name] = held_out_metrics(
-                network,
-                batch.atmosphere[chosen].numpy(),
-                batch.lines[chosen].numpy(),
-                batch.mu[chosen].numpy(),
-                batch.calibration_error[chosen].numpy(),
+    identity = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
+    if (record := folder.record()) is not None:
+        if record.get("run") != identity:
+            raise MisuseError(
+                "the output exists",
+                where=folder.model,
+                found="a model that was not trained so",
+                remedy="remove it, or name another directory",
             )
-    clean = examples.clean()
-    if isinstance(network.emulator, Emulator):
-        with torch.no_grad():
-            emulated = network.emulator(clean.atmosphere, clean.microturbulence, clean.mu)
-        result["emulator_mse"] = float((emulated - clean.lines).square().mean())
-    if isinstance(network.novelty, Novelty):
-        novelty = network.novelty.tail_probability(batch.lines.numpy())
-        result["novel"] = float((novelty < NOVEL).mean())
-    return result
+        folder.remove()
+        logger.info("%s: is complete", model_path)
+        return record
+
+    def order(owner: str, threads: int, gpu: bool) -> Order:
+        _see_that_nobody_else_trains(folder, owner)
+        plan = folder.begin(fingerprint, threads)
+        if plan.threads != threads:
+            logger.info("going on with %d threads, as the training was begun", plan.threads)
+        return Order(
+            grid=str(Path(grid).absolute()),
+            model=str(folder.model),
+            name=name,
+            recipe=settings,
+            seed=seed,
+            run=identity,
+            grid_hash=fingerprint["grid"],
+            threads=plan.threads,
+            gpu=gpu,
+            call=call or f"pipeline.train_job.train({str(grid)!r}, {str(model_path)!r}, seed={seed})",
+            cluster=owner,
+            checkpoint_seconds=checkpoint_seconds,
+            checkpoint_epochs=checkpoint_epochs,
+        )
+
+    if cluster is None:
+        owner = f"process {os.getpid()} on {socket.gethostname()}"
+        return _train_here(order(owner, torch.get_num_threads(), False), folder)
+    with opened(_enough(cluster)) as client:
+        workers = client.scheduler_info(n_workers=-1)
+        gpu = any(worker["resources"].get("GPU", 0) >= 1 for worker in workers["workers"].values())
+        return _train_there(
+            client, order(str(workers["id"]), threads_per_task(client), gpu), folder, detach=detach
+        )
 
 
-def shows_emission(lines: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Whether either line's core is brighter than the mean of its two wings.
+def _flattened(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by dotted names, so that those which differ can be told."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flattened(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _enough(cluster: Cluster) -> Cluster:
+    """A cluster that is started for one task needs one worker, with all the cores."""
+    if isinstance(cluster, LocalConfig) and "workers" not in cluster.model_fields_set:
+        return cluster.model_copy(update={"workers": 1})
+    return cluster
+
+
+def _see_that_nobody_else_trains(folder: TrainingFolder, owner: str) -> None:
+    """Refuse a training that another cluster, or another process, is busy with."""
+    until = time.monotonic() + GRACE
+    while folder.is_running(standing := folder.standing()):
+        if standing is None or standing.cluster == owner:
+            return
+        if standing.host != socket.gethostname() or time.monotonic() > until:
+            raise folder.taken()
+        time.sleep(POLL)
+
+
+def _train_here(order: Order, folder: TrainingFolder) -> dict[str, Any]:
+    """Train in a thread of this process, and watch."""
+    end = threading.Event()
+    with ThreadPoolExecutor(1) as pool, _display(folder) as display:
+        future: Future[dict[str, Any]] = pool.submit(run, order, lambda: not end.is_set())
+        try:
+            _watch(folder, display, future.done)
+            return future.result()
+        finally:
+            end.set()
+
+
+def _train_there(
+    client: Client, order: Order, folder: TrainingFolder, *, detach: bool
+) -> dict[str, Any] | None:
+    """Train in a task of a cluster, and watch unless detached."""
+    # The same training has the same key: who asks for it again has the same task, if it is still there.
+    key = f"flarefield-train-{hashlib.sha256(f'{order.model} {order.run}'.encode()).hexdigest()[:32]}"
+    future = client.submit(
+        run_on_worker, order, key=key, pure=False, resources={"GPU": 1} if order.gpu else None
+    )
+    if detach:
+        fire_and_forget(future)
+        _see_that_it_arrived(client, key)
+        return None
+    with _display(folder) as display:
+        _watch(folder, display, future.done)
+    if future.status == "finished":
+        record: dict[str, Any] = future.result()
+        return record
+    error = future.exception() if future.status == "error" else None
+    if error is None or isinstance(error, CancelledError):
+        raise ClusterError(
+            "the cluster gave up the training without an answer; its scheduler was probably lost",
+            where=client.scheduler.address if client.scheduler else None,
+            remedy="run the same command again: it goes on from the last checkpoint",
+        )
+    if isinstance(error, KilledWorker):
+        raise ClusterError(
+            "the training lost its worker again and again",
+            where=folder.path,
+            found=f"{error.last_worker.address if error.last_worker else 'a worker'} died last",
+            remedy="see the workers' logs (memory?), then run the same command again: it goes on from the "
+            "last checkpoint",
+        ) from None
+    # What the worker raised says what to mend; its traceback does not.
+    raise error.with_traceback(None) from None
+
+
+def _see_that_it_arrived(client: Client, key: str) -> None:
+    """Make sure that the scheduler will keep a task without us."""
+
+    def known(dask_scheduler: Any = None) -> bool:  # noqa: ANN401
+        task = dask_scheduler.tasks.get(key)
+        return task is None or any(client.client_key == "fire-and-forget" for client in task.who_wants)
+
+    while not client.run_on_scheduler(known):
+        time.sleep(POLL)
+
+
+def _display(folder: TrainingFolder) -> TrainingDisplay:
+    return TrainingDisplay(f"training {folder.model.name}")
+
+
+def _watch(folder: TrainingFolder, display: TrainingDisplay, done: Callable[[], bool]) -> None:
+    while not done():
+        display.update(folder.standing())
+        time.sleep(POLL)
+
+
+@dataclass(frozen=True)
+class TrainingStatus:
+    """How a training is doing.
+
+    Attributes
+    ----------
+    state : str
+        ``"complete"``: the model is there. ``"running"``; ``"waiting"``: submitted and not begun.
+        ``"stopped"``: nobody wanted it any more. ``"dead"``: its process gives no sign of life.
+        ``"failed"``: `standing` says why.
+    model : Path
+    standing : Standing or None
+        What the training's folder tells; None where it tells nothing.
+    record : dict or None
+        The complete model's.
+    begun : float
+        When the training was begun, in seconds since 1970; 0 where that is not known.
+    """
+
+    state: Literal["complete", "running", "waiting", "stopped", "dead", "failed"]
+    model: Path
+    standing: Standing | None = None
+    record: dict[str, Any] | None = None
+    begun: float = 0.0
+
+    @property
+    def good(self) -> bool:
+        """Whether nothing needs to be done: it is complete, runs or waits."""
+        return self.state in ("complete", "running", "waiting")
+
+    def summary(self) -> str:
+        """A few lines of text."""
+        lines = [f"{self.model}: {self.state}"]
+        if self.record is not None:
+            epochs = ", ".join(f"{stage} {count}" for stage, count in self.record.get("epochs", {}).items())
+            lines.append(f"  epochs: {epochs}" if epochs else "  not trained here")
+        elif self.standing is None:
+            lines.append(f"  submitted {_ago(self.begun)}")
+        else:
+            standing = self.standing
+            lines += [
+                f"  {summary_line(standing)}",
+                f"  process {standing.process} on {standing.host}, {standing.device}, "
+                f"{standing.threads} threads; start {standing.starts}",
+                f"  sign of life {_ago(standing.beat)}; checkpoint "
+                + (_ago(standing.checkpoint) if standing.checkpoint else "none since this start"),
+            ]
+            if standing.error:
+                lines.append(f"  error: {standing.error}")
+        if not self.good:
+            lines.append("  remedy: run the same `flarefield train` command again: it goes on from there")
+        return "\n".join(lines)
+
+
+def _ago(when: float) -> str:
+    return f"{max(time.time() - when, 0.0):.0f} s ago"
+
+
+def training_status(model_path: str | Path) -> TrainingStatus:
+    """How the training of a model is doing, by the files beside it, on whatever machine it runs.
 
     Parameters
     ----------
-    lines : Tensor, shape (n, lines_size)
-        Normalised lines.
-    layout : Layout
-        Where each line lies in them.
+    model_path : path
+        The model directory that was named for the training.
 
     Returns
     -------
-    Tensor of bool, shape (n,)
+    TrainingStatus
+
+    Raises
+    ------
+    MisuseError
+        There is neither a model nor a training.
+    StoreError
+        The training's folder is damaged.
     """
-    emission = torch.zeros(lines.shape[0], dtype=torch.bool)
-    for window in layout.lines:
-        line = lines[:, layout.line_slice(window.name)]
-        core = torch.from_numpy(abs(window.offsets) <= 0.5 * window.half_width)
-        emission |= line[:, core].amax(dim=-1) > 0.5 * (line[:, 0] + line[:, -1])
-    return emission
-
-
-def _write_history(path: Path, histories: dict[str, list[Epoch]]) -> None:
-    names = [entry.name for entry in fields(Epoch)]
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["network", *names])
-        for network, history in histories.items():
-            writer.writerows([network, *(getattr(entry, name) for name in names)] for entry in history)
+    folder = TrainingFolder(model_path)
+    if (record := folder.record()) is not None:
+        return TrainingStatus("complete", folder.model, record=record)
+    if not folder.path.is_dir():
+        raise MisuseError(
+            "there is no such model, nor a training of it",
+            where=folder.model,
+            remedy="begin one with `flarefield train GRID.zarr MODEL`",
+        )
+    begun, standing = folder.plan().begun, folder.standing()
+    if standing is None:
+        return TrainingStatus("waiting", folder.model, begun=begun)
+    if standing.state == "running":
+        state: Literal["running", "dead"] = "running" if folder.is_running(standing) else "dead"
+        return TrainingStatus(state, folder.model, standing, begun=begun)
+    if standing.state == "finished":  # and about to be there
+        return TrainingStatus("running", folder.model, standing, begun=begun)
+    return TrainingStatus(standing.state, folder.model, standing, begun=begun)

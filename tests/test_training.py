@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import io
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -23,7 +21,7 @@ from inn.training import Epoch, LikelihoodTrainer, Schedule, fit_emulator, fit_f
 from pipeline.crisp.instrument import transmission
 from pipeline.errors import InputError, MisuseError
 from pipeline.grids.store import open_grid, split
-from pipeline.train_job import Recipe, shows_emission, train
+from pipeline.recipes import shows_emission
 from pipeline.training_set import CRISP_WAVELENGTHS, Augmentation, Batch, TrainingSet, open_parts
 
 LAYOUT = Layout()
@@ -67,7 +65,7 @@ def test_the_flow_finds_a_posterior_that_is_known_in_closed_form():
     network.fit_statistics(
         statistics.atmosphere, statistics.lines, statistics.mu, statistics.calibration_error
     )
-    schedule = Schedule(epochs=10, steps=100, batch=384, learning_rate=6e-3, component_noise=0.0)
+    schedule = Schedule(epochs=10, steps=100, batch=384, learning_rate=6e-3, blur=0.0)
     history = fit_flow(network, problem.draw, [problem.draw(2000, generator)], schedule, seed=3)
     test = problem.draw(200, generator)
     mean, covariance = problem.posterior(test.lines.double().numpy())
@@ -381,40 +379,3 @@ def test_emission_is_a_core_above_its_wings():
     emission[30:] = 0.3 + 0.4 * np.exp(-((x / 0.3) ** 2))
     lines = torch.from_numpy(np.array([absorption, emission]))
     assert shows_emission(lines, LAYOUT).tolist() == [False, True]
-
-
-SHORT = Recipe(
-    architecture={"components": 16, "steps": 3, "hidden": 32, "context": 16, "embedding": 32},
-    emulator={"width": 48, "depth": 2},
-    flow_schedule=Schedule(epochs=3, steps=40, average=0.9),
-    emulator_schedule=Schedule(epochs=3, steps=40, average=0.9),
-)
-
-
-def test_a_model_is_trained_saved_and_loaded(grid_path, tmp_path):
-    record = train(grid_path, tmp_path / "model", recipe=SHORT, seed=4)
-    model = inn.load_model(tmp_path / "model")
-    assert isinstance(model, ConditionalNetwork)
-    assert model.novelty is not None
-    assert model.emulator is not None
-    assert model.record["seed"] == 4
-    assert len(model.record["grid"]["sha256"]) == 64
-    assert model.record["epochs"] == {"flow": 3, "emulator": 3}
-    assert json.loads(json.dumps(record)) == json.loads(json.dumps(model.record))
-    for quantity in inn.QUANTITIES:
-        scores = record["metrics"]["all"][quantity]
-        assert 0.0 < scores["error_ratio"] < 1.5
-        assert 0.0 <= scores["coverage"]["0.90"] <= 1.0
-    with open(tmp_path / "model" / "history.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["network"] for row in rows] == ["flow"] * 3 + ["emulator"] * 3
-    assert float(rows[2]["held_out_loss"]) < float(rows[0]["held_out_loss"])
-    with pytest.raises(MisuseError, match="exists"):
-        train(grid_path, tmp_path / "model", recipe=SHORT)
-
-
-def test_an_unknown_recipe_is_refused(grid_path, tmp_path):
-    with pytest.raises(MisuseError, match="recipe"):
-        train(grid_path, tmp_path / "model", recipe="wishful")
-    with pytest.raises(MisuseError, match="epoch"):
-        train(grid_path, tmp_path / "model", epochs=0)

@@ -1,0 +1,466 @@
+"""The training job: killed, stopped, left alone or refused, it ends in the same network bit for bit."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from distributed import Client, LocalCluster
+from toy_grid import MU, write_toy_grid
+
+import inn
+from inn.conditional import ConditionalNetwork
+from inn.joint import JointNetwork
+from inn.joint_training import JointSchedule
+from inn.training import Epoch, Schedule
+from pipeline import training_run
+from pipeline.cli import main
+from pipeline.cluster import AddressConfig, LocalConfig
+from pipeline.errors import ClusterError, MisuseError, ModelError
+from pipeline.history_figure import history_figure
+from pipeline.recipes import RECIPES, Recipe
+from pipeline.train_job import train, training_status
+from pipeline.training_display import TrainingDisplay
+from pipeline.training_folder import Standing, TrainingFolder, read_history
+from pipeline.training_set import Augmentation
+
+TINY = Recipe(
+    architecture={
+        "components": 8, "steps": 2, "hidden": 16, "context": 8, "embedding": 16, "dropout": 0.1,
+    },
+    emulator={"width": 16, "depth": 1},
+    flow_schedule=Schedule(epochs=5, steps=24, batch=32, average=0.9),
+    emulator_schedule=Schedule(epochs=2, steps=10, batch=32, average=0.9),
+    augmentation=Augmentation(doppler=0.0),
+)  # fmt: skip
+SEED = 4
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory) -> Path:
+    return write_toy_grid(tmp_path_factory.mktemp("toy") / "grid.zarr", samples=200)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(grid, tmp_path_factory) -> Path:
+    """The model that a training in one go ends in."""
+    path = tmp_path_factory.mktemp("undisturbed") / "model"
+    with threads(1):
+        train(grid, path, recipe=TINY, seed=SEED)
+    return path
+
+
+class threads:
+    """Torch's threads, for a while."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __enter__(self) -> None:
+        self.before = torch.get_num_threads()
+        torch.set_num_threads(self.count)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self.before)
+
+
+def curve(model: Path) -> list[tuple[object, ...]]:
+    """A model's history, to the last digit, but for the time."""
+    history = read_history(model / "history.csv")
+    return [
+        (stage, entry.epoch, entry.loss, entry.held_out_loss, entry.learning_rate, entry.terms)
+        for stage, entries in history.items()
+        for entry in entries
+    ]
+
+
+def assert_same(first: Path, second: Path) -> None:
+    """Two models have the same curve, weights and scores."""
+    assert curve(first) == curve(second)
+    weights = [(model / "weights.safetensors").read_bytes() for model in (first, second)]
+    assert weights[0] == weights[1]
+    assert inn.load_model(first).record["metrics"] == inn.load_model(second).record["metrics"]
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
+    """Wait for something that must happen; give up after minutes, or with the process."""
+    until = time.monotonic() + 600.0
+    while not condition():
+        if process is not None and process.poll() is not None:
+            pytest.fail(f"the command ended: {process.communicate()}")
+        if time.monotonic() > until:
+            pytest.fail("waited in vain")
+        time.sleep(0.01)
+
+
+def stopped_after(steps: int, grid: Path, model: Path, **settings: object) -> TrainingFolder:
+    """The folder of a training that nobody wanted any more after some steps."""
+    taken = 0
+
+    def wanted() -> bool:
+        nonlocal taken
+        taken += 1
+        return taken < steps
+
+    def run(order: training_run.Order, _: Callable[[], bool]) -> dict[str, object]:
+        return original(order, wanted)
+
+    with pytest.MonkeyPatch.context() as patch:
+        original = training_run.run
+        patch.setattr("pipeline.train_job.run", run)
+        with pytest.raises(training_run.Unwanted):
+            train(grid, model, **{"recipe": TINY, "seed": SEED, **settings})
+    return TrainingFolder(model)
+
+
+def test_a_model_is_trained_saved_and_loaded(grid, undisturbed):
+    model = inn.load_model(undisturbed)
+    assert isinstance(model, ConditionalNetwork)
+    assert model.novelty is not None
+    assert model.emulator is not None
+    record = model.record
+    assert record["seed"] == SEED
+    assert len(record["grid"]["sha256"]) == 64
+    assert record["epochs"] == {"flow": 5, "emulator": 2}
+    assert record["settings"]["flow_schedule"]["steps"] == 24
+    assert (record["threads"], record["device"], record["starts"]) == (1, "cpu", 1)
+    assert record["conditions"]["mu"] == [MU.min(), MU.max()]
+    assert record["wall_time_seconds"] > 0
+    for quantity in inn.QUANTITIES:
+        scores = record["metrics"]["all"][quantity]
+        assert 0.0 < scores["error_ratio"] < 1.5
+        assert 0.0 <= scores["coverage"]["0.90"] <= 1.0
+    with open(undisturbed / "history.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["network"] for row in rows] == ["flow"] * 5 + ["emulator"] * 2
+    assert float(rows[4]["held_out_loss"]) < float(rows[0]["held_out_loss"])
+    assert (undisturbed / "history.png").read_bytes().startswith(b"\x89PNG")
+    assert not TrainingFolder(undisturbed).path.exists()
+    # Again: there is nothing to do. Otherwise: it is refused.
+    assert train(grid, undisturbed, recipe=TINY, seed=SEED) == json.loads(json.dumps(record))
+    with pytest.raises(MisuseError, match="exists"):
+        train(grid, undisturbed, recipe=TINY, seed=SEED + 1)
+    assert training_status(undisturbed).state == "complete"
+
+
+COMMAND = """
+    import sys
+    sys.path.insert(0, {tests!r})
+    from pipeline.cluster import LocalConfig
+    from pipeline.train_job import train
+    from test_train_job import SEED, TINY
+
+    if __name__ == "__main__":
+        train({grid!r}, {model!r}, recipe=TINY, seed=SEED, cluster=LocalConfig(workers=1, dashboard=None),
+              checkpoint_seconds=0.0)
+"""
+
+
+def test_the_worker_is_killed_and_then_the_command_and_not_a_bit_changes(grid, undisturbed, tmp_path):
+    model = tmp_path / "model"
+    script = tmp_path / "command.py"
+    script.write_text(
+        textwrap.dedent(COMMAND).format(tests=str(Path(__file__).parent), grid=str(grid), model=str(model))
+    )
+    # One core: the training is begun, and so goes on, with one thread, as the undisturbed one.
+    core = min(os.sched_getaffinity(0))
+    process = subprocess.Popen(
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "DASK_LOGGING__DISTRIBUTED": "critical"},
+        preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+    )
+    folder = TrainingFolder(model)
+    checkpoint = folder.path / "checkpoint.pt"
+    try:
+        wait_for(checkpoint.exists, process)
+        first = folder.standing()
+        assert first is not None
+        assert first.starts == 1
+        os.kill(first.process, signal.SIGKILL)
+        killed = time.time()
+
+        def goes_on() -> bool:
+            standing = folder.standing()
+            return standing is not None and standing.starts == 2 and checkpoint.stat().st_mtime > killed + 0.5
+
+        wait_for(goes_on, process)
+        second = folder.standing()
+        assert second is not None
+        assert second.process != first.process
+    finally:
+        process.kill()
+        process.communicate()
+    assert folder.plan().threads == 1
+    assert not model.exists()
+    record = train(grid, model, recipe=TINY, seed=SEED)
+    assert record is not None
+    assert record["starts"] == 3
+    assert_same(model, undisturbed)
+    assert not folder.path.exists()
+
+
+def test_a_training_stopped_in_its_second_stage_goes_on_bit_for_bit(grid, undisturbed, tmp_path):
+    with threads(1):
+        folder = stopped_after(5 * 24 + 3, grid, tmp_path / "model")
+    status = training_status(tmp_path / "model")
+    assert status.state == "stopped"
+    assert not status.good
+    assert [len(entries) for entries in read_history(folder.path / "history.csv").values()] == [5]
+    train(grid, tmp_path / "model", recipe=TINY, seed=SEED)
+    assert_same(tmp_path / "model", undisturbed)
+
+
+def test_a_torn_checkpoint_is_replaced_by_the_one_before(grid, undisturbed, tmp_path, caplog):
+    with threads(1):
+        folder = stopped_after(30, grid, tmp_path / "model", checkpoint_seconds=0.0)
+    torn = folder.path / "checkpoint.pt"
+    for keep in (0.999, 0.5, 0.0):
+        os.truncate(torn, int(keep * torn.stat().st_size))
+        found = folder.load_checkpoint()
+        assert found is not None
+        assert found["trainer"]["steps"] == 29 - 24
+        assert "checkpoint.pt cannot be read" in caplog.text
+        caplog.clear()
+    train(grid, tmp_path / "model", recipe=TINY, seed=SEED)
+    assert_same(tmp_path / "model", undisturbed)
+
+
+def test_a_checkpoint_with_code_in_it_is_not_executed(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    folder = TrainingFolder(tmp_path / "model")
+    folder.begin({"seed": 0}, 1)
+    torch.save({"stage": Hostile()}, folder.path / "checkpoint.pt")
+    assert folder.load_checkpoint() is None
+    assert not (tmp_path / "executed").exists()
+
+
+def test_other_settings_at_the_same_model_are_refused_by_name(grid, tmp_path):
+    with threads(1):
+        stopped_after(1, grid, tmp_path / "model")
+    other = replace(TINY, emulator_schedule=replace(TINY.emulator_schedule, batch=16))
+    with pytest.raises(MisuseError, match=r"emulator_schedule\.batch differ"):
+        train(grid, tmp_path / "model", recipe=other, seed=SEED)
+    with pytest.raises(MisuseError, match="seed differ") as refusal:
+        train(grid, tmp_path / "model", recipe=TINY, seed=SEED + 1)
+    assert (refusal.value.found, refusal.value.expected) == (f"seed {SEED}", f"seed {SEED + 1}")
+    changed = write_toy_grid(tmp_path / "other.zarr", samples=200, seed=1)
+    with pytest.raises(MisuseError, match="grid differ"):
+        train(changed, tmp_path / "model", recipe=TINY, seed=SEED)
+
+
+def test_unknown_recipes_and_no_epochs_are_refused(grid, tmp_path):
+    with pytest.raises(MisuseError, match="recipe"):
+        train(grid, tmp_path / "model", recipe="wishful")
+    for recipe in RECIPES:
+        with pytest.raises(MisuseError, match="epoch"):
+            train(grid, tmp_path / "model", recipe=recipe, epochs=0)
+
+
+def test_one_model_is_trained_by_one_process(grid, tmp_path, monkeypatch):
+    with threads(1):
+        folder = stopped_after(1, grid, tmp_path / "model")
+    monkeypatch.setattr(training_run, "PATIENCE", 0.3)
+    with folder.locked(0.0) as there:
+        assert there
+        with pytest.raises(MisuseError, match="another command"):
+            train(grid, tmp_path / "model", recipe=TINY, seed=SEED)
+
+
+def test_the_dead_are_told_from_the_living(tmp_path):
+    folder = TrainingFolder(tmp_path / "model")
+    with pytest.raises(MisuseError, match="no such model"):
+        training_status(tmp_path / "model")
+    folder.begin({"seed": 0}, 1)
+    assert training_status(tmp_path / "model").state == "waiting"
+
+    def write(**values: object) -> None:
+        standing = vars(Standing(stage="flow", epochs=3, beat=time.time())) | values
+        (folder.path / "progress.json").write_text(json.dumps(standing))
+
+    write()
+    # On this machine the lock tells, at once.
+    assert training_status(tmp_path / "model").state == "dead"
+    with folder.locked(0.0):
+        assert training_status(tmp_path / "model").state == "running"
+        write(beat=time.time() - 100.0)
+        assert training_status(tmp_path / "model").state == "dead"
+    # On another one, the heartbeat.
+    write(host="elsewhere")
+    assert training_status(tmp_path / "model").state == "running"
+    write(host="elsewhere", beat=time.time() - 100.0)
+    assert training_status(tmp_path / "model").state == "dead"
+    write(state="failed", error="ModelError: no numbers")
+    status = training_status(tmp_path / "model")
+    assert (status.state, status.good) == ("failed", False)
+    assert "ModelError: no numbers" in status.summary()
+
+
+@pytest.fixture(scope="module")
+def running_cluster():
+    """A cluster of two workers that outlives its clients, reached by its address."""
+    with LocalCluster(
+        processes=False,
+        n_workers=2,
+        threads_per_worker=1,
+        protocol="tcp",
+        host="127.0.0.1",
+        dashboard_address="127.0.0.1:0",
+        worker_dashboard_address=None,
+    ) as cluster:
+        yield cluster.scheduler_address
+
+
+def test_two_are_trained_at_once_with_nobody_watching(
+    grid, undisturbed, running_cluster, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("pipeline.train_job.threads_per_task", lambda client: 1)
+    address = AddressConfig(address=running_cluster)
+    models = {seed: tmp_path / f"model{seed}" for seed in (SEED, SEED + 1)}
+    for seed, model in models.items():
+        assert train(grid, model, recipe=TINY, seed=seed, cluster=address, detach=True) is None
+    # Whoever asks again watches the same task, or has its result.
+    record = train(grid, models[SEED], recipe=TINY, seed=SEED, cluster=address)
+    assert record is not None
+    assert record["starts"] == 1
+    wait_for(lambda: training_status(models[SEED + 1]).state == "complete")
+    assert_same(models[SEED], undisturbed)
+    assert curve(models[SEED + 1]) != curve(undisturbed)
+
+
+def test_a_training_whose_client_is_gone_stops_and_can_be_taken_up(
+    grid, running_cluster, tmp_path, monkeypatch
+):
+    class GoneError(Exception):
+        pass
+
+    def watch(folder: TrainingFolder, *_: object) -> None:
+        wait_for(lambda: (folder.path / "checkpoint.pt").exists())
+        raise GoneError
+
+    long = replace(TINY, flow_schedule=replace(TINY.flow_schedule, epochs=10_000, patience=10_000))
+    settings = {"recipe": long, "seed": SEED, "cluster": AddressConfig(address=running_cluster)}
+    monkeypatch.setattr("pipeline.train_job._watch", watch)
+    for starts in (1, 2):
+        with pytest.raises(GoneError):
+            train(grid, tmp_path / "model", checkpoint_seconds=0.0, **settings)
+        wait_for(lambda: training_status(tmp_path / "model").state == "stopped")
+        standing = TrainingFolder(tmp_path / "model").standing()
+        assert standing is not None
+        assert standing.starts == starts
+
+
+def test_a_training_that_fails_says_why_without_the_cluster_s_traceback(
+    grid, running_cluster, tmp_path, capsys
+):
+    wild = replace(TINY, flow_schedule=replace(TINY.flow_schedule, learning_rate=1e30))
+    with pytest.raises(ModelError, match="no longer a number") as failure:
+        train(grid, tmp_path / "model", recipe=wild, cluster=AddressConfig(address=running_cluster))
+    assert all("training_run" not in str(entry.path) for entry in failure.traceback)
+    with pytest.raises(SystemExit) as exit:
+        main(["train", "status", str(tmp_path / "model")])
+    assert exit.value.code == 1
+    assert "no longer a number" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a GPU that torch cannot use")
+def test_a_worker_that_offers_a_gpu_gets_the_training(grid, tmp_path):
+    with (
+        LocalCluster(
+            processes=False, n_workers=1, threads_per_worker=1, resources={"GPU": 1}, dashboard_address=None
+        ) as cluster,
+        Client(cluster, set_as_default=False) as client,
+        pytest.raises(ClusterError, match="offers a GPU"),
+    ):
+        train(grid, tmp_path / "model", recipe=TINY, cluster=client)
+
+
+def test_the_joint_network_is_trained_at_one_angle(grid, tmp_path):
+    recipe = Recipe(
+        architecture={"latent_size": 16, "width": 224, "blocks": 2},
+        emulator=TINY.emulator,
+        emulator_schedule=TINY.emulator_schedule,
+        joint_schedule=JointSchedule(steps=2, batch=16).scaled(3),
+        augmentation=RECIPES["radynversion"].augmentation,
+        mu=0.7,
+    )
+    record = train(grid, tmp_path / "model", recipe=recipe)
+    assert record is not None
+    model = inn.load_model(tmp_path / "model")
+    assert isinstance(model, JointNetwork)
+    assert model.emulator is not None
+    assert model.novelty is not None
+    assert record["conditions"] == {"mu": [0.6, 0.6], "calibration_error": [0.0, 0.0]}
+    assert record["epochs"] == {"joint": 3, "emulator": 2}
+    history = read_history(tmp_path / "model" / "history.csv")
+    assert history["joint"][0].terms["bandwidth_latent"] > 0
+    assert history["emulator"][0].terms == {}
+    # The bandwidths have their own panel, and are in the line that is logged.
+    titles = [axes.get_title() for axes in history_figure(history).axes]
+    assert titles[:3] == ["joint: loss", "joint: learning rate", "joint: terms"]
+    assert "joint: bandwidths" in titles
+    assert "emulator: loss" in titles
+
+
+def test_the_paper_s_curriculum_is_scaled_to_the_epochs_asked_for():
+    recipe = RECIPES["radynversion"].with_epochs(120)
+    assert recipe.joint_schedule == JointSchedule().scaled(120)
+    assert recipe.emulator_schedule == RECIPES["radynversion"].emulator_schedule
+    assert RECIPES["conditional"].with_epochs(7).flow_schedule.epochs == 7
+
+
+def test_the_display_logs_stages_and_epochs(caplog):
+    entry = vars(Epoch(2, 0.5, 0.25, 1e-3, 9.0, {"bandwidth_latent": 3.0}))
+    with caplog.at_level("INFO", "flarefield"), TrainingDisplay("training model") as display:
+        display.update(None)
+        display.update(Standing(stage="joint", epochs=9, epoch=2, last=entry, best=entry))
+        display.update(Standing(stage="joint", epochs=9, epoch=3, last=entry, best=entry))
+        display.update(Standing(stage="scoring"))
+    assert [record.message for record in caplog.records] == [
+        "training model, joint: epoch 2/9, loss 0.5, held out 0.25 (best 0.25 in epoch 2), "
+        "learning rate 1.00e-03, bandwidth latent 3",
+        "training model, scoring",
+    ]
+
+
+def test_the_best_epoch_is_marked_in_the_figure():
+    history = {"flow": [Epoch(n, 1.0 / n, 1.0 + (n - 3) ** 2, 1e-3, float(n)) for n in range(1, 6)]}
+    axes = history_figure(history).axes[0]
+    marked = axes.lines[-1]
+    assert (marked.get_xdata()[0], marked.get_ydata()[0]) == (3, 1.0)
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), [1.0 / n for n in range(1, 6)])
+
+
+def test_the_commands(grid, undisturbed, tmp_path, capsys):
+    for arguments, code, text in (
+        (["train", "--help"], 0, "GRID.zarr"),
+        (["train", "status", "--help"], 0, "Example: flarefield train status model"),
+        (["train", "status", str(undisturbed)], 0, "complete"),
+        (["train", "status", str(tmp_path / "nothing")], 2, "no such model"),
+        (["train", str(grid), str(tmp_path / "model"), "--detach"], 2, "goes on without this command"),
+        (["train", str(grid), str(undisturbed)], 2, "the output exists"),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            main(arguments)
+        said = capsys.readouterr()
+        assert exit.value.code == code
+        assert text in " ".join((said.out + said.err).split())
+    with pytest.raises(MisuseError, match="goes on without"):
+        train(grid, tmp_path / "model", recipe=TINY, cluster=LocalConfig(), detach=True)
