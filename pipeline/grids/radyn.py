@@ -21,7 +21,7 @@ it is so.
 
 *Heights.* Depth index 0 is the top. Temperature, electron density and velocity are interpolated linearly in
 height, as in the paper; a snapshot that does not reach all heights is not used. Velocities are along
-the loop, positive upwards, which is towards higher frequencies: RADYN absorbs at ``q - mu v / qnorm``.
+the loop, positive upwards: the line of gas that moves with ``v`` lies at ``q = mu v / qnorm``, to the blue.
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ def run_name(path: str | Path) -> str:
 
 
 def simulation_number(name: str) -> int:
-    """A run's number in every grid, shape ``0 <= number < 2**32``: it follows from its name alone.
+    """A run's number in every grid, below ``2**32``: it follows from its name alone (BLAKE2b).
 
     It does not change as runs are added, left out or given in another order, and with it neither does the
     part of a split that the run belongs to.
