@@ -303,7 +303,8 @@ class ConditionalNetwork(nn.Module):
     def _guess(self, context: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
         """Mean, logarithm of the spread, and skewness with logarithm of the tails' weight, if any."""
         mean, raw, *tails = self.guess(context).chunk(4 if self.tails else 2, dim=-1)
-        bounded = (torch.tanh(tails[0]), torch.tanh(tails[1])) if tails else None
+        # Bounded, lest a rare draw lands beyond all numbers.
+        bounded = (0.5 * torch.tanh(tails[0]), 0.5 * torch.tanh(tails[1])) if tails else None
         return mean, 3.0 * torch.tanh(raw / 3.0), bounded
 
     def normalise_components(self, leading: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:

@@ -73,8 +73,10 @@ class Schedule:
         Decay of the running average of the weights, per step.
     patience : int
         Epochs without a better held-out loss after which training stops.
-    component_noise : float
-        Noise added to whitened components, in their standard deviations (flow only).
+    blur : float
+        Noise added to every number of an atmosphere, in the standard deviations of the training set (flow
+        only). Atmospheres of a few parameters lie on a thin sheet; without it the flow would spend itself,
+        and learn its examples by heart, on how thin.
     """
 
     epochs: int = 60
@@ -84,7 +86,7 @@ class Schedule:
     weight_decay: float = 1e-2
     average: float = 0.995
     patience: int = 15
-    component_noise: float = 0.05
+    blur: float = 0.05
 
     def to_json(self) -> dict[str, Any]:
         """The settings, as JSON holds them."""
@@ -420,9 +422,11 @@ class LikelihoodTrainer(AveragingTrainer):
         network = cast(ConditionalNetwork, module)
         leading = network.components
         components = network.to_components(examples.atmosphere)[:, :leading]
-        if generator is not None:
-            noise = torch.randn(components.shape, generator=generator).to(components)
-            components = components + self.schedule.component_noise * noise
+        if generator is None:  # held-out examples are blurred as well, the same way each time
+            generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(components.shape, generator=generator).to(components)
+        # The rotation leaves such noise as it is; whitening does not.
+        components = components + self.schedule.blur / network.component_scale[:leading] * noise
         context = network.context(examples.lines, examples.mu, examples.calibration_error)
         return -network.components_log_prob(components, context).mean() / leading
 
