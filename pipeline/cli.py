@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,6 +20,9 @@ from typer.core import TyperGroup
 
 from pipeline.errors import FlareFieldError, MisuseError
 from pipeline.provenance import flarefield_version
+
+if TYPE_CHECKING:
+    from pipeline.validation import Scores
 
 console = Console()
 errors = Console(stderr=True)
@@ -151,7 +155,7 @@ def invert_command(
         draws=draws,
         seed=seed,
         latent="gaussian" if gaussian else "sobol",
-        quantiles=_levels(quantiles),
+        quantiles=_numbers("--quantiles", quantiles, "0.05,0.5,0.95"),
         tile=tile,
         calibration_error=calibration_error,
         overwrite=overwrite,
@@ -162,15 +166,15 @@ def invert_command(
         raise typer.Exit(1)
 
 
-def _levels(text: str) -> list[float]:
+def _numbers(option: str, text: str, example: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise MisuseError(
-            "quantiles must be numbers separated by commas",
-            where="--quantiles",
+            f"{option} takes numbers separated by commas",
+            where=option,
             found=text,
-            expected="for example 0.05,0.5,0.95",
+            expected=f"for example {example}",
         ) from None
 
 
@@ -223,13 +227,13 @@ def demo_command(
 
 
 @grid_app.command(
-    "lightweaver", epilog="Example: [bold]flarefield grid lightweaver grid.zarr --samples 2400[/]"
+    "lightweaver", epilog="Example: [bold]flarefield grid lightweaver grid.zarr --samples 5120[/]"
 )
 def grid_lightweaver_command(
     output: Annotated[
         Path, typer.Argument(metavar="GRID.zarr", help="The grid store to write, go on with or enlarge.")
     ],
-    samples: Annotated[int, typer.Option(help="Number of atmospheres.", min=1)] = 2400,
+    samples: Annotated[int, typer.Option(help="Number of atmospheres.", min=1)] = 5120,
     first: Annotated[int, typer.Option(help="Index of the first atmosphere in the design.", min=0)] = 0,
     seed: Annotated[
         int | None,
@@ -251,6 +255,146 @@ def grid_lightweaver_command(
         call=_call(),
     )
     _say(f"{written}: complete")
+
+
+@grid_app.command(
+    "radyn", epilog="Example: [bold]flarefield grid radyn 'fchroma/radyn_out.*.cdf' grid.zarr --stride 5[/]"
+)
+def grid_radyn_command(
+    sources: Annotated[
+        list[str], typer.Argument(metavar="CDF...", help="RADYN's output, one file a run; files or globs.")
+    ],
+    output: Annotated[
+        Path, typer.Argument(metavar="GRID.zarr", help="The grid store to write, go on with or enlarge.")
+    ],
+    stride: Annotated[int, typer.Option(help="Take every so many snapshots (each 0.1 s).", min=1)] = 1,
+    heights: Annotated[
+        str | None,
+        typer.Option(
+            help="Heights in Mm, ascending, separated by commas; the network's if left out.",
+            show_default=False,
+        ),
+    ] = None,
+    continuum: Annotated[
+        bool, typer.Option(help="Add the continuum to the lines, as what is observed holds it.")
+    ] = True,
+    cluster: ClusterOption = "local",
+) -> None:
+    """Turn runs of RADYN (F-CHROMA's CDF files) into a grid: every snapshot, both lines, every ray."""
+    from pipeline.cluster import load_config
+    from pipeline.grids.radyn import make_radyn_grid
+
+    report = make_radyn_grid(
+        _expanded(sources),
+        output,
+        stride=stride,
+        heights=None if heights is None else _numbers("--heights", heights, "0,0.5,1.0"),
+        continuum=continuum,
+        cluster=load_config(cluster),
+        call=_call(),
+    )
+    _say(report.summary())
+    if not report.complete:
+        raise typer.Exit(1)
+
+
+@grid_app.command(
+    "published", epilog="Example: [bold]flarefield grid published DoublePicoGigaPickle50.pickle grid.zarr[/]"
+)
+def grid_published_command(
+    source: Annotated[Path, typer.Argument(metavar="FILE.pickle", help="The paper's training data.")],
+    output: Annotated[
+        Path, typer.Argument(metavar="GRID.zarr", help="The grid store to write, or to go on with.")
+    ],
+    cluster: ClusterOption = "local",
+) -> None:
+    """Turn the paper's released training data into a grid; no code in the file is executed."""
+    from pipeline.cluster import LocalConfig, load_config
+    from pipeline.grids.published import make_published_grid
+
+    config = load_config(cluster)
+    # To read the file is nearly all the work, and every worker would do it.
+    written = make_published_grid(
+        source, output, cluster=None if config == LocalConfig() else config, call=_call()
+    )
+    _say(f"{written}: complete")
+
+
+@grid_app.command("show", epilog="Example: [bold]flarefield grid show grid.zarr --figure grid.png[/]")
+def grid_show_command(
+    grid: Annotated[Path, typer.Argument(metavar="GRID.zarr", help="A grid store.")],
+    figure: Annotated[
+        Path | None,
+        typer.Option(help="Picture to write: profile families, atmospheres against height."),
+    ] = None,
+    mu: Annotated[
+        float | None,
+        typer.Option(help="Cosine of the heliocentric angle of the profiles; the largest if left out."),
+    ] = None,
+) -> None:
+    """Tell what a grid holds, in words and in a picture."""
+    from pipeline.grids.coverage import show_grid
+
+    show_grid(grid, figure, mu=mu, console=console)
+    if figure is not None:
+        _say(f"{figure}: written")
+
+
+def _expanded(sources: Sequence[str]) -> list[str]:
+    """Files of patterns that no shell has expanded."""
+    found: list[str] = []
+    for source in sources:
+        matches = sorted(glob.glob(source)) if not Path(source).exists() else [source]
+        if not matches:
+            raise MisuseError("no such file", where=source, remedy="name files, or a pattern in quotes")
+        found += matches
+    return found
+
+
+@app.command("validate", epilog="Example: [bold]flarefield validate model fresh.zarr report.html[/]")
+def validate_command(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model directory.")],
+    grid: Annotated[
+        Path,
+        typer.Argument(
+            metavar="GRID.zarr", help="Simulations; of the model's own grid the test part counts."
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Argument(metavar="REPORT", help="The HTML page to write; numbers beside it.")
+    ],
+    draws: Annotated[int, typer.Option(help="Posterior draws of each observation.", min=15)] = 255,
+    seed: Annotated[int, typer.Option(help="Seed of observations and draws.", min=0)] = 0,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Score a network on simulations: do its intervals hold the truth as often as they say?"""
+    from pipeline.validation import validate
+
+    scores = validate(model, grid, output, draws=draws, seed=seed, overwrite=overwrite, call=_call())
+    console.print(_calibration(scores))
+    _say(f"{output}: written")
+
+
+def _calibration(scores: Scores) -> Table:
+    """Table of coverage, ranks and CRPS, averaged over the heights where there is something to infer."""
+    from inn.calibration import LEVELS
+    from inn.layout import QUANTITIES
+
+    table = Table(title=f"{scores.simulations:,} simulations")
+    table.add_column("quantity")
+    for heading in (*(f"{100 * level:.0f} % covers" for level in LEVELS), "uniform ranks", "CRPS"):
+        table.add_column(heading, justify="right")
+    for row, quantity in enumerate(QUANTITIES):
+        table.add_row(
+            quantity.replace("_", " "),
+            *(
+                f"{100 * share:.1f} ± {100 * error:.1f} %"
+                for share, error in zip(scores.mean_coverage[row], scores.coverage_error[row], strict=True)
+            ),
+            f"{100 * scores.uniform[row]:.0f} % of heights",
+            f"{scores.mean_crps[row]:.4f} ± {scores.crps_error[row]:.4f}",
+        )
+    return table
 
 
 @app.command(
