@@ -147,9 +147,10 @@ def run(order: Order, wanted: Callable[[], bool]) -> dict[str, Any]:
             _deliver(folder)
     if record is None:
         raise StoreError(
-            "the folder of the training has gone",
+            "the folder of the training is not there",
             where=folder.path,
-            remedy="run the same command again: it starts over",
+            remedy="name a model on a file system that all workers see under the same path; if the folder "
+            "was removed, run the same command again: it starts over",
         )
     folder.remove()
     return record
@@ -311,6 +312,7 @@ class _Run:
             if self._is_due(entry):
                 self._save(stage, trainer)
         self._histories[stage] = trainer.finish()
+        # What later stages change of it, their own trainers' states hold.
         self._network = self._training.network.state_dict()
         self._save(None, None)
 

@@ -156,15 +156,16 @@ def test_a_model_is_trained_saved_and_loaded(grid, undisturbed):
 
 
 COMMAND = """
-    import sys
-    sys.path.insert(0, {tests!r})
-    from pipeline.cluster import LocalConfig
-    from pipeline.train_job import train
-    from test_train_job import SEED, TINY
-
     if __name__ == "__main__":
-        train({grid!r}, {model!r}, recipe=TINY, seed=SEED, cluster=LocalConfig(workers=1, dashboard=None),
-              checkpoint_seconds=0.0)
+        import sys
+        sys.path.insert(0, {tests!r})
+        from pipeline import train_job
+        from pipeline.cluster import LocalConfig
+        from test_train_job import SEED, TINY
+
+        train_job.threads_per_task = lambda client: 1  # as the undisturbed one
+        train_job.train({grid!r}, {model!r}, recipe=TINY, seed=SEED, checkpoint_seconds=0.0,
+                        cluster=LocalConfig(dashboard=None))
 """
 
 
@@ -174,15 +175,12 @@ def test_the_worker_is_killed_and_then_the_command_and_not_a_bit_changes(grid, u
     script.write_text(
         textwrap.dedent(COMMAND).format(tests=str(Path(__file__).parent), grid=str(grid), model=str(model))
     )
-    # One core: the training is begun, and so goes on, with one thread, as the undisturbed one.
-    core = min(os.sched_getaffinity(0))
     process = subprocess.Popen(
         [sys.executable, str(script)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "DASK_LOGGING__DISTRIBUTED": "critical"},
-        preexec_fn=lambda: os.sched_setaffinity(0, {core}),
     )
     folder = TrainingFolder(model)
     checkpoint = folder.path / "checkpoint.pt"
