@@ -203,16 +203,29 @@ class TrainingSet:
     ) -> NDArray[np.float32]:
         """Profiles (samples, bulk velocities, mu, axis) of atmospheres that move as a whole."""
         velocities = self.augmentation.velocities
+
+        def measure(seen: NDArray[np.float64]) -> NDArray[np.float64]:
+            if self.augmentation.transmission:
+                return response_matrix(line, offsets, seen)
+            return sampling_matrix(offsets, seen)
+
         shape = (profiles.shape[0], velocities.size, profiles.shape[1], axis.size)
         result = np.empty(shape, dtype=np.float32)
         for number, velocity in enumerate(velocities):
             for angle, mu in enumerate(self.mu.tolist()):
                 # Upflow shifts the profile to the blue, so that a fixed wavelength sees its redder part.
                 seen = axis + rest * mu * velocity / LIGHT_SPEED
-                if self.augmentation.transmission:
-                    matrix = response_matrix(line, offsets, seen)
-                else:
-                    matrix = sampling_matrix(offsets, seen)
+                try:
+                    matrix = measure(seen)
+                except InputError as error:
+                    raise InputError(
+                        f"the grid's {line} profiles are too short for observations that move",
+                        where=f"wavelength_{line}",
+                        found=f"{offsets.min():.3f} to {offsets.max():.3f} Angstrom from rest",
+                        expected=f"{seen.min():.3f} to {seen.max():.3f}, for {velocity:+.1f} km/s",
+                        remedy="train with a smaller bulk Doppler shift (Augmentation.doppler; the recipe "
+                        "radynversion has none), or synthesise a wider range",
+                    ) from error
                 result[:, number, angle] = profiles[:, angle].astype(np.float32) @ matrix.T.astype(np.float32)
         return result
 

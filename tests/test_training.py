@@ -280,6 +280,14 @@ def test_profiles_pass_the_instrument(grid_path):
     assert np.abs(sharp.numpy() - expected).max() > 2e-2
 
 
+def test_profiles_too_short_for_observations_that_move_are_refused():
+    grid = toy_grid(20).isel(sample=slice(0, 10))
+    short = grid.isel(wavelength_ca8542=np.flatnonzero(np.abs(grid["wavelength_ca8542"]) < 1.03))
+    assert len(TrainingSet(short, LAYOUT, Augmentation(doppler=0.0))) == 10
+    with pytest.raises(InputError, match=r"too short for observations that move(.|\n)*doppler"):
+        TrainingSet(short, LAYOUT, Augmentation(doppler=3.0))
+
+
 def test_a_bulk_velocity_moves_the_atmosphere_and_both_lines_together(grid_path):
     moving = replace(STILL, doppler=2.0)
     part = open_parts(grid_path, LAYOUT, moving)["test"]
