@@ -84,14 +84,20 @@ def _table(title: str, standing: Standing) -> Group:
         where += f", start {standing.starts}"
     if (silent := time.time() - standing.beat) > SILENCE / 2:
         where += f"; no sign of life for {silent:.0f} s"
-    table = Table(title=f"{title} ({where})", title_justify="left")
+    head = Table.grid(padding=(0, 1))
+    head.add_row(
+        f"{title}, {standing.stage}",
+        ProgressBar(max(standing.epochs, 1), standing.epoch, width=40),
+        f"epoch {standing.epoch}/{standing.epochs}" if standing.epochs else "",
+        where,
+    )
+    table = Table()
     for heading in ("", "last epoch", "best"):
         table.add_column(heading, justify="right" if heading else "left")
     last, best = _figures(standing.last), _figures(standing.best)
     for name, value in last.items():
         table.add_row(name.replace("_", " "), f"{value:.5g}", f"{best[name]:.5g}" if name in best else "")
-    head = Text(summary_line(standing))
-    return Group(head, ProgressBar(max(standing.epochs, 1), standing.epoch, width=60), table)
+    return Group(head, table) if last else Group(head)
 
 
 def _figures(entry: dict[str, Any]) -> dict[str, float]:
