@@ -7,7 +7,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from benchmarks.emulator import errors_by_mu, from_points, nearest_lines, nested, whole
+from benchmarks.emulator import (
+    errors_by_mu,
+    from_points,
+    nearest_lines,
+    nested,
+    velocity_from_points,
+    whole,
+)
 from benchmarks.training import products
 from torch import nn
 
@@ -105,3 +112,14 @@ def test_the_density_of_an_atmosphere_from_points_follows_from_its_temperature(s
     np.testing.assert_allclose(ratio, 1.0, atol=0.02)
     assert not np.allclose(ratio[1:], 1.0, atol=1e-5)
     assert atmosphere.depth_points(points, 60).size == 60
+
+
+def test_the_velocity_alone_can_come_from_points(sample):
+    known, points = whole(sample), velocity_from_points(sample)
+    heights = np.linspace(0.0, 3.0, 301)
+    np.testing.assert_allclose(
+        atmosphere.temperature(points, heights), atmosphere.temperature(known, heights), rtol=0.02
+    )
+    np.testing.assert_allclose(
+        atmosphere.velocity(points, heights), atmosphere.velocity(from_points(sample), heights), atol=0.05
+    )
