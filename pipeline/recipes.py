@@ -98,8 +98,15 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     "conditional": Recipe(
-        architecture={"components": 32, "dropout": 0.1},
-        flow_schedule=Schedule(epochs=40, steps=100),
+        architecture={
+            "components": 36,
+            "steps": 8,
+            "hidden": 96,
+            "context": 48,
+            "tails": True,
+            "normal_scores": True,
+        },
+        flow_schedule=Schedule(epochs=30, steps=120, blur=0.07),
         emulator_schedule=Schedule(epochs=60, steps=100, weight_decay=1e-3),
     ),
     "radynversion": Recipe(
