@@ -48,7 +48,7 @@ class _Step(nn.Module):
     The last layer starts at zero, so that an untrained step is the identity.
     """
 
-    def __init__(self, kept: int, changed: int, context: int, hidden: int, dropout: float) -> None:
+    def __init__(self, kept: int, changed: int, context: int, hidden: int) -> None:
         super().__init__()
         # The hidden layers' biases come with the context.
         self.first = nn.Linear(kept, hidden, bias=False)
@@ -56,17 +56,16 @@ class _Step(nn.Module):
         self.last = nn.Linear(hidden, 2 * changed)
         self.first_context = nn.Linear(context, hidden)
         self.second_context = nn.Linear(context, hidden)
-        self.dropout = nn.Dropout(dropout)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
     def forward(self, kept: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """Logarithm of the scale, and the shift, of the changed components."""
         hidden = _product_plus(kept, self.first.weight, self.first_context(context))
-        hidden = self.dropout(functional.leaky_relu(hidden, inplace=True))
+        hidden = functional.leaky_relu(hidden, inplace=True)
         hidden = _product_plus(hidden, self.second.weight, self.second_context(context))
         hidden = functional.leaky_relu(hidden, inplace=True)
-        raw, shift = self.last(self.dropout(hidden)).chunk(2, dim=-1)
+        raw, shift = self.last(hidden).chunk(2, dim=-1)
         return soft_clamp(raw), shift
 
 
@@ -88,7 +87,8 @@ class ConditionalNetwork(nn.Module):
     embedding : int
         Width of the network that makes the context from the lines.
     dropout : float
-        Share of hidden units dropped in training.
+        Share of the embedding's hidden units dropped in training. The coupling networks drop none: their
+        exponentials would make of that noise a bias when it is gone.
     tails : bool
         Whether the context also gives each component a skewness and a weight of its tails (sinh-arcsinh
         transformation: Jones & Pewsey 2009, Biometrika 96, 761, doi:10.1093/biomet/asp053). Affine steps
@@ -159,7 +159,7 @@ class ConditionalNetwork(nn.Module):
         # Even components change given the odd ones, then the odd ones given the even, and so on.
         halves = ((components + 1) // 2, components // 2)
         self.steps = nn.ModuleList(
-            _Step(halves[index % 2], halves[1 - index % 2], context, hidden, dropout)
+            _Step(halves[index % 2], halves[1 - index % 2], context, hidden)
             for index in range(steps)
         )
         self.scores = NormalScores(size) if normal_scores else None
