@@ -99,14 +99,14 @@ class Recipe:
 RECIPES: dict[str, Recipe] = {
     "conditional": Recipe(
         architecture={
-            "components": 36,
+            "components": 48,
             "steps": 8,
             "hidden": 96,
-            "context": 48,
+            "context": 32,
             "tails": True,
             "normal_scores": True,
         },
-        flow_schedule=Schedule(epochs=30, steps=120, blur=0.07),
+        flow_schedule=Schedule(epochs=40, steps=120, weight_decay=0.3, blur=0.07),
         emulator_schedule=Schedule(epochs=60, steps=100, weight_decay=1e-3),
     ),
     "radynversion": Recipe(
