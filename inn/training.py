@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import abc
 import copy
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -228,8 +229,13 @@ class Trainer(abc.ABC):
         return self.finish()
 
 
+_GLOBAL_RANDOM = threading.Lock()
+
+
 class GlobalRandom:
     """Torch's global random numbers for one trainer: dropout draws from them, and takes no generator.
+
+    All threads of a process share them, so that trainers in several threads take their steps in turns.
 
     Parameters
     ----------
@@ -248,7 +254,7 @@ class GlobalRandom:
     def swapped_in(self) -> Iterator[None]:
         """Within, global draws go on from this object's last; outside, nobody notices."""
         cuda = self._device.type == "cuda"
-        with torch.random.fork_rng(devices=[self._device] if cuda else []):
+        with _GLOBAL_RANDOM, torch.random.fork_rng(devices=[self._device] if cuda else []):
             torch.set_rng_state(self._states["cpu"])
             if cuda:
                 torch.cuda.set_rng_state(self._states["cuda"], self._device)

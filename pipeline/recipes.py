@@ -23,7 +23,7 @@ from inn.joint import JointNetwork
 from inn.joint_training import JointSchedule, JointTrainer
 from inn.layout import Layout
 from inn.novelty import NOVEL, Novelty
-from inn.training import LeastSquaresTrainer, LikelihoodTrainer, Schedule, Trainer
+from inn.training import GlobalRandom, LeastSquaresTrainer, LikelihoodTrainer, Schedule, Trainer
 from pipeline.errors import MisuseError
 from pipeline.training_set import Augmentation, Batch, TrainingSet, open_parts
 
@@ -177,8 +177,7 @@ class Training(abc.ABC):
     def __init__(self, recipe: Recipe, grid: str | Path, seed: int, device: torch.device) -> None:
         self.recipe, self.seed, self.device = recipe, seed, device
         self.parts = open_parts(grid, Layout(), recipe.augmentation)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with GlobalRandom(seed, torch.device("cpu")).swapped_in():  # initial weights take no generator
             self.network = self._network(Layout())
             self.network.emulator = self.emulator = Emulator(Layout(), **recipe.emulator)
 
