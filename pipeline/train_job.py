@@ -39,6 +39,8 @@ logger = logging.getLogger("flarefield")
 CHECKPOINT_SECONDS = 60.0
 POLL = 0.3
 """Seconds between two looks at a training."""
+DESERTED = 60.0
+"""Seconds that a cluster of our own may be without a worker: one that died is replaced within a few."""
 GRACE = 10.0
 """Seconds that a process, whose cluster was ended with its command, gets to end."""
 
@@ -167,7 +169,11 @@ def train(
         workers = client.scheduler_info(n_workers=-1)
         gpu = any(worker["resources"].get("GPU", 0) >= 1 for worker in workers["workers"].values())
         return _train_there(
-            client, order(str(workers["id"]), threads_per_task(client), gpu), folder, detach=detach
+            client,
+            order(str(workers["id"]), threads_per_task(client), gpu),
+            folder,
+            detach=detach,
+            own=isinstance(cluster, LocalConfig),
         )
 
 
@@ -210,9 +216,9 @@ def _train_here(order: Order, folder: TrainingFolder) -> dict[str, Any]:
 
 
 def _train_there(
-    client: Client, order: Order, folder: TrainingFolder, *, detach: bool
+    client: Client, order: Order, folder: TrainingFolder, *, detach: bool, own: bool
 ) -> dict[str, Any] | None:
-    """Train in a task of a cluster, and watch unless detached."""
+    """Train in a task of a cluster, perhaps one that was started for it, and watch unless detached."""
     # The same training has the same key: who asks for it again has the same task, if it is still there.
     key = f"flarefield-train-{hashlib.sha256(f'{order.model} {order.run}'.encode()).hexdigest()[:32]}"
     future = client.submit(
@@ -223,7 +229,7 @@ def _train_there(
         _see_that_it_arrived(client, key)
         return None
     with _display(folder) as display:
-        _watch(folder, display, future.done)
+        _watch(folder, display, _Manned(client, future.done) if own else future.done)
     if future.status == "finished":
         record: dict[str, Any] = future.result()
         return record
@@ -255,6 +261,34 @@ def _see_that_it_arrived(client: Client, key: str) -> None:
 
     while not client.run_on_scheduler(known):
         time.sleep(POLL)
+
+
+class _Manned:
+    """Asks whether a task is done, and raises if its cluster has no workers any more.
+
+    A worker that is cut off from its scheduler, by a machine too busy to answer for half a minute, ends for
+    good. Others may join a cluster that others run; nobody joins one of our own.
+    """
+
+    def __init__(self, client: Client, done: Callable[[], bool]) -> None:
+        self._client, self._done = client, done
+        self._asked = self._seen = time.monotonic()
+
+    def __call__(self) -> bool:
+        if self._done():
+            return True
+        now = time.monotonic()
+        if now - self._asked > DESERTED / 10:
+            self._asked = now
+            if self._client.nthreads():
+                self._seen = now
+            elif now - self._seen > DESERTED:
+                raise ClusterError(
+                    "the cluster has no workers any more",
+                    found=f"none for {now - self._seen:.0f} s",
+                    remedy="run the same command again: it goes on from the last checkpoint",
+                )
+        return False
 
 
 def _display(folder: TrainingFolder) -> TrainingDisplay:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from inn.conditional import ConditionalNetwork
 from inn.joint import JointNetwork
 from inn.joint_training import JointSchedule
 from inn.training import Epoch, Schedule
-from pipeline import training_run
+from pipeline import train_job, training_run
 from pipeline.cli import main
 from pipeline.cluster import AddressConfig, LocalConfig
 from pipeline.errors import ClusterError, MisuseError, ModelError
@@ -205,7 +206,12 @@ def test_the_worker_is_killed_and_then_the_command_and_not_a_bit_changes(grid, u
 
         def goes_on() -> bool:
             standing = folder.standing()
-            return standing is not None and standing.starts >= 2 and checkpoint.stat().st_mtime > killed + 0.5
+            if standing is None or standing.starts < 2:
+                return False
+            try:
+                return checkpoint.stat().st_mtime > killed + 0.5
+            except FileNotFoundError:  # between two renamings
+                return False
 
         wait_for(goes_on, process)
         second = folder.standing()
@@ -387,6 +393,18 @@ def test_a_training_that_fails_says_why_without_the_cluster_s_traceback(
         main(["train", "status", str(tmp_path / "model")])
     assert exit.value.code == 1
     assert "no longer a number" in capsys.readouterr().out
+
+
+def test_a_cluster_of_our_own_that_has_lost_its_workers_is_given_up(monkeypatch):
+    monkeypatch.setattr(train_job, "DESERTED", 0.0)
+    workers = {"tcp://127.0.0.1:1": 1}
+    done = train_job._Manned(SimpleNamespace(nthreads=lambda: workers), lambda: False)
+    time.sleep(0.01)
+    assert not done()
+    workers.clear()
+    time.sleep(0.01)
+    with pytest.raises(ClusterError, match="no workers any more"):
+        done()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a GPU that torch cannot use")
