@@ -92,7 +92,9 @@ def test_training_repeats_itself_and_keeps_the_best_epoch():
             SMALL, components=6, steps=2, hidden=8, context=4, embedding=8, dropout=0.1
         )
         curves.append(
-            fit_flow(network, problem.draw, held_out, Schedule(epochs=6, steps=10, average=0.8), seed=5)
+            fit_flow(
+                network, problem.draw, held_out, Schedule(epochs=6, steps=10, average=0.8, blur=0.0), seed=5
+            )
         )
         networks.append(network)
     losses = [[(entry.loss, entry.held_out_loss) for entry in curve] for curve in curves]
