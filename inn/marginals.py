@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 KNOTS = 113
 FURTHEST = 3.5
-"""Normal score of the outermost knots; the scale goes on straight beyond them."""
+"""Normal score of the outermost knots. Beyond them numbers grow with the logarithm of the score, so that a
+rare draw that lies far out remains an atmosphere."""
+FARTHEST_BEYOND = 30.0
+"""How far beyond the outermost knots, in units of the scale there, a number still has a score of its own."""
 FLATTEST = 0.01
 """Smallest change (network units) for a unit of normal score: what hardly varies is not blown up."""
 TAIL, TAIL_FLATTEST = 2.0, 0.2
@@ -22,7 +25,7 @@ just outside of the training set's range must not look as if it lay far out."""
 
 
 class NormalScores(nn.Module):
-    """Ascending, piecewise linear scale of each of `size` numbers, and back.
+    """Ascending scale of each of `size` numbers, piecewise linear within the examples, and back.
 
     A new one is the identity; `fit` takes the scale from a training set.
 
@@ -54,21 +57,24 @@ class NormalScores(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """Normal scores of numbers, shape (..., size)."""
-        segment, left, width = self._segments(values)
-        scores: Tensor = -FURTHEST + self._spacing * (segment + (values - left) / width)
-        return scores
+        segment, left, width, beyond = self._segments(values)
+        inside = values.clamp(self.knots[:, 0], self.knots[:, -1])
+        scores: Tensor = -FURTHEST + self._spacing * (segment + (inside - left) / width)
+        return scores + beyond.sign() * beyond.abs().expm1()
 
     def inverse(self, scores: Tensor) -> Tensor:
         """Numbers of normal scores, shape (..., size)."""
-        position = (scores + FURTHEST) / self._spacing
+        inside = scores.clamp(-FURTHEST, FURTHEST)
+        position = (inside + FURTHEST) / self._spacing
         segment = position.detach().clamp(0, KNOTS - 2).floor()
         left, width = self._ends(segment.long())
-        return left + (position - segment) * width
+        beyond = (scores - inside).sign() * (scores - inside).abs().log1p()
+        return left + (position - segment + beyond / self._spacing) * width
 
     def log_slope(self, values: Tensor) -> Tensor:
         """Logarithm of the scores' change with the numbers, shape (..., size)."""
-        _, _, width = self._segments(values)
-        return (self._spacing / width).log()
+        _, _, width, beyond = self._segments(values)
+        return (self._spacing / width).log() + beyond.abs()
 
     @property
     def _spacing(self) -> float:
@@ -80,8 +86,11 @@ class NormalScores(nn.Module):
         left, right = self.knots.gather(1, rows), self.knots.gather(1, rows + 1)
         return left.T.reshape(segment.shape), (right - left).T.reshape(segment.shape)
 
-    def _segments(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _segments(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Each number's segment, its left end and width, and how far beyond the outermost knot it lies."""
         rows = values.detach().reshape(-1, self.knots.shape[0]).T.contiguous()
         segment = (torch.searchsorted(self.knots, rows) - 1).clamp(0, KNOTS - 2).T.reshape(values.shape)
         left, width = self._ends(segment)
-        return segment, left, width
+        outside = values - values.clamp(self.knots[:, 0], self.knots[:, -1])
+        beyond = (outside * self._spacing / width).clamp(-FARTHEST_BEYOND, FARTHEST_BEYOND)
+        return segment, left, width, beyond

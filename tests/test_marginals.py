@@ -45,8 +45,18 @@ def test_there_and_back(dtype, tolerance):
     assert (scale.inverse(scale(values)) - values).abs().max() < tolerance
     scores = (6.0 * torch.rand(3000, 4, generator=torch.Generator().manual_seed(4)) - 3.0).to(dtype)
     assert (scale(scale.inverse(scores)) - scores).abs().max() < 100 * tolerance
-    far = torch.tensor([[1e3] * 4, [-1e3] * 4], dtype=dtype)  # beyond the knots it goes on straight
-    assert (scale.inverse(scale(far)) - far).abs().max() < 1e3 * tolerance
+    scores = torch.tensor([[-40.0] * 4, [-4.0] * 4, [5.0] * 4, [300.0] * 4], dtype=dtype)  # beyond the knots
+    assert (scale(scale.inverse(scores)) / scores - 1.0).abs().max() < 100 * tolerance
+
+
+def test_far_draws_remain_numbers_of_the_kind():
+    scale = fitted(examples())
+    values = scale.inverse(torch.tensor([[1e4] * 4, [-1e4] * 4], dtype=torch.float64))
+    lowest, highest = (examples().amin(dim=0), examples().amax(dim=0))
+    # A draw of ten thousand standard deviations, which no posterior should hold, stays within sight.
+    beyond = torch.maximum(values[0] - highest, lowest - values[1])
+    assert (beyond[:3] < 12.0 * (highest - lowest)[:3]).all()
+    assert (values[0] > values[1]).all()
 
 
 def test_it_ascends_and_its_slope_is_the_derivative():
@@ -69,7 +79,8 @@ def test_what_lies_just_outside_of_the_examples_does_not_look_far_out():
     assert 0.0 < constant[0, 3] < 0.2
 
 
-def test_a_new_one_is_the_identity():
+def test_a_new_one_is_the_identity_within_its_knots():
     values = 9.0 * torch.randn(50, 3, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    torch.testing.assert_close(NormalScores(3).double()(values), values)
-    torch.testing.assert_close(NormalScores(3).double().inverse(values), values)
+    inside = values.clamp(-FURTHEST, FURTHEST)
+    torch.testing.assert_close(NormalScores(3).double()(inside), inside)
+    torch.testing.assert_close(NormalScores(3).double().inverse(inside), inside)
