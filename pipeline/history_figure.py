@@ -8,6 +8,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from inn.training import Epoch
 from pipeline.figures import ACCENT, STYLE, TRUE
@@ -85,6 +86,7 @@ def _panel(axes: Axes, epochs: list[int], curves: dict[str, list[float]]) -> Non
     shown = shown[np.isfinite(shown)]
     if shown.size and shown.min() > 0 and shown.max() > 5 * shown.min():
         axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     if any(curves):
         axes.legend(loc="best")
     for side in ("top", "right"):

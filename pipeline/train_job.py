@@ -141,6 +141,9 @@ def train(
         logger.info("%s: is complete", model_path)
         return record
 
+    if folder.path.exists():
+        folder.same(fingerprint)  # before a cluster is started for nothing
+
     def order(owner: str, threads: int, gpu: bool) -> Order:
         _see_that_nobody_else_trains(folder, owner)
         plan = folder.begin(fingerprint, threads)
@@ -209,7 +212,7 @@ def _train_here(order: Order, folder: TrainingFolder) -> dict[str, Any]:
     with ThreadPoolExecutor(1) as pool, _display(folder) as display:
         future: Future[dict[str, Any]] = pool.submit(run, order, lambda: not end.is_set())
         try:
-            _watch(folder, display, future.done)
+            _watch(folder, display, order.cluster, future.done)
             return future.result()
         finally:
             end.set()
@@ -229,7 +232,7 @@ def _train_there(
         _see_that_it_arrived(client, key)
         return None
     with _display(folder) as display:
-        _watch(folder, display, _Manned(client, future.done) if own else future.done)
+        _watch(folder, display, order.cluster, _Manned(client, future.done) if own else future.done)
     if future.status == "finished":
         record: dict[str, Any] = future.result()
         return record
@@ -295,9 +298,11 @@ def _display(folder: TrainingFolder) -> TrainingDisplay:
     return TrainingDisplay(f"training {folder.model.name}")
 
 
-def _watch(folder: TrainingFolder, display: TrainingDisplay, done: Callable[[], bool]) -> None:
+def _watch(folder: TrainingFolder, display: TrainingDisplay, owner: str, done: Callable[[], bool]) -> None:
     while not done():
-        display.update(folder.standing())
+        standing = folder.standing()
+        if standing is not None and standing.cluster == owner:  # not an earlier one's
+            display.update(standing)
         time.sleep(POLL)
 
 

@@ -65,10 +65,8 @@ class TrainingDisplay:
         if self._live is not None:
             self._live.stop()
 
-    def update(self, standing: Standing | None) -> None:
-        """Show where the training stands now; None before it has begun."""
-        if standing is None:
-            return
+    def update(self, standing: Standing) -> None:
+        """Show where the training stands now."""
         if self._live is not None:
             self._live.update(_table(self._title, standing))
             return

@@ -173,8 +173,12 @@ class TrainingFolder:
                 shutil.rmtree(new)
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     raise
+        return self.same(fingerprint)
+
+    def same(self, fingerprint: Mapping[str, Any]) -> Plan:
+        """See that the training that was begun is this one; parameters and errors as `begin`'s."""
         found = self.plan()
-        if differing := changes(found.fingerprint, plan.fingerprint):
+        if differing := changes(found.fingerprint, json.loads(json.dumps(fingerprint))):
             raise MisuseError(
                 f"another training of this model was begun: {', '.join(differing)} differ",
                 where=self.path,

@@ -456,7 +456,6 @@ def test_the_paper_s_curriculum_is_scaled_to_the_epochs_asked_for():
 def test_the_display_logs_stages_and_epochs(caplog):
     entry = vars(Epoch(2, 0.5, 0.25, 1e-3, 9.0, {"bandwidth_latent": 3.0}))
     with caplog.at_level("INFO", "flarefield"), TrainingDisplay("training model") as display:
-        display.update(None)
         display.update(Standing(stage="joint", epochs=9, epoch=2, last=entry, best=entry))
         display.update(Standing(stage="joint", epochs=9, epoch=3, last=entry, best=entry))
         display.update(Standing(stage="scoring"))
