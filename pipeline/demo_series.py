@@ -48,6 +48,7 @@ Array = NDArray[np.float64]
 
 LARGEST_SHARE = 0.02
 """Largest share of the field that one atmosphere may paint in one scan."""
+MOST_ATMOSPHERES = 256  # what the field has room for; the first of a design are spread as evenly as all
 FEWEST_QUIET = 56  # atmospheres that share the two thirds of the field outside of the ribbons
 BLOCK = 24  # atmospheres of similar brightness among which neighbours are chosen for their contrast
 FEWEST_RIBBON = 24  # atmospheres that share the ribbons
@@ -520,7 +521,7 @@ def make_series(
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     mu = cosine_of_pointing(POINTING, START)
-    atmospheres = held_out(grid)
+    atmospheres = held_out(grid).isel(sample=slice(MOST_ATMOSPHERES))
     profiles = line_profiles(atmospheres, mu)
     canvas = Canvas.around(field, angle)
     scene = make_scene(canvas, *casting(profiles), scans=scans, cell=cell, seed=seed)
