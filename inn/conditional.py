@@ -159,8 +159,7 @@ class ConditionalNetwork(nn.Module):
         # Even components change given the odd ones, then the odd ones given the even, and so on.
         halves = ((components + 1) // 2, components // 2)
         self.steps = nn.ModuleList(
-            _Step(halves[index % 2], halves[1 - index % 2], context, hidden)
-            for index in range(steps)
+            _Step(halves[index % 2], halves[1 - index % 2], context, hidden) for index in range(steps)
         )
         self.scores = NormalScores(size) if normal_scores else None
         self.register_buffer("atmosphere_mean", torch.zeros(size))
