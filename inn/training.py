@@ -106,7 +106,7 @@ class Epoch:
         Mean over the epoch's batches, and on the held-out examples with the averaged weights. Flow: negative
         log likelihood per component; emulator: mean squared error.
     learning_rate : float
-        After the epoch's last step.
+        After the epoch's last step; of the joint network, whose rate changes between epochs only, in it.
     seconds : float
         Spent on this and the epochs before, without what was spent and lost in an interruption.
     terms : dict of str to float

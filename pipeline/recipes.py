@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import json
+import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from inn.joint_training import JointSchedule, JointTrainer
 from inn.layout import Layout
 from inn.novelty import NOVEL, Novelty
 from inn.training import GlobalRandom, LeastSquaresTrainer, LikelihoodTrainer, Schedule, Trainer
-from pipeline.errors import MisuseError
+from pipeline.errors import InputError, MisuseError
 from pipeline.training_set import Augmentation, Batch, TrainingSet, open_parts
 
 STATISTICS_EXAMPLES = 20_000
@@ -52,8 +53,9 @@ class Recipe:
         The joint network knows one viewing angle: the grid's that is nearest to this. The default is that of
         RADYN's rays which the paper took (0.9531; Osborne, Armstrong & Fletcher 2019, section 3.1).
     augmentation : Augmentation
-        What an observation adds to a clean profile. The joint network learns from clean profiles at rest, as
-        the paper's did, and is scored with what is said here.
+        What an observation adds to a clean profile. The joint network learns from profiles at rest without
+        noise, as the paper's did, but as CRISP delivers them: through its transmission profile and its
+        wavelengths, because that is what it will be asked about. It is scored with what is said here.
     novelty_components : int
         Principal components of the profiles in the novelty measure.
     """
@@ -177,6 +179,17 @@ class Training(abc.ABC):
     def __init__(self, recipe: Recipe, grid: str | Path, seed: int, device: torch.device) -> None:
         self.recipe, self.seed, self.device = recipe, seed, device
         self.parts = open_parts(grid, Layout(), recipe.augmentation)
+        fewest = math.ceil(1.0 / NOVEL / HELD_OUT_DRAWS)
+        if (
+            len(self.parts["validation"]) < fewest
+        ):  # conclude() could not measure novelty: say so before hours
+            raise InputError(
+                "the grid's validation part is too small",
+                where=grid,
+                found=f"{len(self.parts['validation'])} samples",
+                expected=f"{fewest} or more",
+                remedy="make a larger grid: a tenth of the simulations is set aside for it",
+            )
         with GlobalRandom(seed, torch.device("cpu")).swapped_in():  # initial weights take no generator
             self.network = self._network(Layout())
             self.network.emulator = self.emulator = Emulator(Layout(), **recipe.emulator)

@@ -29,7 +29,7 @@ from pipeline.provenance import flarefield_version
 from pipeline.recipes import RECIPES, Recipe, find_recipe
 from pipeline.training_display import TrainingDisplay, summary_line
 from pipeline.training_folder import HISTORY_FILE, Standing, TrainingFolder
-from pipeline.training_run import Order, run, run_on_worker
+from pipeline.training_run import Order, finish, run, run_on_worker
 from pipeline.training_set import content_hash
 
 __all__ = ["HISTORY_FILE", "RECIPES", "Recipe", "TrainingStatus", "train", "training_status"]
@@ -137,7 +137,7 @@ def train(
                 found="a model that was not trained so",
                 remedy="remove it, or name another directory",
             )
-        folder.remove()
+        finish(folder)
         logger.info("%s: is complete", model_path)
         return record
 
@@ -192,6 +192,8 @@ def _enough(cluster: Cluster) -> Cluster:
     """A cluster that is started for one task needs one worker, with all the cores."""
     if isinstance(cluster, LocalConfig) and "workers" not in cluster.model_fields_set:
         return cluster.model_copy(update={"workers": 1})
+    if isinstance(cluster, SlurmConfig):
+        return cluster.model_copy(update={"jobs": 1, "processes": 1})
     return cluster
 
 

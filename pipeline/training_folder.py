@@ -296,10 +296,15 @@ class TrainingFolder:
             os.close(descriptor)
 
     def standing(self) -> Standing | None:
-        """Where the training stands; None before a process has begun with it."""
+        """Where the training stands; None before a process has begun with it, or if nothing tells."""
+        path = self.path / "progress.json"
         try:
-            return Standing(**json.loads((self.path / "progress.json").read_bytes()))
+            return Standing(**json.loads(path.read_bytes()))
         except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (ValueError, TypeError):
+            # It is not synced to the disk: a node that dies may leave it empty. Checkpoints are what counts.
+            logger.warning("%s: cannot be read, and is written anew", path)
             return None
 
     # How far it is

@@ -156,6 +156,20 @@ def run(order: Order, wanted: Callable[[], bool]) -> dict[str, Any]:
     return record
 
 
+def finish(folder: TrainingFolder) -> None:
+    """Bring the history to a complete model, if a kill came between, and remove the training's folder.
+
+    Parameters
+    ----------
+    folder : TrainingFolder
+        Of a model that is complete.
+    """
+    with folder.locked(PATIENCE) as there:
+        if there:
+            _deliver(folder)
+    folder.remove()
+
+
 def _go_on(order: Order, folder: TrainingFolder, wanted: Callable[[], bool]) -> dict[str, Any]:
     """Train from the last checkpoint to the complete model."""
     before = folder.standing()

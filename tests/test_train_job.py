@@ -6,6 +6,7 @@ import csv
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,8 +30,8 @@ from inn.joint_training import JointSchedule
 from inn.training import Epoch, Schedule
 from pipeline import train_job, training_run
 from pipeline.cli import main
-from pipeline.cluster import AddressConfig, LocalConfig
-from pipeline.errors import ClusterError, MisuseError, ModelError
+from pipeline.cluster import AddressConfig, LocalConfig, SlurmConfig
+from pipeline.errors import ClusterError, InputError, MisuseError, ModelError
 from pipeline.history_figure import history_figure
 from pipeline.recipes import RECIPES, Recipe
 from pipeline.train_job import train, training_status
@@ -253,6 +254,37 @@ def test_a_torn_checkpoint_is_replaced_by_the_one_before(grid, undisturbed, tmp_
         caplog.clear()
     train(grid, tmp_path / "model", recipe=TINY, seed=SEED)
     assert_same(tmp_path / "model", undisturbed)
+
+
+@pytest.mark.parametrize("left", ["", '{"state": "runn', "[1, 2]", '{"colour": "red"}'])
+def test_a_torn_account_of_progress_stands_in_nobody_s_way(tmp_path, left):
+    folder = TrainingFolder(tmp_path / "model")
+    folder.path.mkdir()
+    (folder.path / "progress.json").write_text(left)
+    assert folder.standing() is None
+
+
+def test_history_that_a_kill_kept_from_the_model_is_delivered_later(undisturbed, tmp_path):
+    folder = TrainingFolder(tmp_path / "model")
+    shutil.copytree(undisturbed, folder.model)
+    folder.path.mkdir()
+    (folder.model / "history.csv").rename(folder.path / "history.csv")
+    (folder.model / "history.png").unlink()
+    training_run.finish(folder)
+    assert (folder.model / "history.csv").read_bytes() == (undisturbed / "history.csv").read_bytes()
+    assert (folder.model / "history.png").exists()
+    assert not folder.path.exists()
+
+
+def test_a_validation_part_too_small_is_told_before_training(tmp_path):
+    grid = write_toy_grid(tmp_path / "grid.zarr", samples=80)
+    with pytest.raises(InputError, match="validation part is too small"):
+        train(grid, tmp_path / "model", recipe=TINY, seed=SEED)
+
+
+def test_one_training_asks_a_queue_for_one_process():
+    asked = train_job._enough(SlurmConfig(jobs=4, cores=16, processes=4, memory="64GiB", walltime="01:00:00"))
+    assert (asked.jobs, asked.processes, asked.cores) == (1, 1, 16)
 
 
 def test_a_checkpoint_with_code_in_it_is_not_executed(tmp_path):

@@ -777,6 +777,8 @@ def _files(sources: Sequence[str | Path]) -> dict[str, Path]:
     """Files by the name of their run, sorted."""
     files: dict[str, Path] = {}
     for source in sorted((Path(source).absolute() for source in sources), key=run_name):
+        if source.is_dir():
+            raise MisuseError("this is a directory", where=source, remedy=f"name its files: '{source}/*.cdf'")
         if not source.is_file():
             raise MisuseError("there is no such file", where=source, expected="a CDF file of RADYN's")
         if source != files.setdefault(run_name(source), source):

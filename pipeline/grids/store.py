@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 import xarray as xr
@@ -259,23 +259,16 @@ class Journal:
         self._written: dict[int, int] = {}  # sample -> its place in the journal's file, which goes before
         self._count = 0  # records in the file
         self._changed = False  # whether the store lacks anything
-        if _swapped_out(path).exists() and not path.exists():  # killed between the two steps of a swap
-            _swapped_out(path).rename(path)
-        if path.exists():
-            self._read_store()
-        self._file = self.file_path.open("ab")
+        self._file = self._locked()
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._file.close()
-            raise MisuseError(
-                "another command is making this grid",
-                where=path,
-                remedy="wait for it, or end it: the same command then goes on where it stopped",
-            ) from error
-        try:
+            if _swapped_out(path).exists() and not path.exists():  # killed between the two steps of a swap
+                _swapped_out(path).rename(path)
+            if path.exists():
+                self._read_store()
             self._read_journal()
         except MisuseError:
+            if self._file.tell() == 0:
+                self.file_path.unlink(missing_ok=True)
             self._file.close()
             raise
         if self._file.tell() == 0:
@@ -283,6 +276,26 @@ class Journal:
             self._sync()
         self._start = self._file.tell() - self._count * self._type.itemsize
         self._read_runs()
+
+    def _locked(self) -> BinaryIO:
+        """The journal's file, locked: before anything is read, lest another command is just finishing."""
+        while True:
+            file = self.file_path.open("ab")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.close()
+                raise MisuseError(
+                    "another command is making this grid",
+                    where=self.path,
+                    remedy="wait for it, or end it: the same command then goes on where it stopped",
+                ) from error
+            try:
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(self.file_path)):
+                    return file
+            except FileNotFoundError:
+                pass  # another command finished, and removed it, after it was opened here
+            file.close()
 
     def __enter__(self) -> Self:
         return self
