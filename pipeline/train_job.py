@@ -15,13 +15,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent import futures
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
-from distributed import Client, KilledWorker, fire_and_forget
+from distributed import Client, Future, KilledWorker, fire_and_forget
 
 from pipeline.cluster import AddressConfig, LocalConfig, SlurmConfig, opened, threads_per_task
 from pipeline.errors import ClusterError, MisuseError
@@ -212,7 +213,7 @@ def _train_here(order: Order, folder: TrainingFolder) -> dict[str, Any]:
     """Train in a thread of this process, and watch."""
     end = threading.Event()
     with ThreadPoolExecutor(1) as pool, _display(folder) as display:
-        future: Future[dict[str, Any]] = pool.submit(run, order, lambda: not end.is_set())
+        future: futures.Future[dict[str, Any]] = pool.submit(run, order, lambda: not end.is_set())
         try:
             _watch(folder, display, order.cluster, future.done)
             return future.result()
@@ -226,12 +227,17 @@ def _train_there(
     """Train in a task of a cluster, perhaps one that was started for it, and watch unless detached."""
     # The same training has the same key: who asks for it again has the same task, if it is still there.
     key = f"flarefield-train-{hashlib.sha256(f'{order.model} {order.run}'.encode()).hexdigest()[:32]}"
+    _forget_failure(client, key)
     future = client.submit(
         run_on_worker, order, key=key, pure=False, resources={"GPU": 1} if order.gpu else None
     )
     if detach:
         fire_and_forget(future)
         _see_that_it_arrived(client, key)
+        if future.status == "error":
+            failure = future.exception()
+            _forget_failure(client, key)
+            raise failure.with_traceback(None) from None
         return None
     with _display(folder) as display:
         _watch(folder, display, order.cluster, _Manned(client, future.done) if own else future.done)
@@ -257,12 +263,28 @@ def _train_there(
     raise error.with_traceback(None) from None
 
 
+def _forget_failure(client: Client, key: str) -> None:
+    """Have the scheduler forget a task that failed: a detached one would answer in place of a new attempt."""
+
+    def failed(dask_scheduler: Any = None) -> bool:  # noqa: ANN401
+        task = dask_scheduler.tasks.get(key)
+        return task is not None and task.state == "erred"
+
+    while client.run_on_scheduler(failed):
+        client.cancel([Future(key, client=client)], force=True)
+        time.sleep(POLL)
+
+
 def _see_that_it_arrived(client: Client, key: str) -> None:
-    """Make sure that the scheduler will keep a task without us."""
+    """Make sure that the scheduler will keep a task without us, or that it has ended already."""
 
     def known(dask_scheduler: Any = None) -> bool:  # noqa: ANN401
         task = dask_scheduler.tasks.get(key)
-        return task is None or any(client.client_key == "fire-and-forget" for client in task.who_wants)
+        return (
+            task is None
+            or task.state in ("erred", "memory")
+            or any(client.client_key == "fire-and-forget" for client in task.who_wants)
+        )
 
     while not client.run_on_scheduler(known):
         time.sleep(POLL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import logging
@@ -425,6 +426,24 @@ def test_a_training_that_fails_says_why_without_the_cluster_s_traceback(
         main(["train", "status", str(tmp_path / "model")])
     assert exit.value.code == 1
     assert "no longer a number" in capsys.readouterr().out
+
+
+def test_a_detached_training_that_fails_is_attempted_anew_by_the_same_command(
+    grid, running_cluster, tmp_path
+):
+    address = AddressConfig(address=running_cluster)
+    wild = replace(TINY, flow_schedule=replace(TINY.flow_schedule, learning_rate=1e30))
+    model = tmp_path / "model"
+    for attempt in (1, 2):
+        with contextlib.suppress(ModelError):  # it may fail while the command still looks
+            train(grid, model, recipe=wild, cluster=address, detach=True)
+        wait_for(lambda attempt=attempt: told(model) == ("failed", attempt))
+
+
+def told(model: Path) -> tuple[str, int] | None:
+    """State and start of a training, as its folder tells them."""
+    standing = TrainingFolder(model).standing()
+    return None if standing is None else (standing.state, standing.starts)
 
 
 def test_a_cluster_of_our_own_that_has_lost_its_workers_is_given_up(monkeypatch):
