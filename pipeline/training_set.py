@@ -413,4 +413,5 @@ def grid_description(grid: str | Path) -> dict[str, str]:
     """What a grid says of itself that users of a network trained on it must know."""
     with open_grid(grid) as store:
         told = {name: store.attrs.get(name) for name in ("title", "height_zero", "statistical_equilibrium")}
+        told["settings"] = (store.attrs.get("made_from") or {}).get("settings")
     return {name: str(value) for name, value in told.items() if value is not None}

@@ -25,6 +25,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import torch
+import xarray as xr
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -173,7 +174,7 @@ def fresh_observations(
     layout: Layout,
     augmentation: Augmentation | None = None,
     *,
-    trained_on: str | None = None,
+    trained_on: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> tuple[Batch, NDArray[np.generic]]:
     """Observe every converged sample of a grid once, at an angle of its own, as training observes.
@@ -186,9 +187,10 @@ def fresh_observations(
         The network's.
     augmentation : Augmentation, optional
         What an observation adds; training's default if left out.
-    trained_on : str, optional
-        Content hash of the grid that the network was trained on. If it is this one, only the simulations
-        that training kept aside for a test are observed.
+    trained_on : mapping, optional
+        What the network's record says of the grid it was trained on. If it is this one, or one of the same
+        settings that may hold the same simulations, only those are observed that training kept aside for a
+        test: a simulation's place in the split does not change as a grid grows.
     seed : int
         Seed of angles, noise and calibration errors.
 
@@ -206,8 +208,8 @@ def fresh_observations(
     """
     with open_grid(grid) as store:
         chosen = store["converged"].to_numpy().copy()
-        if trained_on is not None and trained_on == content_hash(grid):
-            logger.info("%s: the network was trained on this grid; its test part alone is scored", grid)
+        if _shares_simulations(grid, store, trained_on or {}):
+            logger.info("%s: the network was trained on such a grid; its test part alone is scored", grid)
             chosen &= split(store["simulation"].to_numpy()) == "test"
         samples = store.isel(sample=np.flatnonzero(chosen)).load()
     if np.unique(samples["simulation"].to_numpy()).size < 2:
@@ -219,6 +221,12 @@ def fresh_observations(
         )
     examples = TrainingSet(samples, layout, augmentation)
     return examples.draw_each(torch.Generator().manual_seed(seed)), examples.simulation
+
+
+def _shares_simulations(grid: str | Path, store: xr.Dataset, trained_on: Mapping[str, Any]) -> bool:
+    settings = (store.attrs.get("made_from") or {}).get("settings")
+    same = settings is not None and settings == trained_on.get("settings")
+    return same or trained_on.get("sha256") == content_hash(grid)
 
 
 def posteriors(model: Network, observed: Batch, draws: int = DRAWS, seed: int = 0) -> Iterator[Array]:
@@ -469,10 +477,12 @@ def validate(
             raise MisuseError("the file exists", where=path, remedy="choose another name, or add --overwrite")
     network = load_model(model) if isinstance(model, (str, Path)) else model
     record: Mapping[str, Any] = getattr(network, "record", {})
-    trained_on = record.get("grid", {}).get("sha256")
+    trained_on: Mapping[str, Any] = record.get("grid", {})
     observed, simulation = fresh_observations(
         grid, network.layout, augmentation, trained_on=trained_on, seed=seed
     )
+    with open_grid(grid) as store:
+        test_part_only = _shares_simulations(grid, store, trained_on)
     truth = observed.atmosphere.numpy()
     answers = {
         "network": judge(posteriors(network, observed, draws, seed), truth, seed),
@@ -483,7 +493,7 @@ def validate(
         "model": str(model) if isinstance(model, (str, Path)) else repr(type(model).__name__),
         "grid": str(grid),
         "grid_sha256": content_hash(grid),
-        "test_part_only": trained_on is not None and trained_on == content_hash(grid),
+        "test_part_only": test_part_only,
         "draws": draws,
         "seed": seed,
         "call": call or f"pipeline.validation.validate({str(model)!r}, {str(grid)!r}, {str(page)!r})",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from benchmarks.networks import NEIGHBOURS, check_fresh, choose, lookup, nearest, relative_crps
 from scipy.stats import kstest, norm
-from toy_grid import write_toy_grid
+from toy_grid import toy_grid, write_toy_grid
 
 import inn
 from inn.calibration import LEVELS, normalised_ranks
@@ -143,9 +143,9 @@ def test_of_the_training_grid_only_the_test_part_is_observed(grid_path):
     grid = open_grid(grid_path)
     assert simulation.tolist() == grid["simulation"].values[grid["converged"].values].tolist()
     assert len(np.unique(whole.mu)) == simulation.size  # an angle for each
-    again, _ = fresh_observations(grid_path, LAYOUT, trained_on="of another grid", seed=1)
+    again, _ = fresh_observations(grid_path, LAYOUT, trained_on={"sha256": "of another grid"}, seed=1)
     assert torch.equal(again.lines, whole.lines)
-    _, kept = fresh_observations(grid_path, LAYOUT, trained_on=content_hash(grid_path))
+    _, kept = fresh_observations(grid_path, LAYOUT, trained_on={"sha256": content_hash(grid_path)})
     assert set(split(kept)) == {"test"}
     assert 2 <= kept.size < 0.25 * simulation.size
 
@@ -260,6 +260,16 @@ def test_the_ratio_of_two_methods_has_its_own_sampling_error():
     ratio, error = relative_crps(first, other, scored, np.arange(500), seed=0)
     np.testing.assert_allclose(ratio, 0.8)
     assert (error < 1e-12).all()  # what is hard is hard for both
+
+
+def test_of_a_grid_that_has_grown_the_test_part_alone_is_scored(tmp_path):
+    grid = toy_grid(120)
+    grid.attrs["made_from"] = {"settings": "a design"}
+    grid.to_zarr(tmp_path / "grown.zarr", zarr_format=3)
+    record = {"sha256": "of the grid when it was smaller", "settings": "a design"}
+    _, kept = fresh_observations(tmp_path / "grown.zarr", LAYOUT, trained_on=record)
+    assert 0 < len(kept) < 40
+    assert set(split(kept)) == {"test"}
 
 
 def test_simulations_that_were_trained_on_are_not_fresh(grid_path, tmp_path):
