@@ -58,6 +58,8 @@ LEAST_EXPECTED = 5.0
 """Ranks expected in a bin below which the test's distribution is not to be relied on."""
 SIGNIFICANCE = 0.01
 """Probability of the uniformity test below which ranks are called not uniform."""
+FARTHEST = 38.0
+"""Draws of a badly trained network overflow in physical units; they count as this far out (network units)."""
 DRAWS = 255
 REPEATS = 1000
 """Resamplings of the simulations, for the sampling error."""
@@ -254,7 +256,9 @@ def posteriors(model: Network, observed: Batch, draws: int = DRAWS, seed: int = 
         drawn = sample(
             model, lines[one], mu[one], error[one], draws, 1_000_003 * (seed + 1) + row, "gaussian", draws
         )
-        yield scale_atmosphere(*(drawn[quantity][0].astype(np.float64) for quantity in QUANTITIES))
+        with np.errstate(divide="ignore"):
+            scaled = scale_atmosphere(*(drawn[quantity][0].astype(np.float64) for quantity in QUANTITIES))
+        yield np.clip(scaled, -FARTHEST, FARTHEST)
 
 
 def judge(ensembles: Iterable[NDArray[Any]], truth: NDArray[Any], seed: int = 0) -> Answers:
