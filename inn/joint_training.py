@@ -29,7 +29,7 @@ from inn.losses import (
     turning_point,
     whole,
 )
-from inn.training import Draw, Epoch, Examples, Report, Trainer, on_device
+from inn.training import Draw, Epoch, Examples, Trainer, on_device
 
 HELD_OUT_ROWS = 1_000
 """Held-out examples in one pass of the network: more serve no cache."""
@@ -450,40 +450,3 @@ class JointTrainer(Trainer):
 
 def _geometric_mean(values: Sequence[float]) -> float:
     return math.exp(sum(math.log(value) for value in values) / len(values))
-
-
-def fit_joint(
-    network: JointNetwork,
-    draw: Draw,
-    held_out: Sequence[Examples],
-    schedule: JointSchedule | None = None,
-    seed: int = 0,
-    report: Report | None = None,
-) -> list[Epoch]:
-    """Train the joint network by the paper's recipe; see `JointTrainer`.
-
-    Parameters
-    ----------
-    network : JointNetwork
-        Changed in place.
-    draw : callable
-        Returns training examples.
-    held_out : sequence of Examples
-        Examples of simulations that `draw` never draws from.
-    schedule : JointSchedule, optional
-        The paper's if left out: days on a CPU, for which see `JointSchedule.scaled`.
-    seed : int
-        Seed of everything random here.
-    report : callable, optional
-        Called with each epoch's `Epoch`.
-
-    Returns
-    -------
-    list of Epoch
-
-    Raises
-    ------
-    ModelError
-        The loss is no longer a number.
-    """
-    return JointTrainer(network, draw, held_out, schedule, seed).run(report)

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from inn.conditional import ConditionalNetwork
-from inn.emulator import Emulator
 from inn.errors import MisuseError, ModelError
 
 
@@ -421,7 +420,11 @@ class AveragingTrainer(Trainer):
 
 
 class LikelihoodTrainer(AveragingTrainer):
-    """Maximum likelihood of the flow's leading components; see `fit_flow`."""
+    """Maximum likelihood of the conditional flow's leading components.
+
+    The principal components and the standardisation must have been set (`fit_statistics`). `run` ends with
+    the averaged weights of the epoch that was best on the held-out examples.
+    """
 
     def loss(self, module: nn.Module, examples: Examples, generator: torch.Generator | None) -> Tensor:
         """Negative log likelihood per component."""
@@ -438,60 +441,9 @@ class LikelihoodTrainer(AveragingTrainer):
 
 
 class LeastSquaresTrainer(AveragingTrainer):
-    """Least squares of the emulator's lines; see `fit_emulator`."""
+    """Least squares of the emulator's clean lines, whose standardisation must have been set."""
 
     def loss(self, module: nn.Module, examples: Examples, generator: torch.Generator | None) -> Tensor:
         """Mean squared error of the normalised lines."""
         emulated: Tensor = module(examples.atmosphere, examples.microturbulence, examples.mu)
         return (emulated - examples.lines).square().mean()
-
-
-def fit_flow(
-    network: ConditionalNetwork,
-    draw: Draw,
-    held_out: Sequence[Examples],
-    schedule: Schedule,
-    seed: int = 0,
-    report: Report | None = None,
-) -> list[Epoch]:
-    """Train the flow on its leading components by maximum likelihood.
-
-    The principal components and the standardisation must have been set (`fit_statistics`). The network ends
-    with the averaged weights of the epoch that was best on the held-out examples.
-
-    Parameters
-    ----------
-    network : ConditionalNetwork
-        Changed in place.
-    draw : callable
-        Returns freshly augmented examples.
-    held_out : sequence of Examples
-        Examples of simulations that `draw` never draws from.
-    schedule : Schedule
-    seed : int
-        Seed of everything random here.
-    report : callable, optional
-        Called with each epoch's `Epoch`.
-
-    Returns
-    -------
-    list of Epoch
-
-    Raises
-    ------
-    ModelError
-        The loss is no longer a number.
-    """
-    return LikelihoodTrainer(network, draw, held_out, schedule, seed).run(report)
-
-
-def fit_emulator(
-    emulator: Emulator,
-    draw: Draw,
-    held_out: Sequence[Examples],
-    schedule: Schedule,
-    seed: int = 0,
-    report: Report | None = None,
-) -> list[Epoch]:
-    """Train the emulator by least squares on clean lines; see `fit_flow` for the parameters."""
-    return LeastSquaresTrainer(emulator, draw, held_out, schedule, seed).run(report)

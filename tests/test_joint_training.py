@@ -12,7 +12,7 @@ from test_losses import SMALL, curve_by_cdist, mmd2_by_loops
 
 from inn.errors import MisuseError, ModelError
 from inn.joint import JointNetwork
-from inn.joint_training import JointSchedule, JointTrainer, fit_joint
+from inn.joint_training import JointSchedule, JointTrainer
 from inn.losses import SEARCHED_BANDWIDTHS
 
 PAPER = JointSchedule()
@@ -317,9 +317,9 @@ def test_every_term_improves_and_what_the_lines_tell_is_found():
     )
     still = replace(schedule, epochs=1, learning_rate=1e-30, weight_decay=0.0)
     untrained, network = (new_network(latent_size=3, width=32) for _ in range(2))
-    (before,) = fit_joint(untrained, problem.draw, held_out, still, seed=3)
+    (before,) = JointTrainer(untrained, problem.draw, held_out, still, seed=3).run()
     reported = []
-    history = fit_joint(network, problem.draw, held_out, schedule, seed=3, report=reported.append)
+    history = JointTrainer(network, problem.draw, held_out, schedule, seed=3).run(reported.append)
     assert reported == history
     after = history[-1]
     shares = {

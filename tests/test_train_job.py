@@ -458,7 +458,10 @@ def test_a_cluster_of_our_own_that_has_lost_its_workers_is_given_up(monkeypatch)
         done()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a GPU that torch cannot use")
+@pytest.mark.skipif(
+    torch.cuda.is_available(),
+    reason="torch can use a GPU here, so that the refusal under test does not arise",
+)
 def test_a_worker_that_offers_a_gpu_gets_the_training(grid, tmp_path):
     with (
         LocalCluster(

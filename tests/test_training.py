@@ -17,7 +17,7 @@ from inn.conditional import ConditionalNetwork
 from inn.emulator import Emulator
 from inn.layout import CA8542, HALPHA, Layout, LineWindow
 from inn.scaling import scale_atmosphere, unscale
-from inn.training import Epoch, LikelihoodTrainer, Schedule, fit_emulator, fit_flow
+from inn.training import Epoch, LeastSquaresTrainer, LikelihoodTrainer, Schedule
 from pipeline.crisp.instrument import transmission
 from pipeline.errors import InputError, MisuseError
 from pipeline.grids.store import open_grid, split
@@ -66,7 +66,9 @@ def test_the_flow_finds_a_posterior_that_is_known_in_closed_form():
         statistics.atmosphere, statistics.lines, statistics.mu, statistics.calibration_error
     )
     schedule = Schedule(epochs=10, steps=100, batch=384, learning_rate=6e-3, blur=0.0)
-    history = fit_flow(network, problem.draw, [problem.draw(2000, generator)], schedule, seed=3)
+    history = LikelihoodTrainer(
+        network, problem.draw, [problem.draw(2000, generator)], schedule, seed=3
+    ).run()
     test = problem.draw(200, generator)
     mean, covariance = problem.posterior(test.lines.double().numpy())
     latent = torch.randn(4000, 6, generator=generator)
@@ -92,9 +94,9 @@ def test_training_repeats_itself_and_keeps_the_best_epoch():
             SMALL, components=6, steps=2, hidden=8, context=4, embedding=8, dropout=0.1
         )
         curves.append(
-            fit_flow(
+            LikelihoodTrainer(
                 network, problem.draw, held_out, Schedule(epochs=6, steps=10, average=0.8, blur=0.0), seed=5
-            )
+            ).run()
         )
         networks.append(network)
     losses = [[(entry.loss, entry.held_out_loss) for entry in curve] for curve in curves]
@@ -191,7 +193,8 @@ def test_the_emulator_learns_a_known_function():
     some = source.draw(2000, generator)
     emulator.fit_statistics(some.atmosphere, some.microturbulence, some.mu, some.lines)
     test = source.draw(500, generator)
-    fit_emulator(emulator, source.draw, [test], Schedule(epochs=8, steps=100, learning_rate=5e-3), seed=2)
+    schedule = Schedule(epochs=8, steps=100, learning_rate=5e-3)
+    LeastSquaresTrainer(emulator, source.draw, [test], schedule, seed=2).run()
     with torch.no_grad():
         error = (emulator(test.atmosphere, test.microturbulence, test.mu) - test.lines).square().mean()
         assert float(error) < 0.02 * float(test.lines.var(dim=0).mean())

@@ -40,7 +40,7 @@ from torch import Tensor
 from inn.checkpoint import BUNDLED, load_model, model_hash
 from inn.emulator import Emulator
 from inn.layout import Layout
-from inn.training import fit_emulator
+from inn.training import LeastSquaresTrainer
 from pipeline.errors import InputError
 from pipeline.grids import atmosphere, lightweaver
 from pipeline.grids.atmosphere import PARAMETERS, AtmosphereParameters, SampledAtmosphere
@@ -103,9 +103,8 @@ def trained(recipe: Recipe, train: TrainingSet, validation: TrainingSet, epochs:
     emulator.fit_statistics(clean.atmosphere, clean.microturbulence, clean.mu, clean.lines)
     schedule = settings.emulator_schedule
     with Progress(f"emulator of {len(train)} simulations", schedule.epochs, "epochs") as progress:
-        fit_emulator(
-            emulator, train.draw_clean, [validation.clean()], schedule, report=lambda _: progress.advance(1)
-        )
+        trainer = LeastSquaresTrainer(emulator, train.draw_clean, [validation.clean()], schedule)
+        trainer.run(lambda _: progress.advance(1))
     return emulator
 
 
