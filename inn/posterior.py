@@ -4,6 +4,10 @@ Every pixel is given the same latent draws, so that two pixels with the same lin
 a map does not depend on how it was cut into tiles. Pixels are taken in batches of a fixed number of rows
 (pixels times draws) that stay in the processor's cache; the last batch is filled up to the same size, so that
 every matrix product has the same shape and a pixel's numbers do not depend on its neighbours.
+
+Everything happens on the network's device. Lines that are a tensor there already stay there, and draws are
+sorted there; only what is returned comes to the host. (On a GPU this has never been run: it is tested on the
+CPU, and on a device without memory, where any copy to the host fails.)
 """
 
 from __future__ import annotations
@@ -26,6 +30,9 @@ QUANTILES = (0.05, 0.16, 0.5, 0.84, 0.95)
 
 BATCH_ROWS = 4096
 """Pixels times draws in one batch: what a core's cache holds of the networks' hidden layers."""
+
+DEVICE_BATCH_ROWS = 1 << 17
+"""The same on any device but the CPU: enough to occupy a GPU (not measured), in a few GB of its memory."""
 
 
 class Network(Protocol):
@@ -71,7 +78,7 @@ class ScoreDraws(Protocol):
 
 class _Batch(NamedTuple):
     pixels: slice
-    good: NDArray[np.bool_]
+    good: Tensor
     atmosphere: Tensor
 
 
@@ -113,55 +120,90 @@ def _per_pixel(values: ArrayLike | None, name: str, pixels: int) -> NDArray[np.f
     return array
 
 
-def _check_lines(lines: ArrayLike | Tensor, layout: Layout) -> NDArray[Any]:
-    array = lines.detach().cpu().numpy() if isinstance(lines, Tensor) else np.asarray(lines)
-    if array.ndim != 2 or array.shape[1] != layout.lines_size:
+def as_lines(lines: ArrayLike | Tensor, layout: Layout) -> Tensor:
+    """Check that lines suit a network; a tensor stays on its device, any other array shares its memory.
+
+    Parameters
+    ----------
+    lines : array_like or Tensor, shape (pixels, lines_size)
+        Lines, as a network takes them.
+    layout : Layout
+        The network's.
+
+    Returns
+    -------
+    Tensor, shape (pixels, lines_size)
+
+    Raises
+    ------
+    MisuseError
+        They have another shape.
+    """
+    if isinstance(lines, Tensor):
+        tensor = lines.detach()
+    else:  # torch takes neither arrays that must not be written to nor negative strides
+        tensor = torch.from_numpy(np.require(lines, requirements=["C", "W"]))
+    if tensor.ndim != 2 or tensor.shape[1] != layout.lines_size:
         raise MisuseError(
             "lines must hold one row per pixel, at the network's points",
             where="lines",
-            found=f"shape {array.shape}",
+            found=f"shape {tuple(tensor.shape)}",
             expected=f"(pixels, {layout.lines_size})",
             remedy="bring observed profiles there with pipeline.spectra.network_lines",
         )
-    return array
+    return tensor
 
 
 def _batches(
     model: Network,
-    lines: NDArray[Any],
+    lines: Tensor,
     mu: NDArray[np.float64] | None,
     calibration_error: NDArray[np.float64] | None,
     latent: Tensor,
-    batch_rows: int,
+    batch_rows: int | None,
     scores: bool = False,
 ) -> Iterator[_Batch]:
     """Sample every pixel, batch by batch, all batches of the same shape (`scores`: on its own scale)."""
     weights = next(iter(model.parameters()))
+    if batch_rows is None:
+        batch_rows = BATCH_ROWS if weights.device.type == "cpu" else DEVICE_BATCH_ROWS
     latent = latent.to(weights)
     size = max(1, batch_rows // latent.shape[0])
-    finite = np.isfinite(lines).all(axis=1)
-    for extra in (mu, calibration_error):
+    lines = lines.to(weights.device)
+    angle, error = (
+        None if values is None else torch.from_numpy(values).to(weights.device)
+        for values in (mu, calibration_error)
+    )
+    finite = lines.isfinite().all(dim=1)
+    for extra in (angle, error):
         if extra is not None:
-            finite &= np.isfinite(extra)
+            finite &= extra.isfinite()
 
-    def filled(values: NDArray[Any], pixels: slice, good: NDArray[np.bool_]) -> Tensor:
+    def filled(values: Tensor, pixels: slice, good: Tensor) -> Tensor:
         # Any finite number will do where there is no pixel, or none that can be used.
-        rows = np.full((size, *values.shape[1:]), 0.5, dtype=values.dtype)
-        rows[: good.size][good] = values[pixels][good]
-        return torch.from_numpy(rows).to(weights)
+        rows = values.new_full((size, *values.shape[1:]), 0.5)
+        rows[: good.numel()] = values[pixels].where(_along(good, values), 0.5)
+        return rows.to(weights)
 
     for start in range(0, lines.shape[0], size):
         pixels = slice(start, min(start + size, lines.shape[0]))
         good = finite[pixels]
+        if not good.any():
+            continue
         atmosphere = _draws(
             model,
             filled(lines, pixels, good),
             latent,
-            None if mu is None else filled(mu, pixels, good),
-            None if calibration_error is None else filled(calibration_error, pixels, good),
+            None if angle is None else filled(angle, pixels, good),
+            None if error is None else filled(error, pixels, good),
             scores,
         )
-        yield _Batch(pixels, good, atmosphere[: good.size])
+        yield _Batch(pixels, good, atmosphere[: good.numel()])
+
+
+def _along(good: Tensor, values: Tensor) -> Tensor:
+    """Booleans (pixels,) in a shape that goes with values (pixels, ...)."""
+    return good.reshape(-1, *[1] * (values.ndim - 1))
 
 
 def _sorted_draws(atmosphere: Tensor) -> Tensor:
@@ -195,7 +237,7 @@ def posterior_quantiles(
     quantiles: Sequence[float] = QUANTILES,
     seed: int = 0,
     latent: LatentKind = "sobol",
-    batch_rows: int = BATCH_ROWS,
+    batch_rows: int | None = None,
 ) -> dict[str, NDArray[Any]]:
     """Quantiles of each pixel's posterior at every height.
 
@@ -208,8 +250,9 @@ def posterior_quantiles(
     ----------
     model : Network
         A conditional or a joint network. The computation runs on its device, in its dtype.
-    lines : array_like, shape (pixels, lines_size)
-        H-alpha, then Ca II 8542, at the network's points and divided by their joint maximum.
+    lines : array_like or Tensor, shape (pixels, lines_size)
+        H-alpha, then Ca II 8542, at the network's points and divided by their joint maximum. A tensor on the
+        network's device is used where it is.
     mu : float or array_like, shape (pixels,), optional
         Cosine of the heliocentric angle. The joint network ignores it; the conditional one requires it.
     calibration_error : float or array_like, shape (pixels,), optional
@@ -223,8 +266,8 @@ def posterior_quantiles(
         Seed of the latent draws, which all pixels share.
     latent : {"sobol", "gaussian"}
         Scrambled Sobol points or independent Gaussian ones.
-    batch_rows : int
-        Pixels times draws computed at once.
+    batch_rows : int, optional
+        Pixels times draws computed at once; `BATCH_ROWS` or `DEVICE_BATCH_ROWS` if left out.
 
     Returns
     -------
@@ -237,22 +280,38 @@ def posterior_quantiles(
     MisuseError
         Shapes, levels or the number of draws cannot be used.
     """
-    array, mu_array, error_array = _arguments(model, lines, mu, calibration_error)
+    tensor, angle, error = _arguments(model, lines, mu, calibration_error)
     levels = np.asarray(quantiles, dtype=np.float64)
     if levels.ndim != 1 or levels.size == 0 or not np.all((levels >= 0.0) & (levels <= 1.0)):
         raise MisuseError(
             "quantiles are levels between 0 and 1", where="quantiles", found=quantiles, expected="e.g. 0.5"
         )
     points = draw_latent(draws, model.latent_size, seed, latent)
-    shape = (array.shape[0], levels.size, model.layout.atmosphere_size)
-    result = np.full(shape, np.nan, dtype=_dtype(model))
-    with torch.inference_mode():
-        for batch in _batches(model, array, mu_array, error_array, points, batch_rows, scores=True):
-            values = _order_statistics(_sorted_draws(batch.atmosphere), levels)
-            if isinstance(model, ScoreDraws):
-                values = model.from_scores(values)
-            result[batch.pixels][batch.good] = values.cpu().numpy()[batch.good]
-    return unscale_atmosphere(result)
+    result = _quantiles(model, tensor, angle, error, points, levels, batch_rows)
+    if result.device.type == "cpu":
+        return unscale_atmosphere(result.numpy())  # NumPy's powers and torch's differ in their last bits
+    return {name: values.cpu().numpy() for name, values in unscale_atmosphere(result).items()}
+
+
+@torch.inference_mode()
+def _quantiles(
+    model: Network,
+    lines: Tensor,
+    mu: NDArray[np.float64] | None,
+    calibration_error: NDArray[np.float64] | None,
+    latent: Tensor,
+    levels: NDArray[np.float64],
+    batch_rows: int | None,
+) -> Tensor:
+    """Quantiles (pixels, levels, atmosphere_size) in network units; all of it on the network's device."""
+    shape = (lines.shape[0], levels.size, model.layout.atmosphere_size)
+    result = next(iter(model.parameters())).new_full(shape, torch.nan)
+    for batch in _batches(model, lines, mu, calibration_error, latent, batch_rows, scores=True):
+        values = _order_statistics(_sorted_draws(batch.atmosphere), levels)
+        if isinstance(model, ScoreDraws):
+            values = model.from_scores(values)
+        result[batch.pixels] = values.where(_along(batch.good, values), torch.nan)
+    return result
 
 
 def sample(
@@ -263,7 +322,7 @@ def sample(
     draws: int = 1000,
     seed: int = 0,
     latent: LatentKind = "sobol",
-    batch_rows: int = BATCH_ROWS,
+    batch_rows: int | None = None,
 ) -> dict[str, NDArray[Any]]:
     """Joint draws of each pixel's atmosphere, for gradients, column masses or any other derived quantity.
 
@@ -283,13 +342,14 @@ def sample(
     MisuseError
         Shapes or the number of draws cannot be used.
     """
-    array, mu_array, error_array = _arguments(model, lines, mu, calibration_error)
+    tensor, angle, error = _arguments(model, lines, mu, calibration_error)
     points = draw_latent(draws, model.latent_size, seed, latent)
-    shape = (array.shape[0], draws, model.layout.atmosphere_size)
+    shape = (tensor.shape[0], draws, model.layout.atmosphere_size)
     result = np.full(shape, np.nan, dtype=_dtype(model))
     with torch.inference_mode():
-        for batch in _batches(model, array, mu_array, error_array, points, batch_rows):
-            result[batch.pixels][batch.good] = batch.atmosphere.cpu().numpy()[batch.good]
+        for batch in _batches(model, tensor, angle, error, points, batch_rows):
+            good = batch.good.cpu().numpy()
+            result[batch.pixels][good] = batch.atmosphere.cpu().numpy()[good]
     return unscale_atmosphere(result)
 
 
@@ -301,7 +361,7 @@ def misfit(
     draws: int = 16,
     seed: int = 0,
     latent: LatentKind = "sobol",
-    batch_rows: int = BATCH_ROWS,
+    batch_rows: int | None = None,
 ) -> NDArray[Any]:
     """How well a pixel's posterior reproduces its profiles: a posterior predictive check.
 
@@ -325,23 +385,25 @@ def misfit(
     MisuseError
         Shapes or the number of draws cannot be used.
     """
-    array, mu_array, error_array = _arguments(model, lines, mu, calibration_error)
-    result = np.full(array.shape[0], np.nan, dtype=_dtype(model))
+    tensor, angle, error = _arguments(model, lines, mu, calibration_error)
+    result = np.full(tensor.shape[0], np.nan, dtype=_dtype(model))
     emulator = getattr(model, "emulator", None)
-    if emulator is None or mu_array is None:
+    if emulator is None or angle is None:
         return result
+    tensor = tensor.to(next(iter(model.parameters())).device)
     points = draw_latent(draws, model.latent_size, seed, latent)
     with torch.inference_mode():
-        for batch in _batches(model, array, mu_array, error_array, points, batch_rows):
-            atmosphere = batch.atmosphere[torch.from_numpy(batch.good).to(batch.atmosphere.device)]
-            observed = torch.from_numpy(array[batch.pixels][batch.good]).to(atmosphere)
-            angle = torch.from_numpy(mu_array[batch.pixels][batch.good]).to(atmosphere)
+        for batch in _batches(model, tensor, angle, error, points, batch_rows):
+            good = batch.good.cpu().numpy()
+            atmosphere = batch.atmosphere
+            # All rows, so that a pixel's place does not depend on its neighbours; bad ones become NaN.
             distance = emulator.distance(
                 atmosphere.reshape(-1, atmosphere.shape[-1]),
-                observed.repeat_interleave(draws, dim=0),
-                angle.repeat_interleave(draws),
+                tensor[batch.pixels].to(atmosphere).repeat_interleave(draws, dim=0),
+                torch.from_numpy(angle[batch.pixels]).to(atmosphere).repeat_interleave(draws),
             ).reshape(-1, draws)
-            result[batch.pixels][batch.good] = distance.quantile(0.5, dim=1).cpu().numpy()
+            median = distance.quantile(0.5, dim=1).cpu().numpy()
+            result[batch.pixels][good] = median[good]
     return result
 
 
@@ -351,10 +413,10 @@ def _dtype(model: Network) -> np.dtype[Any]:
 
 def _arguments(
     model: Network, lines: ArrayLike | Tensor, mu: ArrayLike | None, calibration_error: ArrayLike | None
-) -> tuple[NDArray[Any], NDArray[np.float64] | None, NDArray[np.float64] | None]:
-    array = _check_lines(lines, model.layout)
-    angle = _per_pixel(mu, "mu", array.shape[0])
-    error = _per_pixel(calibration_error, "calibration_error", array.shape[0])
+) -> tuple[Tensor, NDArray[np.float64] | None, NDArray[np.float64] | None]:
+    tensor = as_lines(lines, model.layout)
+    angle = _per_pixel(mu, "mu", tensor.shape[0])
+    error = _per_pixel(calibration_error, "calibration_error", tensor.shape[0])
     # Numbers that are missing (NaN) spoil their pixels alone; impossible ones are a mistake.
     for name, values in (("mu", angle), ("calibration_error", error)):
         if values is not None and ((values < 0.0) | (values > 1.0)).any():
@@ -364,4 +426,4 @@ def _arguments(
                 found=f"{np.nanmin(values):g} to {np.nanmax(values):g}",
                 remedy="mu is the cosine of the heliocentric angle; the error is relative, 0.05 for 5 %",
             )
-    return array, angle, error
+    return tensor, angle, error

@@ -93,6 +93,25 @@ def test_bad_pixels_are_nan_and_leave_the_others_alone(network):
         np.testing.assert_array_equal(found[quantity][~bad], clean[quantity][~bad])
 
 
+def test_pixels_left_out_keep_their_places_and_whole_batches_of_them_cost_nothing(network, monkeypatch):
+    network.emulator = Emulator(LAYOUT, width=8, depth=1).eval()
+    lines, mu = pixels(40)
+    some = lines.copy()
+    some[5:33] = np.nan  # batches of eight pixels: three of the five have none left
+    try:
+        whole = misfit(network, lines, mu, draws=32, batch_rows=256)
+        passes = []
+        real = network.inverse_draws
+        monkeypatch.setattr(network, "inverse_draws", lambda *given: (passes.append(1), real(*given))[1])
+        found = misfit(network, some, mu, draws=32, batch_rows=256)
+    finally:
+        network.emulator = None
+    left = np.isfinite(some[:, 0])
+    np.testing.assert_array_equal(found[left], whole[left])
+    assert np.isnan(found[~left]).all()
+    assert len(passes) == 2
+
+
 def test_the_joint_network_is_sampled_alike():
     torch.manual_seed(3)
     model = JointNetwork(LAYOUT).eval()
