@@ -14,9 +14,10 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -29,7 +30,7 @@ from pipeline.errors import ClusterError, MisuseError
 from pipeline.provenance import flarefield_version
 from pipeline.recipes import RECIPES, Recipe, find_recipe
 from pipeline.training_display import TrainingDisplay, summary_line
-from pipeline.training_folder import HISTORY_FILE, Standing, TrainingFolder
+from pipeline.training_folder import HISTORY_FILE, Standing, Submission, TrainingFolder
 from pipeline.training_run import Order, finish, run, run_on_worker
 from pipeline.training_set import content_hash
 
@@ -45,6 +46,7 @@ DESERTED = 60.0
 GRACE = 10.0
 """Seconds that a process, whose cluster was ended with its command, gets to end."""
 
+TrainingState: TypeAlias = Literal["complete", "running", "waiting", "stopped", "dead", "failed"]
 Cluster: TypeAlias = LocalConfig | AddressConfig | SlurmConfig | Client
 
 
@@ -168,17 +170,15 @@ def train(
 
     if cluster is None:
         owner = f"process {os.getpid()} on {socket.gethostname()}"
-        return _train_here(order(owner, torch.get_num_threads(), False), folder)
+        planned = order(owner, torch.get_num_threads(), False)
+        with _submitted(folder, owner, owner, detach):
+            return _train_here(planned, folder)
     with opened(_enough(cluster)) as client:
         workers = client.scheduler_info(n_workers=-1)
         gpu = any(worker["resources"].get("GPU", 0) >= 1 for worker in workers["workers"].values())
-        return _train_there(
-            client,
-            order(str(workers["id"]), threads_per_task(client), gpu),
-            folder,
-            detach=detach,
-            own=isinstance(cluster, LocalConfig),
-        )
+        planned = order(str(workers["id"]), threads_per_task(client), gpu)
+        with _submitted(folder, planned.cluster, str(workers["address"]), detach):
+            return _train_there(client, planned, folder, detach=detach, own=isinstance(cluster, LocalConfig))
 
 
 def _flattened(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -207,6 +207,18 @@ def _see_that_nobody_else_trains(folder: TrainingFolder, owner: str) -> None:
         if standing.host != socket.gethostname() or time.monotonic() > until:
             raise folder.taken()
         time.sleep(POLL)
+
+
+@contextmanager
+def _submitted(folder: TrainingFolder, cluster: str, address: str, detach: bool) -> Iterator[None]:
+    """Tell that a training waits to be begun, and if it never will be, why."""
+    submission = folder.submit(cluster, address, detach)
+    try:
+        yield
+    except BaseException as error:
+        reason = f"{type(error).__name__}: {error}" if isinstance(error, Exception) else ""
+        folder.end_submission(reason, submission.identity)
+        raise
 
 
 def _train_here(order: Order, folder: TrainingFolder) -> dict[str, Any]:
@@ -324,6 +336,7 @@ def _display(folder: TrainingFolder) -> TrainingDisplay:
 
 def _watch(folder: TrainingFolder, display: TrainingDisplay, owner: str, done: Callable[[], bool]) -> None:
     while not done():
+        folder.wait()
         standing = folder.standing()
         if standing is not None and standing.cluster == owner:  # not an earlier one's
             display.update(standing)
@@ -338,22 +351,22 @@ class TrainingStatus:
     ----------
     state : str
         ``"complete"``: the model is there. ``"running"``; ``"waiting"``: submitted and not begun.
-        ``"stopped"``: nobody wanted it any more. ``"dead"``: its process gives no sign of life.
-        ``"failed"``: `standing` says why.
+        ``"stopped"``: nobody wanted it any more. ``"dead"``: who trained, or waited for that to begin, gives
+        no sign of life. ``"failed"``: `submission` or `standing` says why.
     model : Path
     standing : Standing or None
-        What the training's folder tells; None where it tells nothing.
+        What is told by the last process that trained; None where there was none.
+    submission : Submission or None
+        That somebody was asked since, who has not begun.
     record : dict or None
         The complete model's.
-    begun : float
-        When the training was begun, in seconds since 1970; 0 where that is not known.
     """
 
-    state: Literal["complete", "running", "waiting", "stopped", "dead", "failed"]
+    state: TrainingState
     model: Path
     standing: Standing | None = None
+    submission: Submission | None = None
     record: dict[str, Any] | None = None
-    begun: float = 0.0
 
     @property
     def good(self) -> bool:
@@ -366,12 +379,15 @@ class TrainingStatus:
         if self.record is not None:
             epochs = ", ".join(f"{stage} {count}" for stage, count in self.record.get("epochs", {}).items())
             lines.append(f"  epochs: {epochs}" if epochs else "  not trained here")
-        elif self.standing is None:
-            lines.append(f"  submitted {_ago(self.begun)}")
-        else:
-            standing = self.standing
+        if (submission := self.submission) is not None:
+            lines.append(f"  submitted {_ago(submission.when)} to {submission.address}; nobody has begun")
+            if submission.error:
+                lines.append(f"  error: {submission.error}")
+            elif self.good:
+                lines.append("  the same command without --detach waits for it, and tells what goes wrong")
+        if (standing := self.standing) is not None:
             lines += [
-                f"  {summary_line(standing)}",
+                f"  {'before: ' if submission else ''}{summary_line(standing)}",
                 f"  process {standing.process} on {standing.host}, {standing.device}, "
                 f"{standing.threads} threads; start {standing.starts}",
                 f"  sign of life {_ago(standing.beat)}; checkpoint "
@@ -408,20 +424,25 @@ def training_status(model_path: str | Path) -> TrainingStatus:
         The training's folder is damaged.
     """
     folder = TrainingFolder(model_path)
+    # In this order: it is begun with before the submission is taken back, and complete before all this goes.
+    submission, standing = folder.submission(), folder.standing()
+    running, there = folder.is_running(standing), folder.path.is_dir()
     if (record := folder.record()) is not None:
         return TrainingStatus("complete", folder.model, record=record)
-    if not folder.path.is_dir():
+    if not there:
         raise MisuseError(
             "there is no such model, nor a training of it",
             where=folder.model,
             remedy="begin one with `flarefield train GRID.zarr MODEL`",
         )
-    begun, standing = folder.plan().begun, folder.standing()
-    if standing is None:
-        return TrainingStatus("waiting", folder.model, begun=begun)
-    if standing.state == "running":
-        state: Literal["running", "dead"] = "running" if folder.is_running(standing) else "dead"
-        return TrainingStatus(state, folder.model, standing, begun=begun)
-    if standing.state == "finished":  # and about to be there
-        return TrainingStatus("running", folder.model, standing, begun=begun)
-    return TrainingStatus(standing.state, folder.model, standing, begun=begun)
+    folder.plan()
+    state: TrainingState = "stopped"
+    if running:
+        state, submission = "running", None
+    elif submission is not None and submission.error:
+        state = "failed"
+    elif submission is not None:
+        state = "waiting" if folder.is_waited_for(submission) else "dead"
+    elif standing is not None:
+        state = standing.state if standing.state in ("failed", "stopped") else "dead"
+    return TrainingStatus(state, folder.model, standing, submission)

@@ -1,10 +1,10 @@
 """The folder of a training under way, ``MODEL.training`` beside the model: all that is needed to go on.
 
 ``training.json`` says what is trained, ``checkpoint.pt`` and ``previous.pt`` hold how far it is,
-``history.csv`` every finished epoch, ``progress.json`` the present state with a heartbeat. One process
-trains, which the lock on ``lock`` sees to; it ends with that process, however that ends. Anyone may read:
-files are replaced whole, and the history only grows between replacements. The folder is gone when the model
-is complete.
+``history.csv`` every finished epoch, ``progress.json`` the present state with a heartbeat;
+``submission.json`` says that somebody was asked to train and has not begun. One process trains, which the
+lock on ``lock`` sees to; it ends with that process, however that ends. Anyone may read: files are replaced
+whole, and the history only grows between replacements. The folder is gone when the model is complete.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 
@@ -49,6 +49,7 @@ COLUMNS = ("network", *(entry.name for entry in fields(Epoch) if entry.name != "
 
 State = Literal["running", "finished", "failed", "stopped"]
 History = Mapping[str, list[Epoch]]
+Told = TypeVar("Told")
 
 
 @dataclass
@@ -96,6 +97,35 @@ class Standing:
     device: str = "cpu"
     threads: int = 1
     beat: float = 0.0
+
+
+@dataclass(frozen=True)
+class Submission:
+    """That somebody was asked to train, and has not begun.
+
+    Attributes
+    ----------
+    identity : str
+        Tells it from another one of the same training.
+    cluster : str
+        Who was asked, as `Standing.cluster` has it.
+    address : str
+        Where that is.
+    detached : bool
+        Whether it will be done though nobody watches. Otherwise the command that waits for it shows that it
+        does by the date of the file.
+    when : float
+        In seconds since 1970.
+    error : str
+        Why nobody will begin; empty as long as somebody may.
+    """
+
+    identity: str
+    cluster: str
+    address: str
+    detached: bool
+    when: float
+    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -230,6 +260,74 @@ class TrainingFolder:
                 remedy="remove it, or name another directory",
             ) from error
 
+    # Who was asked to train
+
+    def submit(self, cluster: str, address: str, detached: bool) -> Submission:
+        """Tell that somebody is asked to train, who ends this with `begun` or `end_submission`.
+
+        Parameters
+        ----------
+        cluster, address, detached
+            As in `Submission`. What was left alone once, on the same cluster, stays so.
+
+        Raises
+        ------
+        StoreError
+            Nothing can be written there.
+        """
+        before = self.submission()
+        if before is not None and before.cluster == cluster and not before.error:
+            detached = detached or before.detached
+        submission = Submission(uuid.uuid4().hex, cluster, address, detached, time.time())
+        with _writing(self.path):
+            _replace(self._submission, _json(asdict(submission)), synced=False)
+        return submission
+
+    def submission(self) -> Submission | None:
+        """Whether somebody was asked to train who has not begun; None also where nothing tells."""
+        return _told(self._submission, Submission)
+
+    def is_waited_for(self, submission: Submission) -> bool:
+        """Whether a submission will be taken up: it was left alone, or its command gives signs of life."""
+        try:
+            return submission.detached or time.time() - self._submission.stat().st_mtime <= SILENCE
+        except FileNotFoundError:  # it was taken up just now
+            return True
+
+    def wait(self) -> None:
+        """Give a sign of life of a command that waits for its training to be begun."""
+        with suppress(FileNotFoundError):  # it was
+            os.utime(self._submission, (time.time(), time.time()))
+
+    def begun(self) -> None:
+        """Take back the submission: who calls this trains."""
+        self._submission.unlink(missing_ok=True)
+
+    def end_submission(self, error: str = "", identity: str | None = None) -> None:
+        """Tell why nobody will begin, or without an error take a submission back that was not left alone.
+
+        Parameters
+        ----------
+        error : str
+            What went wrong.
+        identity : str, optional
+            Of the submission that is meant: another one stays as it is.
+        """
+        found = self.submission()
+        if found is None or identity not in (None, found.identity):
+            return
+        try:
+            if error:
+                _replace(self._submission, _json(asdict(replace(found, error=error))), synced=False)
+            elif not found.detached:
+                self.begun()
+        except OSError as failure:
+            logger.warning("%s cannot be written: %s", self._submission, _first(failure))
+
+    @property
+    def _submission(self) -> Path:
+        return self.path / "submission.json"
+
     # Who trains
 
     @contextmanager
@@ -282,7 +380,9 @@ class TrainingFolder:
 
     def is_running(self, standing: Standing | None) -> bool:
         """Whether a process trains: its heart beats, and where that can be known, it holds the lock."""
-        if standing is None or standing.state != "running" or time.time() - standing.beat > SILENCE:
+        if standing is None or standing.state not in ("running", "finished"):
+            return False
+        if time.time() - standing.beat > SILENCE:
             return False
         if standing.host != socket.gethostname():
             return True
@@ -297,15 +397,7 @@ class TrainingFolder:
 
     def standing(self) -> Standing | None:
         """Where the training stands; None before a process has begun with it, or if nothing tells."""
-        path = self.path / "progress.json"
-        try:
-            return Standing(**json.loads(path.read_bytes()))
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except (ValueError, TypeError):
-            # It is not synced to the disk: a node that dies may leave it empty. Checkpoints are what counts.
-            logger.warning("%s: cannot be read, and is written anew", path)
-            return None
+        return _told(self.path / "progress.json", Standing)
 
     # How far it is
 
@@ -334,18 +426,55 @@ class TrainingFolder:
             sync_directory(self.path)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """Read the last checkpoint that is whole, onto the CPU; None where there is none.
+        """Read the last checkpoint that is whole, onto the CPU; None where there never was one.
 
-        Nothing in it is executed: it is read with ``weights_only``.
+        Nothing in it is executed: it is read with ``weights_only``. One that cannot be read is put aside, for
+        the next one to be written must not take the place of the one before it.
+
+        Raises
+        ------
+        StoreError
+            There are checkpoints, and none can be read. To start over would overwrite them, and the history;
+            a disk that answers again, or a copy, may bring them back.
         """
+        unreadable: dict[Path, str] = {}
         for path in (self.path / "checkpoint.pt", self.path / "previous.pt"):
             try:
-                return dict(torch.load(path, map_location="cpu", weights_only=True))
+                found = dict(torch.load(path, map_location="cpu", weights_only=True))
             except FileNotFoundError:
                 continue
-            except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-                logger.warning("%s cannot be read (%s); the one before it is taken", path, _first(error))
+            except (OSError, EOFError, RuntimeError, ValueError, TypeError, pickle.UnpicklingError) as error:
+                unreadable[path] = _first(error)
+                continue
+            for bad, reason in unreadable.items():
+                aside = bad.with_name("unreadable.pt")
+                logger.warning(
+                    "%s cannot be read (%s) and is kept as %s; the one before it is taken: what came after "
+                    "that is computed again",
+                    bad,
+                    reason,
+                    aside.name,
+                )
+                bad.replace(aside)
+            return found
+        if unreadable:
+            raise StoreError(
+                "no checkpoint of this training can be read",
+                where=self.path,
+                found="; ".join(f"{path.name}: {reason}" for path, reason in unreadable.items()),
+                expected=f"a checkpoint: {HISTORY_FILE} tells of {self._epochs()} finished epochs",
+                remedy="bring one of these files back from a copy; or remove "
+                + " and ".join(path.name for path in unreadable)
+                + ", and the same command starts over: it computes those epochs again, to the same network",
+            )
         return None
+
+    def _epochs(self) -> int:
+        """Finished epochs, by the lines of the history."""
+        try:
+            return max((self.path / HISTORY_FILE).read_bytes().count(b"\n") - 1, 0)
+        except FileNotFoundError:
+            return 0
 
     def remove(self) -> None:
         """Remove the folder: the model is complete."""
@@ -459,6 +588,18 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     with _writing(path.parent):
         write(new)
         new.replace(path)
+
+
+def _told(path: Path, kind: type[Told]) -> Told | None:
+    """What a file says of a training; None where it is not there, or says nothing."""
+    try:
+        return kind(**json.loads(path.read_bytes()))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, TypeError):
+        # It is not synced to the disk: a node that dies may leave it empty. Checkpoints are what counts.
+        logger.warning("%s: cannot be read, and is left out of account", path)
+        return None
 
 
 def _json(value: Any) -> bytes:  # noqa: ANN401

@@ -134,6 +134,17 @@ def run(order: Order, wanted: Callable[[], bool]) -> dict[str, Any]:
         What a person has to mend; the training's folder tells it, too.
     """
     folder = TrainingFolder(order.model)
+    try:
+        return _run(order, folder, wanted)
+    except Unwanted:
+        raise
+    except Exception as error:
+        # Before the training was begun, nothing else would tell whoever asks how it is doing.
+        folder.end_submission(f"{type(error).__name__}: {error}")
+        raise
+
+
+def _run(order: Order, folder: TrainingFolder, wanted: Callable[[], bool]) -> dict[str, Any]:
     with folder.locked(PATIENCE) as there:
         record = folder.record()
         complete = record is not None and record.get("run") == order.run
@@ -177,6 +188,7 @@ def _go_on(order: Order, folder: TrainingFolder, wanted: Callable[[], bool]) -> 
         starts=1 if before is None else before.starts + 1, threads=order.threads, cluster=order.cluster
     )
     with Reporter(folder, standing) as reporter, _threads(order.threads):
+        folder.begun()
         try:
             standing.device = _device(order.gpu).type
             return _Run(order, folder, reporter, wanted).complete()

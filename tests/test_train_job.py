@@ -15,6 +15,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,7 +33,7 @@ from inn.training import Epoch, Schedule
 from pipeline import train_job, training_run
 from pipeline.cli import main
 from pipeline.cluster import AddressConfig, LocalConfig, SlurmConfig
-from pipeline.errors import ClusterError, InputError, MisuseError, ModelError
+from pipeline.errors import ClusterError, InputError, MisuseError, ModelError, StoreError
 from pipeline.history_figure import history_figure
 from pipeline.recipes import RECIPES, Recipe
 from pipeline.train_job import train, training_status
@@ -246,8 +247,9 @@ def test_a_torn_checkpoint_is_replaced_by_the_one_before(grid, undisturbed, tmp_
     with threads(1):
         folder = stopped_after(30, grid, tmp_path / "model", checkpoint_seconds=0.0)
     torn = folder.path / "checkpoint.pt"
+    whole = torn.read_bytes()
     for keep in (0.999, 0.5, 0.0):
-        os.truncate(torn, int(keep * torn.stat().st_size))
+        torn.write_bytes(whole[: int(keep * len(whole))])
         found = folder.load_checkpoint()
         assert found is not None
         assert found["trainer"]["steps"] == 29 - 24
@@ -255,6 +257,36 @@ def test_a_torn_checkpoint_is_replaced_by_the_one_before(grid, undisturbed, tmp_
         caplog.clear()
     train(grid, tmp_path / "model", recipe=TINY, seed=SEED)
     assert_same(tmp_path / "model", undisturbed)
+
+
+def test_the_checkpoint_before_a_torn_one_outlives_the_next(tmp_path):
+    folder = TrainingFolder(tmp_path / "model")
+    folder.begin({"seed": 0}, 1)
+    assert folder.load_checkpoint() is None
+    for step in range(2):
+        folder.save_checkpoint({"step": step})
+    os.truncate(folder.path / "checkpoint.pt", 10)
+    assert folder.load_checkpoint() == {"step": 0}
+    folder.save_checkpoint({"step": 2})
+    (folder.path / "checkpoint.pt").unlink()  # a kill between two renamings
+    assert folder.load_checkpoint() == {"step": 0}
+    assert (folder.path / "unreadable.pt").stat().st_size == 10
+
+
+def test_checkpoints_that_cannot_be_read_are_not_overwritten(grid, tmp_path):
+    with threads(1):
+        folder = stopped_after(30, grid, tmp_path / "model", checkpoint_seconds=0.0)
+    files = [folder.path / name for name in ("checkpoint.pt", "previous.pt", "history.csv")]
+    for file in files[:2]:
+        os.truncate(file, 100)
+    before = [file.read_bytes() for file in files]
+    with pytest.raises(StoreError, match="no checkpoint") as refusal:
+        train(grid, tmp_path / "model", recipe=TINY, seed=SEED)
+    assert [file.read_bytes() for file in files] == before
+    assert all(name in str(refusal.value.found) for name in ("checkpoint.pt", "previous.pt"))
+    assert "1 finished epochs" in str(refusal.value.expected)  # 29 steps of 24 each
+    assert "remove checkpoint.pt and previous.pt" in str(refusal.value.remedy)
+    assert training_status(tmp_path / "model").state == "failed"
 
 
 @pytest.mark.parametrize("left", ["", '{"state": "runn', "[1, 2]", '{"colour": "red"}'])
@@ -296,7 +328,8 @@ def test_a_checkpoint_with_code_in_it_is_not_executed(tmp_path):
     folder = TrainingFolder(tmp_path / "model")
     folder.begin({"seed": 0}, 1)
     torch.save({"stage": Hostile()}, folder.path / "checkpoint.pt")
-    assert folder.load_checkpoint() is None
+    with pytest.raises(StoreError, match="no checkpoint of this training can be read"):
+        folder.load_checkpoint()
     assert not (tmp_path / "executed").exists()
 
 
@@ -337,7 +370,7 @@ def test_the_dead_are_told_from_the_living(tmp_path):
     with pytest.raises(MisuseError, match="no such model"):
         training_status(tmp_path / "model")
     folder.begin({"seed": 0}, 1)
-    assert training_status(tmp_path / "model").state == "waiting"
+    assert training_status(tmp_path / "model").state == "stopped"  # nobody was asked
 
     def write(**values: object) -> None:
         standing = vars(Standing(stage="flow", epochs=3, beat=time.time())) | values
@@ -355,10 +388,50 @@ def test_the_dead_are_told_from_the_living(tmp_path):
     assert training_status(tmp_path / "model").state == "running"
     write(host="elsewhere", beat=time.time() - 100.0)
     assert training_status(tmp_path / "model").state == "dead"
+    # All is computed, but the model not yet there.
+    write(state="finished")
+    assert training_status(tmp_path / "model").state == "dead"
+    with folder.locked(0.0):
+        assert training_status(tmp_path / "model").state == "running"
     write(state="failed", error="ModelError: no numbers")
     status = training_status(tmp_path / "model")
     assert (status.state, status.good) == ("failed", False)
     assert "ModelError: no numbers" in status.summary()
+
+
+def test_who_waits_for_a_training_to_be_begun_is_told_from_who_gave_up(tmp_path):
+    folder = TrainingFolder(tmp_path / "model")
+    folder.begin({"seed": 0}, 1)
+    failed = Standing(state="failed", error="ModelError: no numbers", beat=time.time())
+    (folder.path / "progress.json").write_text(json.dumps(vars(failed)))
+
+    def told() -> tuple[str, bool]:
+        status = training_status(tmp_path / "model")
+        return status.state, "no numbers" in status.summary()
+
+    # Submitted anew, what failed before is the past, and told as such.
+    watched = folder.submit("a cluster", "tcp://127.0.0.1:1", False)
+    assert told() == ("waiting", True)
+    os.utime(folder.path / "submission.json", (0, time.time() - 100.0))
+    assert told() == ("dead", True)
+    folder.wait()
+    assert told() == ("waiting", True)
+    folder.end_submission(identity="another command's")
+    assert told() == ("waiting", True)
+    folder.end_submission(identity=watched.identity)
+    assert told() == ("failed", True)
+    # What was left alone waits without a sign of life, whoever else watches it, and goes.
+    folder.submit("a cluster", "tcp://127.0.0.1:1", True)
+    again = folder.submit("a cluster", "tcp://127.0.0.1:1", False)
+    os.utime(folder.path / "submission.json", (0, time.time() - 100.0))
+    folder.end_submission(identity=again.identity)
+    assert told() == ("waiting", True)
+    folder.end_submission("StoreError: no such folder there")
+    assert "no such folder there" in training_status(tmp_path / "model").summary()
+    assert told() == ("failed", True)
+    folder.begun()
+    folder.wait()
+    assert training_status(tmp_path / "model").submission is None
 
 
 @pytest.fixture(scope="module")
@@ -438,6 +511,37 @@ def test_a_detached_training_that_fails_is_attempted_anew_by_the_same_command(
         with contextlib.suppress(ModelError):  # it may fail while the command still looks
             train(grid, model, recipe=wild, cluster=address, detach=True)
         wait_for(lambda attempt=attempt: told(model) == ("failed", attempt))
+
+
+def test_a_detached_training_in_the_queue_is_waiting_and_one_refused_has_failed(
+    grid, running_cluster, tmp_path, monkeypatch
+):
+    address, model = AddressConfig(address=running_cluster), tmp_path / "model"
+    with threads(1):
+        folder = stopped_after(3, grid, model)
+    monkeypatch.setattr("pipeline.train_job.threads_per_task", lambda client: 1)
+    monkeypatch.setattr(training_run, "PATIENCE", 0.0)
+    # Nobody can begin: another process has the lock, and gives no other sign.
+    with folder.locked(0.0), contextlib.suppress(MisuseError):  # it may fail while the command still looks
+        train(grid, model, recipe=TINY, seed=SEED, cluster=address, detach=True)
+        wait_for(lambda: training_status(model).state == "failed")
+    assert "another command is training" in training_status(model).summary()
+    # Nobody can begin: all workers are busy.
+    free = tmp_path / "free"
+    with Client(running_cluster, set_as_default=False) as client:
+        busy = client.map(partial(busy_until, str(free)), range(2), pure=False)
+        assert train(grid, model, recipe=TINY, seed=SEED, cluster=address, detach=True) is None
+        status = training_status(model)
+        assert (status.state, status.good, told(model)) == ("waiting", True, ("stopped", 1))
+        assert running_cluster in status.summary()
+        free.touch()
+        client.gather(busy)
+    wait_for(lambda: training_status(model).state == "complete")
+
+
+def busy_until(path: str, _: int) -> None:
+    """Keep a worker busy until there is a file."""
+    wait_for(Path(path).exists)
 
 
 def told(model: Path) -> tuple[str, int] | None:
