@@ -118,8 +118,11 @@ def invert_command(
         Path, typer.Argument(metavar="OBS.zarr", help="An observation store, made by `flarefield ingest`.")
     ],
     output: Annotated[
-        Path, typer.Argument(metavar="MAP.zarr", help="The map store to write, or to go on with.")
-    ],
+        Path | None,
+        typer.Argument(
+            metavar="MAP.zarr", help="The map store to write, or to go on with.", show_default=False
+        ),
+    ] = None,
     model: Annotated[
         Path | None, typer.Option(help="Model directory; the bundled model if left out.", show_default=False)
     ] = None,
@@ -142,8 +145,29 @@ def invert_command(
         ),
     ] = None,
     overwrite: OverwriteOption = False,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Invert nothing: compare every tile of a map (the last store named) with its journal; exit "
+            "code 1 if any is missing, damaged or failed.",
+        ),
+    ] = False,
 ) -> None:
     """Invert every pixel of an observation; the same command again does what is missing."""
+    if check:
+        from pipeline.check import check_map
+
+        checked = check_map(output or observation)
+        _say(checked.summary())
+        if not checked.sound:
+            raise typer.Exit(1)
+        return
+    if output is None:
+        raise MisuseError(
+            "no map to write was named",
+            expected="flarefield invert OBS.zarr MAP.zarr, or flarefield invert --check MAP.zarr",
+        )
     from pipeline.cluster import load_config
     from pipeline.invert import invert
 

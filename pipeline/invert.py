@@ -530,28 +530,26 @@ class _Work:
     def take_up(self) -> None:
         """Read from the journal what earlier runs did, and see that it is still there."""
         store = LocalStore(self.spec.store)
-        lost: set[int] = set()
-        for record in self.journal.records():
-            if "sha256" not in record:
+        last = np.full(len(self.grid), -1)
+        for number, record in enumerate(self.journal.records()):
+            if "tile" in record:
+                last[int(record["tile"])] = number if "sha256" in record else -1
+        lost = 0
+        for number, record in enumerate(self.journal.records()):
+            if "tile" not in record or last[index := int(record["tile"])] != number:
                 continue
-            index = int(record["tile"])
             tile = self.grid[index]
-            if self.done[index]:
-                continue
             try:
                 intact = stored_bytes(store, tile) == record["stored"]
             except FileNotFoundError:
                 intact = False
             if intact:
                 self._count(tile, record["answered"], record["flags"], record["stored"])
-                lost.discard(index)
             else:
-                lost.add(index)
+                lost += 1
         self.resumed = int(self.done.sum())
         if lost:
-            logger.warning(
-                "%d finished tiles are missing or damaged in the map, and are done again", len(lost)
-            )
+            logger.warning("%d finished tiles are missing or damaged in the map, and are done again", lost)
         if 0 < self.resumed < len(self.grid):
             # What writers that were killed left behind under temporary names.
             for leftover in Path(self.spec.store).rglob("*.partial"):

@@ -131,30 +131,16 @@ class Journal:
         StoreError
             The file is not a journal of this version.
         """
+        header, _ = read_journal(path)
         size = 0
         with open(path, "rb") as file:
-            header = _parse(file.readline())
-            if header is None or header.get("journal") != FORMAT:
-                raise StoreError(
-                    "not a journal that this version of FlareField can read",
-                    where=path,
-                    found="an unreadable first line" if header is None else f"format {header.get('journal')}",
-                    expected=f"format {FORMAT}",
-                    remedy="start over with --overwrite",
-                )
-            file.seek(0)
             for line in file:
                 size += len(line) if line.endswith(b"\n") else 0
         return cls(path, header, size)
 
     def records(self) -> Iterator[dict[str, Any]]:
         """Read the records on disk, oldest first; of several about one tile the last counts."""
-        with open(self.path, "rb") as file:
-            file.readline()
-            for line in file:
-                # A line damaged by a crash of the machine counts as no record: its tile is done again.
-                if (record := _parse(line)) is not None:
-                    yield record
+        return _records(self.path)
 
     @property
     def finished(self) -> bool:
@@ -219,6 +205,48 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def read_journal(path: Path) -> tuple[dict[str, Any], Iterator[dict[str, Any]]]:
+    """Read a journal without working on it: nothing is written, and another process may.
+
+    Parameters
+    ----------
+    path : Path
+        Its file.
+
+    Returns
+    -------
+    header : dict
+        ``run`` and ``fingerprint``.
+    records : iterator of dict
+        Oldest first; of several about one tile the last counts.
+
+    Raises
+    ------
+    StoreError
+        The file is not a journal of this version.
+    """
+    with open(path, "rb") as file:
+        header = _parse(file.readline())
+    if header is None or header.get("journal") != FORMAT:
+        raise StoreError(
+            "not a journal that this version of FlareField can read",
+            where=path,
+            found="an unreadable first line" if header is None else f"format {header.get('journal')}",
+            expected=f"format {FORMAT}",
+            remedy="start over with --overwrite",
+        )
+    return header, _records(path)
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    with open(path, "rb") as file:
+        file.readline()
+        for line in file:
+            # A line damaged by a crash of the machine counts as no record: its tile is done again.
+            if (record := _parse(line)) is not None:
+                yield record
 
 
 def _line(record: Mapping[str, Any]) -> bytes:

@@ -376,9 +376,15 @@ def invert_tile(spec: TileSpec, tile: Tile) -> TileResult:
 def quarantine_tile(spec: TileSpec, tile: Tile) -> TileResult:
     """Write a tile that could not be done: all NaN, and flagged so."""
     started = time.monotonic()
-    values = _empty(tile, spec.quantiles, _heights(spec))
-    values["quality"][...] = Flag.FAILED
+    values = quarantine_values(tile, len(spec.quantiles), _heights(spec))
     return _receipt(tile, values, write_tile(Path(spec.store), spec.run, tile, values), started)
+
+
+def quarantine_values(tile: Tile, levels: int, heights: int) -> dict[str, NDArray[Any]]:
+    """Values of a tile that could not be done, for so many quantiles and heights."""
+    values = _empty(tile, levels, heights)
+    values["quality"][...] = Flag.FAILED
+    return values
 
 
 def _heights(spec: TileSpec) -> int:
@@ -417,10 +423,10 @@ def checksum(values: Mapping[str, NDArray[Any]]) -> str:
     return digest.hexdigest()
 
 
-def _empty(tile: Tile, quantiles: tuple[float, ...], heights: int) -> dict[str, NDArray[Any]]:
+def _empty(tile: Tile, levels: int, heights: int) -> dict[str, NDArray[Any]]:
     return {
         variable.name: np.full(
-            (*tile.shape, len(quantiles), heights) if variable.profile else tile.shape,
+            (*tile.shape, levels, heights) if variable.profile else tile.shape,
             variable.fill,
             dtype=variable.dtype,
         )
@@ -441,7 +447,7 @@ def _compute(spec: TileSpec, model: Network, observation: xr.Dataset, tile: Tile
     if "shift_applied" in observation and not bool(observation["shift_applied"].isel(time=tile.time)):
         quality |= _where(valid, Flag.REGISTRATION_UNCERTAIN)
 
-    values = _empty(tile, spec.quantiles, model.layout.heights.size)
+    values = _empty(tile, len(spec.quantiles), model.layout.heights.size)
     values["quality"] = quality
     good = (quality & WITHOUT_ANSWER) == 0
     if not good.any():
@@ -628,6 +634,24 @@ def tile_keys(tile: Tile) -> dict[str, str]:
         variable.name: f"{variable.name}/c/{place}" + ("/0/0" if variable.profile else "")
         for variable in VARIABLES
     }
+
+
+def read_tile(group: zarr.Group, tile: Tile) -> dict[str, NDArray[Any]]:
+    """Read all variables of a tile, each of shape (y, x) or (y, x, quantile, height), from a map's group.
+
+    What has not been written reads as the variable's fill value: see `missing_files`.
+    """
+    values = {}
+    for variable in VARIABLES:
+        array = group[variable.name]
+        assert isinstance(array, zarr.Array)
+        values[variable.name] = np.asarray(array[tile.region])[0]
+    return values
+
+
+def missing_files(store: Any, tile: Tile) -> list[str]:  # noqa: ANN401
+    """Names of a tile's files that are not in a Zarr store."""
+    return [key for key in tile_keys(tile).values() if not sync(store.exists(key))]
 
 
 def stored_bytes(store: Any, tile: Tile) -> int:  # noqa: ANN401

@@ -1,0 +1,186 @@
+"""`--check` finds every kind of damage, names the tile, and finds none where there is none."""
+
+import json
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from toy_observation import toy_observation, write_store
+
+from pipeline.check import check_map
+from pipeline.cli import main
+from pipeline.errors import MisuseError, StoreError
+from pipeline.invert import invert
+from pipeline.journal import journal_path, lock
+from pipeline.results import VARIABLES
+from pipeline.tiles import TileGrid, tile_keys
+
+GRID = TileGrid((1, 20, 18), (8, 8))
+SETTINGS = {"draws": 8, "tile": 8}
+
+
+@pytest.fixture(scope="module")
+def whole(client, fake_model, tmp_path_factory):
+    """A finished map of nine tiles, with the observation it was made from."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_store(toy_observation(times=1), folder / "o.zarr")
+    report = invert(folder / "o.zarr", folder / "map.zarr", model=fake_model, cluster=client, **SETTINGS)
+    assert not report.failed
+    return folder / "map.zarr"
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    """A copy of it, to be damaged."""
+    shutil.copytree(whole, tmp_path / "map.zarr")
+    shutil.copy(journal_path(whole), journal_path(tmp_path / "map.zarr"))
+    return tmp_path / "map.zarr"
+
+
+def files(store):
+    return {str(path): path.read_bytes() for path in Path(store.parent).rglob("*") if path.is_file()}
+
+
+def test_a_finished_map_is_sound_and_is_left_alone(whole):
+    before = files(whole)
+    report = check_map(whole)
+    assert report.sound
+    assert report.finished
+    assert (report.tiles, report.faults) == (9, ())
+    assert "9 of 9 tiles are as they were computed" in report.summary()
+    assert files(whole) == before
+
+
+@pytest.mark.parametrize("variable", [variable.name for variable in VARIABLES])
+def test_a_file_that_is_gone_is_missing(copy, variable):
+    (copy / tile_keys(GRID[4])[variable]).unlink()
+    report = check_map(copy)
+    assert not report.sound
+    assert report.of("missing") == (GRID[4],)
+    assert len(report.faults) == 1
+    assert variable in report.faults[0].detail
+    assert f"tile at {GRID[4]}" in report.summary()
+
+
+def test_every_bit_of_a_file_counts(copy):
+    """A file is cut, emptied, or has one bit turned over: whatever is done to it, the tile is not sound."""
+    file = copy / tile_keys(GRID[2])["temperature"]
+    content = file.read_bytes()
+    places = np.linspace(0, len(content) - 1, 12).astype(int)
+    damaged = [content[:place] for place in places]
+    damaged += [content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :] for place in places]
+    for wrong in damaged:
+        file.write_bytes(wrong)
+        report = check_map(copy)
+        assert report.of("damaged") == (GRID[2],)
+        assert len(report.faults) == 1
+    file.write_bytes(content)
+    assert check_map(copy).sound
+
+
+def test_values_that_were_changed_are_damage(copy):
+    velocity = zarr.open_group(copy, mode="r+")["velocity"]
+    velocity[0, 17, 17, 0, 30] = np.nextafter(velocity[0, 17, 17, 0, 30], np.float32(np.inf))
+    report = check_map(copy)
+    assert report.of("damaged") == (GRID[8],)
+    assert "values are others" in report.faults[0].detail
+
+
+def test_what_the_journal_does_not_know_is_not_recorded(copy):
+    lines = journal_path(copy).read_text().splitlines(keepends=True)
+    unknown = json.loads(lines[3])["tile"]
+    journal_path(copy).write_text("".join(lines[:3] + lines[4:]))
+    report = check_map(copy)
+    assert report.of("not recorded") == (GRID[unknown],)
+    assert report.finished
+    assert not report.sound
+
+
+def test_a_map_that_is_not_finished_is_not_sound(copy):
+    lines = journal_path(copy).read_text().splitlines(keepends=True)
+    journal_path(copy).write_text("".join(lines[:-1]))
+    report = check_map(copy)
+    assert (report.finished, report.faults, report.sound) == (False, (), False)
+    assert "has not come to its end" in report.summary()
+
+
+def test_a_failed_tile_is_told_from_a_damaged_one(whole, tmp_path, client, fake_model):
+    observation = toy_observation(times=1)
+    chunks = {name: {"chunks": (1, 8, 8, n)} for name, n in (("halpha", 15), ("ca8542", 25))}
+    write_store(observation, tmp_path / "o.zarr", encoding=chunks)
+    (tmp_path / "o.zarr/ca8542/c/0/0/1/0").write_bytes(b"not a chunk")
+    output = tmp_path / "map.zarr"
+    invert(tmp_path / "o.zarr", output, model=fake_model, cluster=client, **SETTINGS)
+    report = check_map(output)
+    assert [(faulty.tile, faulty.fault) for faulty in report.faults] == [(GRID[1], "failed")]
+    assert report.finished
+    shutil.copy(whole / tile_keys(GRID[1])["misfit"], output / tile_keys(GRID[1])["misfit"])
+    assert check_map(output).of("damaged") == (GRID[1],)
+
+
+def test_what_is_found_damaged_is_done_again_by_the_same_command(copy, whole, client, fake_model):
+    again = {"model": fake_model, "cluster": client, **SETTINGS}
+    damaged = copy / tile_keys(GRID[2])["temperature"]
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # of the size that the journal knows
+    (copy / tile_keys(GRID[5])["quality"]).unlink()
+    for _ in range(2):
+        assert [faulty.fault for faulty in check_map(copy).faults] == ["damaged", "missing"]
+    assert invert(whole.parent / "o.zarr", copy, **again).resumed == 7
+    assert check_map(copy).sound
+    assert damaged.read_bytes() == content
+    assert invert(whole.parent / "o.zarr", copy, **again).resumed == 9
+
+
+def test_a_map_that_is_being_worked_on_is_not_judged(copy):
+    with lock(copy), pytest.raises(MisuseError, match="another command"):
+        check_map(copy)
+
+
+def test_a_map_that_cannot_be_written_to_is_judged_all_the_same(copy, monkeypatch, caplog):
+    (copy / tile_keys(GRID[5])["quality"]).unlink()
+    before = files(copy)
+
+    @contextmanager
+    def refused(store):
+        raise StoreError("nothing can be written there", where=store)
+        yield
+
+    monkeypatch.setattr("pipeline.check.lock", refused)
+    assert check_map(copy).of("missing") == (GRID[5],)
+    assert "cannot be noted" in caplog.text
+    assert files(copy) == before
+
+
+def test_without_its_journal_there_is_nothing_to_check_a_map_against(copy, whole):
+    journal = journal_path(copy)
+    journal.write_text(journal.read_text().replace(zarr.open_group(copy).attrs["run"], "0" * 32))
+    with pytest.raises(StoreError, match="different runs"):
+        check_map(copy)
+    journal.unlink()
+    with pytest.raises(StoreError, match="journal is missing"):
+        check_map(copy)
+    with pytest.raises(StoreError, match="no such map"):
+        check_map(copy.parent / "nothing.zarr")
+    with pytest.raises(StoreError, match="not a FlareField map"):
+        check_map(whole.parent / "o.zarr")
+
+
+def test_the_command_says_what_it_found_and_ends_accordingly(copy, capsys):
+    for arguments in (["--check", copy], [copy, "--check"], ["nowhere.zarr", copy, "--check"]):
+        with pytest.raises(SystemExit) as end:
+            main(["invert", *map(str, arguments)])
+        assert end.value.code == 0
+        assert "9 of 9" in capsys.readouterr().out
+    (copy / tile_keys(GRID[0])["novelty"]).unlink()
+    with pytest.raises(SystemExit) as end:
+        main(["invert", "--check", str(copy)])
+    assert end.value.code == 1
+    assert "missing: 1" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        main(["invert", str(copy)])
+    assert end.value.code == 2
+    assert "no map to write" in capsys.readouterr().err
