@@ -15,8 +15,9 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from inn.errors import MisuseError, ModelError
+from inn.errors import ModelError
 from inn.layout import Layout
+from inn.posterior import as_lines
 
 NOVEL = 0.01
 """Tail probability below which a pixel's profiles are called novel."""
@@ -154,12 +155,12 @@ class Novelty(nn.Module):
         count = self.calibration.numel()
         return (1.0 + (count - below).to(distance)) / (1.0 + count)
 
-    def tail_probability(self, lines: ArrayLike) -> NDArray[np.float32]:
+    def tail_probability(self, lines: ArrayLike | Tensor) -> NDArray[np.float32]:
         """Probability that a profile of the training family lies at least as far out as each of these.
 
         Parameters
         ----------
-        lines : array_like, shape (pixels, lines_size)
+        lines : array_like or Tensor, shape (pixels, lines_size)
             Normalised profiles, as the network takes them.
 
         Returns
@@ -173,17 +174,10 @@ class Novelty(nn.Module):
         MisuseError
             The lines have another number of points.
         """
-        array = np.asarray(lines)
-        if array.ndim != 2 or array.shape[1] != self.layout.lines_size:
-            raise MisuseError(
-                "lines must hold one row per pixel, at the network's points",
-                where="lines",
-                found=f"shape {array.shape}",
-                expected=f"(pixels, {self.layout.lines_size})",
-            )
-        good = np.isfinite(array).all(axis=1)
-        result = np.full(array.shape[0], np.nan, dtype=np.float32)
+        tensor = as_lines(lines, self.layout).to(self.mean)
+        good = tensor.isfinite().all(dim=1)
+        result = tensor.new_full(good.shape, torch.nan)
         with torch.inference_mode():
             if good.any():
-                result[good] = self(torch.from_numpy(array[good]).to(self.mean)).cpu().numpy()
-        return result
+                result[good] = self(tensor[good])
+        return result.float().cpu().numpy()
