@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Literal, get_args
 
 import torch
 from torch.quasirandom import SobolEngine
 
 from inn.errors import MisuseError
 
-LatentKind = Literal["sobol", "gaussian"]
-"""How latents are drawn: scrambled Sobol points, or independent Gaussian ones."""
+LatentKind = Literal["sobol", "gaussian", "balanced"]
+"""How latents are drawn: scrambled Sobol points, independent Gaussian ones, or balanced Sobol points."""
 
 
 def draw_latent(draws: int, size: int, seed: int, kind: LatentKind = "sobol") -> torch.Tensor:
     """Draw points of a standard normal distribution.
 
     Scrambled Sobol points fill the cube more evenly than random ones, so that quantiles of a posterior need
-    fewer of them for the same error. They serve best in powers of two. The result depends on the arguments
-    alone: the generators are the function's own.
+    fewer of them for the same error. They serve best in powers of two. Few points of many dimensions still
+    have means and covariances far from a normal distribution's. Balanced points have not: Sobol points are
+    rotated and scaled until their leading dimensions, half as many as points, are uncorrelated with unit
+    variance, and each comes with its opposite. Whatever is linear in those dimensions then has its exact mean
+    and variance, and every odd moment of any linear form is zero. They serve best in even numbers. The result
+    depends on the arguments alone: the generators are the function's own.
 
     Parameters
     ----------
@@ -28,8 +33,9 @@ def draw_latent(draws: int, size: int, seed: int, kind: LatentKind = "sobol") ->
         Dimensions of the latent space.
     seed : int
         Seed of the scrambling, or of the Gaussian generator.
-    kind : {"sobol", "gaussian"}
-        Scrambled Sobol points taken through the inverse normal distribution function, or independent draws.
+    kind : {"sobol", "gaussian", "balanced"}
+        Scrambled Sobol points taken through the inverse normal distribution function, independent draws, or
+        balanced Sobol points.
 
     Returns
     -------
@@ -44,15 +50,27 @@ def draw_latent(draws: int, size: int, seed: int, kind: LatentKind = "sobol") ->
     References
     ----------
     Owen (1998), "Scrambling Sobol' and Niederreiter-Xing points", J. Complexity 14, 466,
-    doi:10.1006/jcom.1998.0487.
+    doi:10.1006/jcom.1998.0487. Moments matched after drawing: Boyle, Broadie & Glasserman (1997), "Monte
+    Carlo methods for security pricing", J. Economic Dynamics and Control 21, 1267, sections 2.2 and 2.3,
+    doi:10.1016/S0165-1889(97)00028-6.
     """
     if draws < 1 or size < 1:
         raise MisuseError("a latent draw needs at least one point and one dimension", found=(draws, size))
     if kind == "gaussian":
         generator = torch.Generator().manual_seed(seed)
-        return torch.randn(draws, size, generator=generator, dtype=torch.float64).to(torch.float32)
-    if kind != "sobol":
-        raise MisuseError("there is no such kind of latent draw", found=kind, expected="sobol or gaussian")
+        points = torch.randn(draws, size, generator=generator, dtype=torch.float64)
+    elif kind == "sobol":
+        points = _sobol(draws, size, seed)
+    elif kind == "balanced":
+        points = _balanced(draws, size, seed)
+    else:
+        kinds = ", ".join(get_args(LatentKind))
+        raise MisuseError("there is no such kind of latent draw", found=kind, expected=kinds)
+    return points.to(torch.float32)
+
+
+def _sobol(draws: int, size: int, seed: int) -> torch.Tensor:
+    """Scrambled Sobol points as normal deviates, float64."""
     if size > SobolEngine.MAXDIM:
         raise MisuseError(
             "Sobol points have fewer dimensions than this",
@@ -66,4 +84,15 @@ def draw_latent(draws: int, size: int, seed: int, kind: LatentKind = "sobol") ->
     # where it may become 1: both are infinite as normal deviates. Half a step away from the edge is +-6.1.
     edge = 0.5 * 2.0**-SobolEngine.MAXBIT
     deviates: torch.Tensor = torch.special.ndtri(points.clamp(edge, 1.0 - edge))
-    return deviates.to(torch.float32)
+    return deviates
+
+
+def _balanced(draws: int, size: int, seed: int) -> torch.Tensor:
+    """Sobol points and their opposites, the leading dimensions with unit covariance, float64."""
+    pairs = (draws + 1) // 2
+    points = _sobol(pairs, size, seed)
+    leading = min(pairs, size)
+    # Of all matrices with orthogonal columns, the nearest to these points.
+    left, _, right = torch.linalg.svd(points[:, :leading], full_matrices=False)
+    points[:, :leading] = math.sqrt(pairs) * left @ right
+    return torch.cat((points, -points))[:draws]

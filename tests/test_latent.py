@@ -8,7 +8,7 @@ from inn.errors import MisuseError
 from inn.latent import draw_latent
 
 
-@pytest.mark.parametrize("kind", ["sobol", "gaussian"])
+@pytest.mark.parametrize("kind", ["sobol", "gaussian", "balanced"])
 def test_shape_dtype_and_moments(kind):
     latent = draw_latent(4096, 150, seed=3, kind=kind)
     assert latent.shape == (4096, 150)
@@ -22,7 +22,7 @@ def test_shape_dtype_and_moments(kind):
     assert correlation.square().mean().sqrt() < 0.025
 
 
-@pytest.mark.parametrize("kind", ["sobol", "gaussian"])
+@pytest.mark.parametrize("kind", ["sobol", "gaussian", "balanced"])
 def test_the_arguments_alone_decide(kind):
     torch.manual_seed(0)
     before = torch.get_rng_state()
@@ -73,6 +73,39 @@ def test_sobol_means_are_much_better_than_random_ones():
 
     sobol, gaussian = (root_mean_square_error(mean, truth, kind) for kind in ("sobol", "gaussian"))
     assert sobol < 0.25 * gaussian
+
+
+@pytest.mark.parametrize("draws", [2, 64, 256, 1000])
+def test_balanced_points_have_a_normal_distribution_s_mean_and_covariance(draws):
+    latent = draw_latent(draws, 150, seed=4, kind="balanced").double()
+    leading = latent[:, : draws // 2]
+    covariance = leading.T @ leading / draws
+    np.testing.assert_allclose(covariance, np.eye(len(covariance)), atol=1e-6)
+    assert torch.equal(latent.sum(dim=0), torch.zeros(150, dtype=torch.float64))
+    assert torch.equal(latent[: draws // 2], -latent[draws // 2 :])
+
+
+def test_an_odd_number_of_balanced_points_lacks_one_opposite():
+    whole, odd = (draw_latent(draws, 7, seed=4, kind="balanced") for draws in (10, 9))
+    assert torch.equal(odd, whole[:9])
+    assert torch.isfinite(draw_latent(1, 7, seed=4, kind="balanced")).all()
+
+
+def test_balanced_points_serve_as_well_as_half_again_as_many_sobol_points():
+    # Linear forms of 32 dimensions, with falling weights: their quantiles are a Gaussian's, exactly.
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(150, 50, generator=generator, dtype=torch.float64)
+    weights *= (torch.arange(150) < 32)[:, None] / (1.0 + torch.arange(150))[:, None] ** 0.5
+    weights /= weights.norm(dim=0)
+    levels = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
+    truth = torch.special.ndtri(levels)[:, None]
+
+    def error(kind, draws):
+        found = [draw_latent(draws, 150, seed, kind).double() @ weights for seed in range(20)]
+        errors = torch.stack([torch.quantile(values, levels, dim=0) - truth for values in found])
+        return float(errors.square().mean().sqrt())
+
+    assert error("balanced", 64) < error("sobol", 96)
 
 
 def test_points_on_the_edge_stay_finite(monkeypatch):
