@@ -1,32 +1,35 @@
 """From a line's own wavelength axis to the network's points, and the normalisation both lines share.
 
 Linear interpolation, as in the paper (Osborne, Armstrong & Fletcher 2019, ApJ 873, 128, section 4), is a
-matrix: it is made once per axis, and a whole block of pixels is one matrix product. The arrays may be NumPy's
-or CuPy's; only the two short wavelength axes are handled on the host.
+matrix: it is made once per axis, and a whole block of pixels is one matrix product. The monotone cubic one
+takes two such products, of the intensities and of their slopes, which are found for all pixels at once.
+
+The code is written to the array API standard (2024.12), and the arrays may be of any library that follows it,
+on any device: NumPy's, CuPy's, torch's. They stay where they are; only the two short wavelength axes are
+handled on the host. (With CuPy it has never been run: it is checked with `array-api-strict`, on a device from
+which nothing may be read.)
 """
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
 
 import numpy as np
+from array_api_compat import array_namespace, device
 from numpy.typing import ArrayLike, NDArray
 
 from inn.layout import Layout, LineWindow
-from pipeline.errors import InputError
+from pipeline.errors import InputError, MisuseError
 
-# Any array of the array-API kind: NumPy's or CuPy's.
+# Any array of the array-API kind: NumPy's, CuPy's, torch's.
 Array = Any
 
+Interpolation = Literal["linear", "pchip"]
+"""How profiles are brought to the network's points: linearly, or by monotone cubics."""
+
 SLACK = 1e-9  # Angstrom: wavelength axes are sums of decimal steps, equal only to rounding
-
-
-def _namespace(array: Array) -> ModuleType:
-    """Module whose functions work on `array`: NumPy or CuPy."""
-    find = getattr(array, "__array_namespace__", None)
-    module: ModuleType = np if find is None else find()
-    return module
 
 
 def _axis(wavelength: ArrayLike) -> NDArray[np.float64]:
@@ -105,6 +108,15 @@ def sampling_matrix(wavelength_from: ArrayLike, wavelength_to: ArrayLike) -> NDA
     InputError
         A point lies more than half a sampling step beyond the axis.
     """
+    axis, points, left = _places(wavelength_from, wavelength_to)
+    weight = (points - axis[left]) / (axis[left + 1] - axis[left])
+    return _two_a_row(left, axis.size, 1.0 - weight, weight)
+
+
+def _places(
+    wavelength_from: ArrayLike, wavelength_to: ArrayLike
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.intp]]:
+    """Axis, points, and the interval of the axis that serves each point; those beyond it have the last."""
     axis = _axis(wavelength_from)
     points = np.atleast_1d(np.asarray(wavelength_to, dtype=np.float64))
     lowest = axis[0] - 0.5 * (axis[1] - axis[0]) - SLACK
@@ -116,13 +128,157 @@ def sampling_matrix(wavelength_from: ArrayLike, wavelength_to: ArrayLike) -> NDA
             expected=f"{points.min():.3f} to {points.max():.3f} Angstrom, less half a sampling step",
             remedy="use scans that cover the network's windows, or a network with narrower ones",
         )
-    left = np.clip(np.searchsorted(axis, points, side="right") - 1, 0, axis.size - 2)
-    weight = (points - axis[left]) / (axis[left + 1] - axis[left])
-    matrix = np.zeros((points.size, axis.size))
-    rows = np.arange(points.size)
-    matrix[rows, left] = 1.0 - weight
-    matrix[rows, left + 1] = weight
+    return axis, points, np.clip(np.searchsorted(axis, points, side="right") - 1, 0, axis.size - 2)
+
+
+def _two_a_row(
+    left: NDArray[np.intp], columns: int, at_left: NDArray[np.float64], at_right: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """A matrix whose row i holds two numbers, in the columns ``left[i]`` and ``left[i] + 1``."""
+    matrix = np.zeros((left.size, columns))
+    rows = np.arange(left.size)
+    matrix[rows, left] = at_left
+    matrix[rows, left + 1] = at_right
     return matrix
+
+
+def _like(values: ArrayLike, array: Array) -> Array:
+    """Numbers of the host beside an array: in its library, dtype and device."""
+    return array_namespace(array).asarray(values, dtype=array.dtype, device=device(array))
+
+
+def monotone_slopes(spectra: Array, wavelength: ArrayLike) -> Array:
+    """Slopes with which cubics through a spectrum's values rise and fall only where the values do.
+
+    In the interior the weighted harmonic mean of the two neighbouring differences, zero at an extremum; at
+    the ends the parabola's through three values, limited likewise (Fritsch & Carlson 1980,
+    doi:10.1137/0717021; Fritsch & Butland 1984, doi:10.1137/0905021): the same as SciPy's
+    `PchipInterpolator`.
+
+    Parameters
+    ----------
+    spectra : array, shape (pixels, n)
+        Intensities.
+    wavelength : array_like, shape (n,)
+        Wavelengths, Angstrom, increasing; at least three.
+
+    Returns
+    -------
+    array, shape (pixels, n)
+        Intensity per Angstrom, in the library and on the device of `spectra`.
+
+    Raises
+    ------
+    InputError
+        The axis has fewer than three values or does not increase.
+    """
+    axis = _axis(wavelength)
+    if axis.size < 3:
+        raise InputError("monotone cubics need three wavelengths at least", found=f"{axis.size}")
+    xp = array_namespace(spectra)
+    steps = np.diff(axis)
+    width = _like(steps, spectra)
+    secant = (spectra[:, 1:] - spectra[:, :-1]) / width
+    before, after = secant[:, :-1], secant[:, 1:]
+    first, second = 2.0 * width[1:] + width[:-1], width[1:] + 2.0 * width[:-1]
+    zero = xp.zeros_like(before)
+    same = xp.sign(before) * xp.sign(after) > 0  # the differences' own product might underflow
+    # Where the two differences disagree there is nothing to average, and a one keeps the division quiet.
+    one = xp.ones_like(before)
+    mean = (first + second) / (first / xp.where(same, before, one) + second / xp.where(same, after, one))
+    # A value that is not finite disagrees with all: its pixel is spoilt through the values themselves.
+    inner = xp.where(same, mean, zero)
+    ends = (
+        _end_slope(secant[:, 0], secant[:, 1], steps[0], steps[1]),
+        _end_slope(secant[:, -1], secant[:, -2], steps[-1], steps[-2]),
+    )
+    return xp.concat((ends[0][:, None], inner, ends[1][:, None]), axis=-1)
+
+
+def _end_slope(near: Array, far: Array, near_step: float, far_step: float) -> Array:
+    """Slope (pixels,) at an end, from the last difference and the one before it."""
+    xp = array_namespace(near)
+    total = float(near_step + far_step)
+    slope = (float(2.0 * near_step + far_step) / total) * near - (float(near_step) / total) * far
+    slope = xp.where(xp.sign(slope) == xp.sign(near), slope, xp.zeros_like(slope))
+    overshoots = (xp.sign(near) * xp.sign(far) < 0) & (xp.abs(slope) > 3.0 * xp.abs(near))
+    return xp.where(overshoots, 3.0 * near, slope)
+
+
+def cubic_matrices(
+    wavelength_from: ArrayLike, wavelength_to: ArrayLike
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Cubic Hermite interpolation from one wavelength axis to another, as two matrices.
+
+    Parameters
+    ----------
+    wavelength_from, wavelength_to : array_like, shapes (n,) and (m,)
+        As for `sampling_matrix`.
+
+    Returns
+    -------
+    of_values, of_slopes : ndarray, shape (m, n), float64
+        ``spectrum_to = of_values @ spectrum_from + of_slopes @ slopes``. Points beyond the axis are on the
+        straight line that has the slope at its end.
+
+    Raises
+    ------
+    InputError
+        A point lies more than half a sampling step beyond the axis.
+    """
+    axis, points, left = _places(wavelength_from, wavelength_to)
+    width = axis[left + 1] - axis[left]
+    inside = np.clip(points, axis[0], axis[-1])
+    t = (inside - axis[left]) / width
+    rising = t * t * (3.0 - 2.0 * t)
+    of_values = _two_a_row(left, axis.size, 1.0 - rising, rising)
+    of_slopes = _two_a_row(left, axis.size, width * t * (1.0 - t) ** 2, width * t * t * (t - 1.0))
+    of_slopes[:, 0] += np.minimum(points - axis[0], 0.0)
+    of_slopes[:, -1] += np.maximum(points - axis[-1], 0.0)
+    return of_values, of_slopes
+
+
+def interpolate(
+    spectra: Array,
+    wavelength_from: ArrayLike,
+    wavelength_to: ArrayLike,
+    interpolation: Interpolation = "linear",
+) -> Array:
+    """Bring the spectra of many pixels from one wavelength axis to another.
+
+    Parameters
+    ----------
+    spectra : array, shape (pixels, n)
+        Intensities, float32 or float64, of any array-API library.
+    wavelength_from, wavelength_to : array_like, shapes (n,) and (m,)
+        As for `sampling_matrix`.
+    interpolation : {"linear", "pchip"}
+        Straight lines between neighbouring values, or monotone cubics (`monotone_slopes`).
+
+    Returns
+    -------
+    array, shape (pixels, m)
+        In the library, dtype and on the device of `spectra`. Where a value of a pixel is not finite, none of
+        its results is, or they are NaN.
+
+    Raises
+    ------
+    InputError
+        A point lies more than half a sampling step beyond the axis.
+    MisuseError
+        There is no such interpolation.
+    """
+    if interpolation == "linear":
+        return spectra @ _like(sampling_matrix(wavelength_from, wavelength_to), spectra).T
+    if interpolation != "pchip":
+        raise MisuseError(
+            "there is no such interpolation",
+            where="interpolation",
+            found=interpolation,
+            expected=" or ".join(get_args(Interpolation)),
+        )
+    of_values, of_slopes = (_like(part, spectra) for part in cubic_matrices(wavelength_from, wavelength_to))
+    return spectra @ of_values.T + monotone_slopes(spectra, wavelength_from) @ of_slopes.T
 
 
 def window_matrix(wavelength: ArrayLike, window: LineWindow) -> NDArray[np.float64]:
@@ -144,11 +300,18 @@ def window_matrix(wavelength: ArrayLike, window: LineWindow) -> NDArray[np.float
     InputError
         The axis does not cover the window (see `shortfall`).
     """
-    try:
+    with _named(window):
         return sampling_matrix(wavelength, window.wavelengths)
+
+
+@contextmanager
+def _named(window: LineWindow) -> Iterator[None]:
+    """Say in an error of an axis which line's it is."""
+    try:
+        yield
     except InputError as error:
         raise InputError(
-            f"the {window.name} wavelength range is too short",
+            f"the {window.name} profiles cannot be interpolated: {error.problem}",
             where=window.name,
             found=error.found,
             expected=error.expected,
@@ -162,7 +325,7 @@ def normalise(lines: Array) -> tuple[Array, Array]:
     Parameters
     ----------
     lines : array, shape (pixels, points)
-        Both lines, one after the other, at the network's points.
+        Both lines, one after the other, at the network's points; of any array-API library.
 
     Returns
     -------
@@ -171,10 +334,10 @@ def normalise(lines: Array) -> tuple[Array, Array]:
     scale : array, shape (pixels,)
         The joint maximum; multiplying by it restores the intensities.
     """
-    xp = _namespace(lines)
-    scale = lines.max(axis=-1)
+    xp = array_namespace(lines)
+    scale = xp.max(lines, axis=-1)
     usable = xp.isfinite(scale) & (scale > 0)
-    divisor = xp.where(usable, scale, xp.asarray(xp.nan, dtype=lines.dtype))
+    divisor = xp.where(usable, scale, _like(xp.nan, lines))
     return lines / divisor[..., None], scale
 
 
@@ -184,19 +347,23 @@ def network_lines(
     wavelength_halpha: ArrayLike,
     wavelength_ca8542: ArrayLike,
     layout: Layout,
+    interpolation: Interpolation = "linear",
 ) -> tuple[Array, Array]:
     """Observed profiles as the network takes them.
 
     Parameters
     ----------
     halpha : array, shape (pixels, n)
-        H-alpha intensities; NumPy or CuPy, float32 or float64.
+        H-alpha intensities; float32 or float64, of any array-API library.
     ca8542 : array, shape (pixels, m)
         Ca II 8542 intensities in the same unit.
     wavelength_halpha, wavelength_ca8542 : array_like, shapes (n,) and (m,)
         Vacuum wavelengths of the two axes, Angstrom, increasing.
     layout : Layout
         The network's; its windows say which points are wanted.
+    interpolation : {"linear", "pchip"}
+        As for `interpolate`. A network expects profiles that were brought to its points as its training
+        profiles were: linearly, unless its record says otherwise.
 
     Returns
     -------
@@ -210,13 +377,15 @@ def network_lines(
     ------
     InputError
         An axis does not cover its window.
+    MisuseError
+        There is no such interpolation.
     """
-    xp = _namespace(halpha)
+    xp = array_namespace(halpha, ca8542)
     parts = []
     with np.errstate(invalid="ignore"):  # values that are not finite are expected, and become NaN
         for spectra, wavelength, window in zip(
             (halpha, ca8542), (wavelength_halpha, wavelength_ca8542), layout.lines, strict=True
         ):
-            matrix = xp.asarray(window_matrix(wavelength, window), dtype=spectra.dtype)
-            parts.append(spectra @ matrix.T)
-    return normalise(xp.concatenate(parts, axis=-1))
+            with _named(window):
+                parts.append(interpolate(spectra, wavelength, window.wavelengths, interpolation))
+    return normalise(xp.concat(parts, axis=-1))

@@ -1,13 +1,26 @@
-"""Interpolation onto the network's points, against numpy.interp, straight lines and hand-made numbers."""
+"""Interpolation onto the network's points, against NumPy's and SciPy's, straight lines, hand-made numbers."""
 
 from __future__ import annotations
 
+import array_api_strict
 import numpy as np
 import pytest
+import torch
+from scipy.interpolate import PchipInterpolator
 
 from inn.layout import CA8542, HALPHA, HEIGHTS, Layout
-from pipeline.errors import InputError
-from pipeline.spectra import covers, network_lines, normalise, sampling_matrix, shortfall, window_matrix
+from pipeline.errors import InputError, MisuseError
+from pipeline.spectra import (
+    covers,
+    cubic_matrices,
+    interpolate,
+    monotone_slopes,
+    network_lines,
+    normalise,
+    sampling_matrix,
+    shortfall,
+    window_matrix,
+)
 
 # CRISP's own axes in the F-CHROMA database
 CRISP_HALPHA = 6564.584 + 0.2 * np.arange(-7, 8)
@@ -92,3 +105,109 @@ def test_normalisation_is_by_the_joint_maximum():
     lines, scale = normalise(np.array([[1.0, 4.0, 2.0], [3.0, 1.0, 1.5]]))
     np.testing.assert_allclose(scale, [4.0, 3.0])
     np.testing.assert_allclose(lines, [[0.25, 1.0, 0.5], [1.0, 1.0 / 3.0, 0.5]])
+
+
+# Monotone cubics
+
+
+def test_inside_the_axis_monotone_cubics_are_scipys():
+    generator = np.random.default_rng(4)
+    axis = np.cumsum(generator.uniform(0.05, 0.3, 20))
+    spectra = generator.normal(size=(200, 20))
+    spectra[:, 8] = spectra[:, 7]  # a plateau
+    spectra[50:60] = np.sort(spectra[50:60], axis=1)
+    spectra[60] = 1.0
+    points = np.concatenate((axis, generator.uniform(axis[0], axis[-1], 51)))
+    theirs = PchipInterpolator(axis, spectra, axis=1)
+    np.testing.assert_allclose(
+        monotone_slopes(spectra, axis), theirs.derivative()(axis), rtol=1e-9, atol=1e-9
+    )
+    np.testing.assert_allclose(
+        interpolate(spectra, axis, points, "pchip"), theirs(points), rtol=1e-12, atol=1e-12
+    )
+
+
+def test_monotone_cubics_stay_between_the_values_they_join():
+    generator = np.random.default_rng(5)
+    axis = np.linspace(0.0, 1.0, 9)
+    spectra = generator.exponential(size=(100, 9)).astype(np.float32)
+    fine = np.linspace(0.0, 1.0, 321)
+    found = interpolate(spectra, axis, fine, "pchip")
+    left = np.clip(np.searchsorted(axis, fine, side="right") - 1, 0, 7)
+    ends = np.stack((spectra[:, left], spectra[:, left + 1]))
+    assert (found >= ends.min(axis=0) - 1e-5).all()
+    assert (found <= ends.max(axis=0) + 1e-5).all()
+
+
+def test_monotone_cubics_are_exact_on_straight_lines_and_leave_the_axis_straight():
+    points = HALPHA.wavelengths
+    line = 3.0 * (CRISP_HALPHA - 6564.0) + 1.0
+    found = interpolate(line[None], CRISP_HALPHA, points, "pchip")[0]
+    np.testing.assert_allclose(found, 3.0 * (points - 6564.0) + 1.0, rtol=0, atol=1e-9)
+    axis = np.arange(4.0)
+    values = np.array([[0.0, 1.0, 4.0, 9.0]])
+    slope = PchipInterpolator(axis, values[0]).derivative()(3.0)
+    found = interpolate(values, axis, [3.25, 3.5], "pchip")[0]
+    np.testing.assert_allclose(found, 9.0 + slope * np.array([0.25, 0.5]))
+    with pytest.raises(InputError, match="too short"):
+        cubic_matrices(axis, [3.6])
+    with pytest.raises(InputError, match="three"):
+        interpolate(values[:, :2], axis[:2], [0.5], "pchip")
+
+
+def test_monotone_cubics_follow_a_line_core_more_closely():
+    """A Gaussian absorption line, half as wide again as CRISP's sampling: straight lines cut its core off."""
+
+    def profile(wavelength):
+        return 1.0 - 0.8 * np.exp(-0.5 * ((wavelength - 6564.61) / 0.3) ** 2)
+
+    points = HALPHA.wavelengths
+    spectra = profile(CRISP_HALPHA)[None]
+    error = {
+        kind: np.sqrt(np.mean((interpolate(spectra, CRISP_HALPHA, points, kind)[0] - profile(points)) ** 2))
+        for kind in ("linear", "pchip")
+    }
+    assert error["pchip"] < 0.5 * error["linear"]
+
+
+def test_an_interpolation_that_does_not_exist_is_refused():
+    with pytest.raises(MisuseError, match="interpolation") as refusal:
+        interpolate(np.ones((1, 15)), CRISP_HALPHA, [6564.6], "cubic")
+    assert refusal.value.expected == "linear or pchip"
+
+
+# Other array libraries
+
+# Its arrays lie on a device that is not the host, as far as the standard allows anyone to see.
+ELSEWHERE = array_api_strict.Device("device1")
+
+
+def on_strict_device(values):
+    return array_api_strict.asarray(values, device=ELSEWHERE)
+
+
+@pytest.mark.parametrize("interpolation", ["linear", "pchip"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("convert", [on_strict_device, torch.from_numpy])
+def test_any_array_library_will_do_and_nothing_comes_to_the_host(convert, dtype, interpolation):
+    generator = np.random.default_rng(6)
+    halpha = generator.uniform(0.5, 2.0, (7, 15)).astype(dtype)
+    ca8542 = generator.uniform(0.2, 1.0, (7, 25)).astype(dtype)
+    halpha[3, 5] = np.nan
+    axes = CRISP_HALPHA, CRISP_CA8542, LAYOUT, interpolation
+    expected = network_lines(halpha, ca8542, *axes)
+    assert [values.dtype for values in expected] == [dtype, dtype]
+    arrays = convert(halpha), convert(ca8542)
+    if convert is on_strict_device:
+        with pytest.raises(RuntimeError, match="device"):
+            np.asarray(arrays[0])
+    for wanted, found in zip(expected, network_lines(*arrays, *axes), strict=True):
+        assert type(found) is type(arrays[0])
+        assert found.device == arrays[0].device
+        assert found.dtype == arrays[0].dtype
+        host = (
+            found
+            if isinstance(found, torch.Tensor)
+            else found.to_device(array_api_strict.Device("CPU_DEVICE"))
+        )
+        np.testing.assert_allclose(np.asarray(host), wanted, rtol=20 * np.finfo(dtype).eps)
