@@ -41,3 +41,24 @@ def provenance(call: str, made_from: Mapping[str, str]) -> dict[str, Any]:
         ``flarefield_version``, ``call`` and ``made_from``, ready for a store's attributes.
     """
     return {"flarefield_version": flarefield_version(), "call": call, "made_from": dict(made_from)}
+
+
+def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by dotted names, so that those which differ can be told.
+
+    Parameters
+    ----------
+    settings : mapping
+        Values by name, mappings among them.
+    prefix : str
+        Put before every name.
+
+    Returns
+    -------
+    dict
+        ``{"a": {"b": 1}}`` as ``{"a.b": 1}``; an empty mapping leaves nothing.
+    """
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= flattened(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat

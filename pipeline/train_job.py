@@ -27,7 +27,7 @@ from distributed import Client, Future, KilledWorker, fire_and_forget
 
 from pipeline.cluster import AddressConfig, LocalConfig, SlurmConfig, opened, threads_per_task
 from pipeline.errors import ClusterError, MisuseError
-from pipeline.provenance import flarefield_version
+from pipeline.provenance import flarefield_version, flattened
 from pipeline.recipes import RECIPES, Recipe, find_recipe
 from pipeline.training_display import TrainingDisplay, summary_line
 from pipeline.training_folder import HISTORY_FILE, Standing, Submission, TrainingFolder
@@ -127,7 +127,7 @@ def train(
         "grid": content_hash(grid),
         "recipe": name,
         "seed": seed,
-        **_flattened(settings.to_json()),
+        **flattened(settings.to_json()),
         "torch": torch.__version__,
         "flarefield": flarefield_version(),
     }
@@ -179,14 +179,6 @@ def train(
         planned = order(str(workers["id"]), threads_per_task(client), gpu)
         with _submitted(folder, planned.cluster, str(workers["address"]), detach):
             return _train_there(client, planned, folder, detach=detach, own=isinstance(cluster, LocalConfig))
-
-
-def _flattened(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by dotted names, so that those which differ can be told."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= _flattened(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def _enough(cluster: Cluster) -> Cluster:

@@ -32,7 +32,7 @@ def frequencies(kr: int, reach: float = 22.0) -> np.ndarray:
 
 @dataclass
 class ToyRun:
-    """Variables of a run; change them before writing."""
+    """Variables of a run, a minute of it every 10 s; change them before writing."""
 
     snapshots: int = 7
     rays: np.ndarray = field(default_factory=RAYS.copy)
@@ -48,7 +48,7 @@ class ToyRun:
         self.variables: dict[str, Any] = {
             **SCALARS,
             "nmu": self.rays.size,
-            "time": time,
+            "time": 100.0 * time,
             "zmu": self.rays,
             "alamb": np.linspace(900.0, 12000.0, TRANSITIONS),
             "cont": np.zeros(TRANSITIONS, np.int32),

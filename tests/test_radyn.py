@@ -163,7 +163,7 @@ def test_beam_is_what_radynpy_takes_from_the_name(run, tmp_path):
     for name in ("flare7.cdf", "radyn_out.my_own_run", "radyn_out.cdf"):
         records = read_run(task(run.write(tmp_path / name))).records
         assert np.isnan(records[3].parameters[:4]).all()
-        assert records[3].parameters[4:] == pytest.approx((0.3, 2.0))
+        assert records[3].parameters[4:] == pytest.approx((30.0, 2.0))
 
 
 def test_what_cannot_be_used_is_marked(run, tmp_path):
@@ -189,8 +189,8 @@ def test_what_cannot_be_used_is_marked(run, tmp_path):
 def test_run_that_was_stopped_while_it_wrote(run, tmp_path):
     run.variables["outint"] = run.variables["outint"][:4]
     made = read_run(task(run.write(tmp_path / "run.cdf"), stride=2))
-    assert [record.parameters[4] for record in made.records] == pytest.approx([0.0, 0.2])
-    assert made.facts["ends"] == pytest.approx(0.3)
+    assert [record.parameters[4] for record in made.records] == pytest.approx([0.0, 20.0])
+    assert made.facts["ends"] == pytest.approx(30.0)
     assert made.facts["notes"] == ["3 of 7 snapshots are incomplete and left out"]
 
 
@@ -326,7 +326,7 @@ def test_grid_holds_every_run(made):
                 wanted = getattr(record, name)
                 assert np.allclose(mine[name].values[i], wanted, rtol=PRECISION, equal_nan=True)
             assert mine["converged"].values[i] == (record.reason == "")
-        assert mine["parameter_time"].values == pytest.approx(0.1 * np.arange(len(records)))
+        assert mine["parameter_time"].values == pytest.approx(10.0 * np.arange(len(records)))
         assert mine["iterations"].values.tolist() == [3 + i for i in range(len(records))]
     known = grid["parameter_beam_total_energy"].values
     assert set(known[np.isfinite(known)]) == {1e11, 1e12}
@@ -343,7 +343,7 @@ def test_report_names_what_is_wrong(made):
     grid, text = store.open_grid(path), report.summary()
     assert "3 runs (3 read, 0 kept, 0 refused), 17 snapshots, 1 not to be used" in text
     assert "radyn_out.val3c_d5_1.0e12_t20s_25kev_fp: 1 of 7 snapshots are not to be used" in text
-    assert "my own run: unfinished: it ends at 0.2 s, the longest at 0.6 s" in text
+    assert "my own run: unfinished: it ends at 20 s, the longest at 60 s" in text
     facts = json.loads(grid.attrs["runs"])
     assert {name for name, run in facts.items() if run["unfinished"]} == {"my own run"}
     assert list(json.loads(grid.attrs["failures"]).values()) == ["not finite: velocity"]
@@ -363,7 +363,7 @@ def test_every_second_snapshot(made, tmp_path, client):
     every, some = store.open_grid(path).load(), store.open_grid(tmp_path / "some.zarr").load()
     chosen = np.isin(every["sample"], some["sample"])
     assert some.drop_attrs().equals(every.isel(sample=chosen).drop_attrs())
-    assert set(some["parameter_time"].values.round(3)) == {0.0, 0.2, 0.4, 0.6}
+    assert set(some["parameter_time"].values.round(3)) == {0.0, 20.0, 40.0, 60.0}
     with pytest.raises(MisuseError, match="other settings: maker"):
         make(runs, tmp_path / "some.zarr", client, stride=3)
 
@@ -427,7 +427,9 @@ def test_bad_runs_do_not_stop_the_others(runs, tmp_path, client):
     refused = {run.name: run.notes[0] for run in report.runs if run.state == "refused"}
     assert not report.complete
     assert "cut short" in refused.pop(F_CHROMA)
-    assert "rays are not the grid's" in refused.pop("other rays")
+    rays = refused.pop("other rays")
+    assert "rays are not the grid's (found mu = 0.0422, 0.2077, 0.4500, 0.6923, 0.8578;" in rays
+    assert "expected mu = 0.0469, 0.2308, 0.5000, 0.7692, 0.9531" in rays
     assert "wavelengths of halpha do not cover" in refused.pop("narrow")
     assert "halpha is another model atom's" in refused.pop("other atom")
     assert "the same file as radyn_out.copy" in refused.pop("radyn_out.val3c_d5_1.0e12_t20s_25kev_fp")
@@ -442,6 +444,52 @@ def test_bad_runs_do_not_stop_the_others(runs, tmp_path, client):
     grid = store.open_grid(tmp_path / "grid.zarr")
     assert grid.sizes["sample"] == 17
     assert "refused" not in json.loads(grid.attrs["runs"])[F_CHROMA]
+
+
+def test_most_runs_decide_on_rays_atoms_and_wavelengths(tmp_path, client):
+    """And not the first by name, nor the number of runs with the rays of few."""
+    sources = [ToyRun(rays=RAYS[1:], snapshots=2).write(tmp_path / "a few rays.cdf")]
+    atom = ToyRun(snapshots=2)
+    atom.variables["alamb"][4] += 0.05
+    sources.append(atom.write(tmp_path / "b another atom.cdf"))
+    wide = ToyRun(snapshots=2)
+    wide.variables["q"][:, 20] *= 1.2
+    sources.append(wide.write(tmp_path / "c wide.cdf"))
+    sources += [ToyRun(seed=i, snapshots=2).write(tmp_path / f"run{i}.cdf") for i in range(2)]
+    wanted = RunFile(sources[-1]).axes()
+    report = make(sources, tmp_path / "grid.zarr", client)
+    refused = {run.name for run in report.runs if run.state == "refused"}
+    assert refused == {"a few rays", "b another atom"}
+    grid = store.open_grid(tmp_path / "grid.zarr")
+    assert grid["mu"].values == pytest.approx(wanted.mu)
+    for line in LINES:
+        assert grid[f"wavelength_{line}"].values == pytest.approx(wanted.offsets[line])
+        assert grid[f"wavelength_{line}"].attrs["rest_wavelength"] == wanted.rest[line]
+    # Where two kinds are equally common, the first one given counts.
+    rays, other = (RunFile(source).axes() for source in (sources[0], sources[-1]))
+    assert radyn.common_axes([rays, other]) == rays
+    assert radyn.common_axes([other, rays]) == other
+
+
+@pytest.mark.parametrize(
+    ("name", "snapshots", "unfinished", "told"),
+    [
+        (F_CHROMA, 6, False, ""),
+        (F_CHROMA, 5, True, "unfinished: it ends at 40 s, F-CHROMA's at 50 s"),
+        (
+            "my run",
+            5,
+            None,
+            "it ends at 40 s; neither its name nor another run tells whether that is all of it",
+        ),
+    ],
+)
+def test_a_run_alone_is_judged_by_its_name(tmp_path, client, name, snapshots, unfinished, told):
+    source = ToyRun(snapshots=snapshots).write(tmp_path / f"{name}.cdf")
+    (run,) = make([source], tmp_path / "grid.zarr", client).runs
+    assert "; ".join(run.notes) == told
+    facts = json.loads(store.open_grid(tmp_path / "grid.zarr").attrs["runs"])
+    assert facts[name]["unfinished"] is unfinished
 
 
 def test_other_wavelengths_are_interpolated(made, tmp_path, client):

@@ -21,7 +21,6 @@ wavelengths, over 12 other atmospheres, H-alpha is within 0.7 % (median 0.35 %) 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
@@ -30,14 +29,15 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from distributed import Client
 from numpy.typing import NDArray
 
 from inn.layout import HEIGHTS
-from pipeline.cluster import ClusterConfig, LocalConfig, connect
-from pipeline.driver import run_bounded
-from pipeline.errors import ClusterError, MisuseError
+from pipeline.cluster import ClusterConfig, LocalConfig, opened
+from pipeline.errors import MisuseError
 from pipeline.grids import atmosphere, store
 from pipeline.grids.atmosphere import DESIGN_SEED, AtmosphereParameters
+from pipeline.grids.job import finished
 from pipeline.grids.store import STATUS
 from pipeline.progress import Progress
 
@@ -353,7 +353,7 @@ def make_lightweaver_grid(
     samples: int,
     first: int = 0,
     seed: int = DESIGN_SEED,
-    cluster: ClusterConfig | None = None,
+    cluster: ClusterConfig | Client | None = None,
     call: str | None = None,
 ) -> Path:
     """Make, resume or enlarge a grid of Lightweaver atmospheres on a Dask cluster.
@@ -373,7 +373,7 @@ def make_lightweaver_grid(
         Index of the first.
     seed : int
         Seed of the design.
-    cluster : ClusterConfig, optional
+    cluster : ClusterConfig or distributed.Client, optional
         Where to run; by default one single-threaded worker for each core of this machine.
     call : str, optional
         The command or call, for the store's provenance.
@@ -398,27 +398,17 @@ def make_lightweaver_grid(
     about = description(seed)
     call = call or f"make_lightweaver_grid({str(path)!r}, samples={samples}, first={first}, seed={seed})"
     wanted = range(first, first + samples)
-    lost: list[str] = []
     with ExitStack() as stack:
         journal = stack.enter_context(store.Journal(path, about))
         missing = [sample for sample in wanted if sample not in journal.samples]
         if missing:
-            client = stack.enter_context(connect(cluster or LocalConfig()))
+            client = stack.enter_context(opened(cluster or LocalConfig()))
             done = samples - len(missing)
             progress = stack.enter_context(Progress("synthesising", samples, "atmospheres", done=done))
-            tasks: Iterator[AtmosphereTask] = (AtmosphereTask(sample, seed) for sample in missing)
-            for outcome in run_bounded(client, run_task, tasks):
-                if outcome.result is None:
-                    lost.append(f"{outcome.task.sample} ({outcome.error!r})")
-                else:
-                    journal.append(outcome.result)
+            tasks = (AtmosphereTask(sample, seed) for sample in missing)
+            made = finished(client, run_task, tasks, name=lambda task: str(task.sample), where=path)
+            for _, record in made:
+                journal.append(record)
                 progress.advance(1)
-        if lost:
-            raise ClusterError(
-                f"{len(lost)} of {samples} atmospheres were not computed",
-                where=path,
-                found="; ".join(lost[:5]),
-                remedy="run the same command again: it computes these only",
-            )
         journal.assemble(call)
     return path

@@ -21,7 +21,6 @@ import logging
 import pickle
 import re
 import warnings
-from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
@@ -36,9 +35,9 @@ from numpy.typing import NDArray
 
 from inn.layout import CA8542, HALPHA, HEIGHTS, LineWindow
 from pipeline.cluster import ClusterConfig, LocalConfig, opened
-from pipeline.driver import Outcome, run_bounded
-from pipeline.errors import ClusterError, FlareFieldError, InputError
+from pipeline.errors import InputError
 from pipeline.grids import store
+from pipeline.grids.job import finished
 from pipeline.grids.store import STATUS
 from pipeline.progress import Progress
 from pipeline.provenance import sha256_file
@@ -70,6 +69,9 @@ LABORATORY_TOLERANCE = 0.5
 LEAST_INTENSITY = 1e3
 """erg s-1 cm-2 sr-1 Angstrom-1 that every line of the Sun exceeds at some wavelength, by orders of magnitude:
 profiles below it have been normalised."""
+
+
+_MEMORY = "give the workers more memory (a few times the file's size), and run the same command again"
 
 
 # What a pickle may hold
@@ -559,24 +561,6 @@ def _record(data: _Data, run: Run, snapshot: int) -> store.Record:
     )
 
 
-def _only(outcomes: Iterator[Outcome[Path, Contents]], source: Path) -> Contents:
-    (outcome,) = outcomes
-    if outcome.result is None:
-        if isinstance(outcome.error, FlareFieldError):
-            raise outcome.error
-        raise _lost(source, [repr(outcome.error)])
-    return outcome.result
-
-
-def _lost(where: Path, errors: Sequence[str]) -> ClusterError:
-    return ClusterError(
-        f"{len(errors)} runs of the file were not read",
-        where=where,
-        found="; ".join(errors[:5]),
-        remedy="give the workers more memory (a few times the file's size), and run the same command again",
-    )
-
-
 def make_published_grid(
     source: str | Path,
     path: str | Path,
@@ -623,11 +607,10 @@ def make_published_grid(
     if not source.is_file():
         raise InputError("there is no such file", where=source, remedy="give DoublePicoGigaPickle50.pickle")
     call = call or f"make_published_grid({str(source)!r}, {str(path)!r})"
-    lost: list[str] = []
     with ExitStack() as stack:
         client = stack.enter_context(opened(LocalConfig(workers=1) if cluster is None else cluster))
         logger.info("reading %s (%.0f MB)", source, source.stat().st_size / 1e6)
-        contents = _only(run_bounded(client, read_contents, [source]), source)
+        ((_, contents),) = finished(client, read_contents, [source], name=str, where=source, remedy=_MEMORY)
         journal = stack.enter_context(store.Journal(path, description(contents, source.name)))
         journal.add_run(source.name, {"sha256": contents.sha256})
         missing = [
@@ -638,14 +621,16 @@ def make_published_grid(
         done = contents.samples - sum(run.count for run in missing)
         progress = stack.enter_context(Progress("converting", contents.samples, "snapshots", done=done))
         tasks = (RunTask(source, contents.sha256, run) for run in missing)
-        for outcome in run_bounded(client, run_task, tasks, window=2 * max(len(client.nthreads()), 1)):
-            if isinstance(outcome.error, FlareFieldError):
-                raise outcome.error
-            if outcome.result is None:
-                lost.append(repr(outcome.error))
-            journal.extend(outcome.result or ())
-            progress.advance(outcome.task.run.count)
-        if lost:
-            raise _lost(source, lost)
+        for task, records in finished(
+            client,
+            run_task,
+            tasks,
+            name=lambda task: f"run of {task.run.count} from {task.run.first}",
+            where=source,
+            window=2 * max(len(client.nthreads()), 1),
+            remedy=_MEMORY,
+        ):
+            journal.extend(records)
+            progress.advance(task.run.count)
         journal.assemble(call)
     return path

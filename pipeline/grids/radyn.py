@@ -28,9 +28,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -41,9 +42,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from inn.layout import CA8542, HALPHA, HEIGHTS, LineWindow
 from pipeline.cluster import ClusterConfig, LocalConfig, opened
-from pipeline.driver import run_bounded
-from pipeline.errors import ClusterError, InputError, MisuseError
+from pipeline.errors import InputError, MisuseError
 from pipeline.grids import store
+from pipeline.grids.job import finished
 from pipeline.grids.store import STATUS
 from pipeline.progress import Progress
 from pipeline.provenance import sha256_file
@@ -74,8 +75,10 @@ MU_TOLERANCE = 1e-4
 """Difference up to which two rays are the same."""
 HEIGHT_TOLERANCE = 1e-3
 """Mm that a height may lie outside a snapshot; the value at its end is taken."""
+DURATION = 50.0
+"""Seconds that every run of F-CHROMA's lasts."""
 FINISHED = 0.99
-"""Share of the longest run's time that a run must reach to count as finished."""
+"""Share of the time that a run should last which it must reach to count as finished."""
 SNAPSHOT_BITS = 20
 """Bits of a sample's number that count its snapshot; those above are its simulation."""
 _NAME = re.compile(
@@ -441,6 +444,49 @@ class RunFile:
             return np.zeros(self.time.size, np.int64)
 
 
+def _same_rays(one: Axes, other: Axes) -> bool:
+    return len(one.mu) == len(other.mu) and np.allclose(one.mu, other.mu, rtol=0, atol=MU_TOLERANCE)
+
+
+def _same_atoms(one: Axes, other: Axes) -> bool:
+    return all(abs(one.rest[line] - other.rest[line]) <= REST_TOLERANCE for line in TRANSITIONS)
+
+
+def _same_wavelengths(one: Axes, other: Axes) -> bool:
+    return all(_same_points(one.offsets[line], other.offsets[line]) for line in TRANSITIONS)
+
+
+def _same_points(one: Sequence[float], other: Sequence[float]) -> bool:
+    return len(one) == len(other) and np.allclose(one, other, rtol=0, atol=WAVELENGTH_TOLERANCE)
+
+
+def common_axes(runs: Sequence[Axes]) -> Axes:
+    """Axes that most runs have: the rays of most; among these runs, the model atoms, then the wavelengths.
+
+    Parameters
+    ----------
+    runs : sequence of Axes
+        One or more. Where two kinds are equally common, the one that comes first counts.
+
+    Returns
+    -------
+    Axes
+        Those of one of the runs.
+    """
+    left = list(runs)
+    for same in (_same_rays, _same_atoms, _same_wavelengths):
+        kinds: list[list[Axes]] = []
+        for axes in left:
+            for kind in kinds:
+                if same(kind[0], axes):
+                    kind.append(axes)
+                    break
+            else:
+                kinds.append([axes])
+        left = max(kinds, key=len)
+    return left[0]
+
+
 # One run, on a worker
 
 
@@ -456,8 +502,9 @@ def _onto(axes: Axes, own: Axes, path: str) -> tuple[dict[str, Array], list[str]
             remedy="make a grid of its own from such runs",
         )
 
-    if len(own.mu) != len(axes.mu) or not np.allclose(own.mu, axes.mu, rtol=0, atol=MU_TOLERANCE):
-        raise refused("its rays are not the grid's", own.mu, axes.mu)
+    if not _same_rays(own, axes):
+        told = (f"mu = {', '.join(f'{mu:.4f}' for mu in rays.mu)}" for rays in (own, axes))
+        raise refused("its rays are not the grid's", *told)
     matrices, notes = {}, []
     for line, rest in axes.rest.items():
         if abs(own.rest[line] - rest) > REST_TOLERANCE:
@@ -465,7 +512,7 @@ def _onto(axes: Axes, own: Axes, path: str) -> tuple[dict[str, Array], list[str]
                 f"its {line} is another model atom's", f"{own.rest[line]:.4f}", f"{rest:.4f} Angstrom"
             )
         theirs, ours = np.array(own.offsets[line]), np.array(axes.offsets[line])
-        if theirs.shape == ours.shape and np.allclose(theirs, ours, rtol=0, atol=WAVELENGTH_TOLERANCE):
+        if _same_points(own.offsets[line], axes.offsets[line]):
             continue
         if theirs[0] > ours[0] + WAVELENGTH_TOLERANCE or theirs[-1] < ours[-1] - WAVELENGTH_TOLERANCE:
             raise refused(
@@ -599,6 +646,14 @@ def _read_or_refuse(task: RunTask) -> Run | InputError:
         return error
 
 
+def _axes_or_refuse(path: Path) -> Axes | InputError:
+    """A run's axes; see `_read_or_refuse`."""
+    try:
+        return RunFile(path).axes()
+    except InputError as error:
+        return error
+
+
 # The job
 
 
@@ -611,21 +666,27 @@ def _axes_of(settings: dict[str, Any]) -> Axes:
     )
 
 
-def _first_axes(paths: Sequence[Path]) -> Axes:
-    """Axes of the first run that can be read; runs are taken by name, so that order does not matter."""
-    reasons = []
-    for path in paths:
-        try:
-            return RunFile(path).axes()
-        except InputError as error:
-            reasons.append(error)
-    raise InputError(
-        "no run can be read",
-        where=reasons[0].where,
-        found=f"{reasons[0].problem}; {reasons[0].found}",
-        expected=reasons[0].expected,
-        remedy=reasons[0].remedy,
-    )
+def _axes_of_most(client: Client, files: dict[str, Path], where: Path) -> tuple[Axes, dict[str, InputError]]:
+    """Axes of a grid that is new, and the runs that tell none. The runs' order does not matter."""
+    axes: dict[str, Axes] = {}
+    refused: dict[str, InputError] = {}
+    with Progress("comparing", len(files), "runs") as progress:
+        for path, told in finished(client, _axes_or_refuse, files.values(), name=run_name, where=where):
+            if isinstance(told, Axes):
+                axes[run_name(path)] = told
+            else:
+                refused[run_name(path)] = told
+            progress.advance(1)
+    if not axes:
+        error = refused[min(refused)]
+        raise InputError(
+            "no run can be read",
+            where=error.where,
+            found=f"{error.problem}; {error.found}",
+            expected=error.expected,
+            remedy=error.remedy,
+        )
+    return common_axes([axes[name] for name in sorted(axes)]), refused
 
 
 def description(axes: Axes, heights: Sequence[float], stride: int, continuum: bool) -> store.Description:
@@ -677,9 +738,14 @@ def make_radyn_grid(
     A run whose file has changed (its hash has, which is looked at if its size or date have) is read again and
     replaces what was there. Runs that are in the grid and not asked for stay.
 
-    All runs of a grid share rays, wavelengths and model atoms: those of the first one by name, or of the grid
-    that is there. A run with other wavelengths is interpolated linearly where they cover the grid's; one with
-    other rays, other rest wavelengths or a shorter range is refused, for nothing may be extrapolated.
+    All runs of a grid share rays, wavelengths and model atoms: those of the grid that is there, or of most
+    runs (`common_axes`), which are compared before any is read. A run with other wavelengths is interpolated
+    linearly where they cover the grid's; one with other rays, other rest wavelengths or a shorter range is
+    refused, for nothing may be extrapolated, and reported with both.
+
+    A run is reported as unfinished if it ends before the longest one does, or before a run with a name of
+    F-CHROMA's form should (`DURATION`). Whether a single run of another name is finished cannot be told, and
+    the report says so.
 
     Parameters
     ----------
@@ -727,16 +793,25 @@ def make_radyn_grid(
     )
     settings = store.settings_of(path)
     known = settings is not None and settings.get("maker", {}).get("name") == "radyn"
-    axes = _axes_of(settings) if settings is not None and known else _first_axes(list(files.values()))
-    about = description(axes, [float(height) for height in levels], stride, continuum)
     refused: dict[str, InputError] = {}
-    lost: list[str] = []
     kept: set[str] = set()
     with ExitStack() as stack:
+
+        @cache
+        def client() -> Client:  # not started where there is nothing to do
+            return stack.enter_context(opened(cluster or LocalConfig()))
+
+        if settings is not None and known:
+            axes = _axes_of(settings)
+        else:
+            axes, refused = _axes_of_most(client(), files, path)
+        about = description(axes, [float(height) for height in levels], stride, continuum)
         journal = stack.enter_context(store.Journal(path, about))
         _no_collision({*files, *journal.runs})
         todo: list[RunTask] = []
         for name, file in files.items():
+            if name in refused:
+                continue
             facts = journal.runs.get(name, {})
             status = file.stat()
             if "sha256" in facts and (facts["bytes"], facts["modified"]) == (
@@ -749,27 +824,19 @@ def make_radyn_grid(
                     RunTask(str(file), axes, about.heights, stride, continuum, facts.get("sha256"))
                 )  # fmt: skip
         if todo:
-            client = stack.enter_context(opened(cluster or LocalConfig()))
-            progress = stack.enter_context(Progress("reading", len(files), "runs", done=len(kept)))
-            tasks: Iterator[RunTask] = iter(todo)
-            for outcome in run_bounded(client, _read_or_refuse, tasks):
-                name = run_name(outcome.task.path)
-                if isinstance(outcome.result, Run):
-                    _take(journal, name, outcome.result)
-                    if not outcome.result.records:
+            done = len(files) - len(todo)
+            progress = stack.enter_context(Progress("reading", len(files), "runs", done=done))
+            for task, told in finished(
+                client(), _read_or_refuse, todo, name=lambda task: run_name(task.path), where=path
+            ):
+                name = run_name(task.path)
+                if isinstance(told, Run):
+                    _take(journal, name, told)
+                    if not told.records:
                         kept.add(name)
-                elif outcome.result is not None:
-                    refused[name] = outcome.result
                 else:
-                    lost.append(f"{name} ({outcome.error!r})")
+                    refused[name] = told
                 progress.advance(1)
-        if lost:
-            raise ClusterError(
-                f"{len(lost)} of {len(files)} runs were not read",
-                where=path,
-                found="; ".join(lost[:5]),
-                remedy="run the same command again: it reads these only",
-            )
         return _finish(journal, list(files), refused, kept, stride, call)
 
 
@@ -844,7 +911,9 @@ def _finish(
         )
     longest = max(facts["ends"] for facts in runs.values())
     for name, facts in runs.items():
-        journal.add_run(name, {**facts, "unfinished": facts["ends"] < FINISHED * longest})
+        lasts = _lasts(name, longest, alone=len(runs) == 1)
+        unfinished = None if lasts is None else facts["ends"] < FINISHED * lasts
+        journal.add_run(name, {**facts, "unfinished": unfinished})
     # A run that has changed may have left snapshots that it no longer has; so may one that was cut off.
     journal.keep(
         {
@@ -862,9 +931,21 @@ def _finish(
             reports.append(RunReport(name, "refused", 0, 0, np.nan, (f"refused: {told}",)))
             continue
         notes = tuple(facts["notes"])
+        ends = f"it ends at {facts['ends']:g} s"
         if facts["unfinished"]:
-            notes = (f"unfinished: it ends at {facts['ends']:g} s, the longest at {longest:g} s", *notes)
+            short = facts["ends"] < FINISHED * longest
+            than = f"the longest at {longest:g} s" if short else f"F-CHROMA's at {DURATION:g} s"
+            notes = (f"unfinished: {ends}, {than}", *notes)
+        elif facts["unfinished"] is None:
+            notes = (f"{ends}; neither its name nor another run tells whether that is all of it", *notes)
         count = len(range(0, facts["snapshots"], stride))
         state = "kept" if name in kept else "read"
         reports.append(RunReport(name, state, count, facts["failed"], facts["ends"], notes))
     return RadynReport(journal.path, tuple(reports))
+
+
+def _lasts(name: str, longest: float, alone: bool) -> float | None:
+    """Seconds that a run should last, by its name and by the longest run; None where neither tells."""
+    if _NAME.fullmatch(name):
+        return max(longest, DURATION)
+    return None if alone else longest

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -10,11 +9,12 @@ import shutil
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import numpy as np
 import xarray as xr
@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec
 
 from pipeline.errors import MisuseError, StoreError
-from pipeline.provenance import provenance
+from pipeline.journal import changes, lock, out_of_space
+from pipeline.provenance import flattened, provenance
 
 Array = NDArray[np.floating[Any]]
 
@@ -62,7 +63,9 @@ class Description:
     rest_halpha, rest_ca8542 : float
         Those rest wavelengths, vacuum, Angstrom.
     maker : dict
-        The program, its version and settings (JSON values).
+        Everything else that decides the numbers (JSON values): the program that computed them with its
+        version, and its settings. FlareField's own version is not among them: a release that changes numbers
+        raises what is (`SCHEMA`, `pipeline.grids.atmosphere.FAMILY_VERSION`), others leave grids resumable.
     height_zero, equilibrium : str
         Where height zero is; how populations were found.
     """
@@ -219,6 +222,36 @@ def _head(path: Path, line: bytes) -> dict[str, Any] | None:
         ) from error
 
 
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(lock(path))
+        except MisuseError as error:
+            raise MisuseError(
+                "another command is making this grid", where=path, found=error.found, remedy=error.remedy
+            ) from error
+        yield
+
+
+@contextmanager
+def _writing(where: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise out_of_space(error, where) or StoreError(
+            "the grid cannot be written",
+            where=where,
+            found=error.strerror or error,
+            remedy="choose an output in a directory that you may write to",
+        ) from error
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 class Journal:
     """Finished samples of a grid under way, in an append-only file beside the store and in the store itself.
 
@@ -244,7 +277,9 @@ class Journal:
     Raises
     ------
     MisuseError
-        If `path` is something else, or was made with other settings.
+        If `path` is something else, or was made with other settings, or another command works on it.
+    StoreError
+        If nothing can be written there.
     """
 
     def __init__(self, path: Path, about: Description) -> None:
@@ -259,43 +294,21 @@ class Journal:
         self._written: dict[int, int] = {}  # sample -> its place in the journal's file, which goes before
         self._count = 0  # records in the file
         self._changed = False  # whether the store lacks anything
-        self._file = self._locked()
-        try:
+        with ExitStack() as stack:
+            # Before anything is read, lest another command is just finishing.
+            stack.enter_context(_locked(path))
             if _swapped_out(path).exists() and not path.exists():  # killed between the two steps of a swap
                 _swapped_out(path).rename(path)
             if path.exists():
                 self._read_store()
+            # Unbuffered: what could not be written must not be tried again when the file is closed.
+            self._file = stack.enter_context(self.file_path.open("ab", buffering=0))
             self._read_journal()
-        except MisuseError:
             if self._file.tell() == 0:
-                self.file_path.unlink(missing_ok=True)
-            self._file.close()
-            raise
-        if self._file.tell() == 0:
-            self._file.write(json.dumps(about.fingerprint()).encode() + b"\n")
-            self._sync()
-        self._start = self._file.tell() - self._count * self._type.itemsize
-        self._read_runs()
-
-    def _locked(self) -> BinaryIO:
-        """The journal's file, locked: before anything is read, lest another command is just finishing."""
-        while True:
-            file = self.file_path.open("ab")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                file.close()
-                raise MisuseError(
-                    "another command is making this grid",
-                    where=self.path,
-                    remedy="wait for it, or end it: the same command then goes on where it stopped",
-                ) from error
-            try:
-                if os.path.samestat(os.fstat(file.fileno()), os.stat(self.file_path)):
-                    return file
-            except FileNotFoundError:
-                pass  # another command finished, and removed it, after it was opened here
-            file.close()
+                self._put(json.dumps(about.fingerprint()).encode() + b"\n")
+            self._start = self._file.tell() - self._count * self._type.itemsize
+            self._read_runs()
+            self._open = stack.pop_all()
 
     def __enter__(self) -> Self:
         return self
@@ -306,7 +319,7 @@ class Journal:
         if not self._changed:
             self.file_path.unlink(missing_ok=True)
             self.runs_path.unlink(missing_ok=True)
-        self._file.close()
+        self._open.close()
 
     @property
     def samples(self) -> set[int]:
@@ -314,15 +327,17 @@ class Journal:
         return self._stored.keys() | self._written.keys()
 
     def _refuse_other(self, where: Path, found: dict[str, Any]) -> None:
-        expected = self.about.fingerprint()
-        changed = [key for key in expected | found if expected.get(key) != found.get(key)]
+        changed = changes(flattened(found), flattened(self.about.fingerprint()))
         if changed:
+            was, wanted = (
+                "; ".join(f"{name} {_short(pair[side])}" for name, pair in changed.items()) for side in (0, 1)
+            )
             raise MisuseError(
-                "the grid was made with other settings: " + ", ".join(changed),
+                f"the grid was made with other settings: {', '.join(changed)}",
                 where=where,
-                found={key: found.get(key) for key in changed},
-                expected={key: expected.get(key) for key in changed},
-                remedy="give another output path, or the settings it was made with",
+                found=was,
+                expected=wanted,
+                remedy="go on with the settings and versions it was made with, or give another output path",
             )
 
     def _read_store(self) -> None:
@@ -362,16 +377,38 @@ class Journal:
             self.runs.update(json.loads(line))
         self._changed = self._changed or bool(whole)
 
-    def _sync(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
+    def _put(self, block: bytes) -> None:
+        """Append to the journal's file: on disk when this returns, or nothing of it."""
+        size = self._file.tell()
+        with _writing(self.file_path):
+            try:
+                left = memoryview(block)
+                while left:
+                    left = left[self._file.write(left) :]
+                os.fsync(self._file.fileno())
+            except OSError:
+                self._file.truncate(size)
+                self._file.seek(0, os.SEEK_END)
+                raise
 
     def append(self, record: Record) -> None:
-        """Add a finished sample; it is on disk when this returns."""
+        """Add a finished sample; see `extend`."""
         self.extend([record])
 
     def extend(self, records: Iterable[Record]) -> None:
-        """Add finished samples, each in place of an earlier one of its number; on disk when this returns."""
+        """Add finished samples, each in place of an earlier one of its number; on disk when this returns.
+
+        Parameters
+        ----------
+        records : iterable of Record
+            Their arrays must have the shapes that `Description` says.
+
+        Raises
+        ------
+        StoreError
+            There is no space for them; then none was added.
+        """
+        added, block = [], bytearray()
         for record in records:
             row = np.zeros(1, self._type)[0]
             for name in ("sample", "simulation", "status", "iterations", "parameters"):
@@ -380,17 +417,32 @@ class Journal:
                 row[name] = round_mantissa(getattr(record, name))
             row["reason"] = record.reason.encode()[:160]
             row["checksum"] = zlib.crc32(row.tobytes()[4:])
-            self._file.write(row.tobytes())
-            self._written[record.sample] = self._count
+            added.append(record.sample)
+            block += row.tobytes()
+        self._put(bytes(block))
+        for sample in added:
+            self._written[sample] = self._count
             self._count += 1
             self._changed = True
-        self._sync()
 
     def add_run(self, name: str, facts: dict[str, Any]) -> None:
-        """Keep what is known of a run (JSON values) instead of what was; on disk when this returns."""
+        """Keep what is known of a run instead of what was; on disk when this returns.
+
+        Parameters
+        ----------
+        name : str
+            The run's.
+        facts : dict
+            JSON values. ``sha256`` goes into the store's provenance.
+
+        Raises
+        ------
+        StoreError
+            There is no space for it.
+        """
         if self.runs.get(name) == facts:
             return
-        with self.runs_path.open("ab") as file:
+        with _writing(self.runs_path), self.runs_path.open("ab") as file:
             file.write(json.dumps({name: facts}).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
@@ -398,7 +450,13 @@ class Journal:
         self._changed = True
 
     def keep(self, samples: set[int]) -> None:
-        """Leave all other samples out of the store when it is assembled next."""
+        """Leave all other samples out of the store when it is assembled next.
+
+        Parameters
+        ----------
+        samples : set of int
+            Their numbers; those that the journal does not hold count for nothing.
+        """
         for places in (self._stored, self._written):
             for sample in places.keys() - samples:
                 del places[sample]
@@ -417,7 +475,7 @@ class Journal:
         Raises
         ------
         StoreError
-            If there is no sample.
+            If there is no sample, or no space for them.
         """
         samples = sorted(self.samples)
         if not samples:
@@ -429,10 +487,11 @@ class Journal:
         for left in (part, old):
             shutil.rmtree(left, ignore_errors=True)
         blocks = (samples[first : first + CHUNK] for first in range(0, len(samples), CHUNK))
-        _write(part, len(samples), map(self._rows, blocks), self.about, self.runs, call)
-        if target.exists():
-            target.rename(old)
-        part.rename(target)
+        with _writing(target):
+            _write(part, len(samples), map(self._rows, blocks), self.about, self.runs, call)
+            if target.exists():
+                target.rename(old)
+            part.rename(target)
         shutil.rmtree(old, ignore_errors=True)
         if path is None:
             self._changed = False
