@@ -2,6 +2,9 @@
 
 Whoever can talk to a Dask scheduler can run code on all its workers. Traffic between machines is therefore
 always encrypted and authenticated (TLS); without TLS a cluster stays on this machine's loopback interface.
+
+A cluster of GPUs (`CudaConfig`) has never been started: what it is started with is checked against
+dask-cuda's own signature, and everything around it with a cluster of CPU workers in its place.
 """
 
 from __future__ import annotations
@@ -15,11 +18,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, TypeAlias, get_args
 from urllib.parse import urlsplit
 from uuid import uuid4
 
 import dask
+import torch
 import yaml
 from dask.system import CPU_COUNT
 from distributed import Client, LocalCluster, SpecCluster, Worker, WorkerPlugin
@@ -34,6 +38,7 @@ from pydantic import (
     model_validator,
 )
 
+from pipeline.devices import INSTALL, Device, gpus, missing_packages
 from pipeline.errors import ClusterError, MisuseError
 from pipeline.provenance import flarefield_version
 
@@ -81,6 +86,20 @@ class LocalConfig(_Config):
     """Address of the dashboard; port 0 takes a free one; None for none."""
 
 
+class CudaConfig(_Config):
+    """One worker process for each GPU of this machine, reachable from this machine only.
+
+    Which GPUs is said by the environment variable ``CUDA_VISIBLE_DEVICES``; all of them by default. CuPy and
+    torch share one pool of memory on each. Needs ``flarefield[cuda13]`` or ``flarefield[cuda12]``.
+    """
+
+    kind: Literal["cuda"] = "cuda"
+    memory_limit: str = "auto"
+    """Host memory of each worker, as Dask writes it (``"4GiB"``), or ``"auto"`` for its share of all."""
+    dashboard: str | None = "127.0.0.1:0"
+    """Address of the dashboard; port 0 takes a free one; None for none."""
+
+
 class AddressConfig(_Config):
     """A cluster that is already running, by its scheduler's address.
 
@@ -98,6 +117,9 @@ class AddressConfig(_Config):
     """This client's certificate, PEM."""
     tls_client_key: Path | None = None
     """This client's private key, PEM."""
+    device: Device = "cpu"
+    """Where its workers compute tiles: ``"cuda"`` for workers with a GPU and a single thread each, such as
+    ``dask cuda worker --resources GPU=1`` starts."""
     timeout: float = Field(default=60.0, gt=0)
     """Seconds to wait for the scheduler, and for its first worker."""
 
@@ -181,12 +203,11 @@ class SlurmConfig(_Config):
         return self
 
 
-ClusterConfig = Annotated[LocalConfig | AddressConfig | SlurmConfig, Field(discriminator="kind")]
-_ADAPTER: TypeAdapter[LocalConfig | AddressConfig | SlurmConfig] = TypeAdapter(ClusterConfig)
-_KINDS = {
-    get_args(kind.model_fields["kind"].annotation)[0]: kind
-    for kind in (LocalConfig, AddressConfig, SlurmConfig)
-}
+ClusterConfig: TypeAlias = LocalConfig | CudaConfig | AddressConfig | SlurmConfig
+"""What `load_config` returns and `connect` takes."""
+
+_ADAPTER: TypeAdapter[ClusterConfig] = TypeAdapter(Annotated[ClusterConfig, Field(discriminator="kind")])
+_KINDS = {get_args(kind.model_fields["kind"].annotation)[0]: kind for kind in get_args(ClusterConfig)}
 _PATHS = ("tls_ca_file", "tls_client_cert", "tls_client_key", "shared_directory", "log_directory")
 
 
@@ -209,18 +230,18 @@ def is_loopback(address: str) -> bool:
         return False
 
 
-def load_config(cluster: str | Path) -> LocalConfig | AddressConfig | SlurmConfig:
+def load_config(cluster: str | Path) -> ClusterConfig:
     """Read what ``--cluster`` says.
 
     Parameters
     ----------
     cluster : str or Path
-        ``"local"``, the address of a scheduler (``tls://host:port``), or a YAML file such as those in
-        ``deploy/``.
+        ``"local"``, ``"cuda"``, the address of a scheduler (``tls://host:port``), or a YAML file such as
+        those in ``deploy/``.
 
     Returns
     -------
-    LocalConfig or AddressConfig or SlurmConfig
+    LocalConfig or CudaConfig or AddressConfig or SlurmConfig
 
     Raises
     ------
@@ -230,6 +251,8 @@ def load_config(cluster: str | Path) -> LocalConfig | AddressConfig | SlurmConfi
     text = str(cluster)
     if text == "local":
         return LocalConfig()
+    if text == "cuda":
+        return CudaConfig()
     if "://" in text:
         return _validate({"kind": "address", "address": text}, where=text)
     path = Path(text).expanduser()
@@ -237,7 +260,7 @@ def load_config(cluster: str | Path) -> LocalConfig | AddressConfig | SlurmConfi
         raise MisuseError(
             "there is no such cluster configuration",
             where=text,
-            expected="local, a scheduler's address (tls://host:port) or a YAML file",
+            expected="local, cuda, a scheduler's address (tls://host:port) or a YAML file",
             remedy="see deploy/ for examples",
         )
     try:
@@ -249,7 +272,7 @@ def load_config(cluster: str | Path) -> LocalConfig | AddressConfig | SlurmConfi
             "the cluster configuration holds no settings",
             where=path,
             found=type(settings).__name__,
-            expected="lines of the form `name: value`, the first one `kind: local`, `address` or `slurm`",
+            expected=f"lines of the form `name: value`, the first one `kind: {'`, `'.join(_KINDS)}`",
         )
     for name in _PATHS:
         if isinstance(settings.get(name), str):
@@ -257,7 +280,45 @@ def load_config(cluster: str | Path) -> LocalConfig | AddressConfig | SlurmConfi
     return _validate(settings, where=path)
 
 
-def _validate(settings: dict[str, Any], where: object) -> LocalConfig | AddressConfig | SlurmConfig:
+def best_config() -> LocalConfig | CudaConfig:
+    """This machine's GPUs where it has any, and its cores where not; the log says so of GPUs."""
+    if not (count := gpus()):
+        return LocalConfig()
+    found = f"{count} GPU{'s' if count > 1 else ''}"
+    if missing := missing_packages():
+        logger.warning(
+            "found %s, but not %s, so tiles are computed on the CPU; to use them: %s",
+            found,
+            " and ".join(missing),
+            INSTALL,
+        )
+        return LocalConfig()
+    logger.info("found %s: tiles are computed there, one worker each (on the CPU: --cluster local)", found)
+    return CudaConfig()
+
+
+def device_of(cluster: ClusterConfig | Client) -> Device:
+    """Where a cluster's workers compute tiles.
+
+    Parameters
+    ----------
+    cluster : configuration or distributed.Client
+        Of a client's cluster, all workers must offer a resource ``GPU`` for it to count as one of GPUs.
+
+    Returns
+    -------
+    {"cpu", "cuda"}
+    """
+    if isinstance(cluster, Client):
+        workers = cluster.scheduler_info(n_workers=-1)["workers"].values()
+        offers = [worker["resources"].get("GPU", 0) >= 1 for worker in workers]
+        return "cuda" if offers and all(offers) else "cpu"
+    if isinstance(cluster, AddressConfig):
+        return cluster.device
+    return "cuda" if isinstance(cluster, CudaConfig) else "cpu"
+
+
+def _validate(settings: dict[str, Any], where: object) -> ClusterConfig:
     try:
         return _ADAPTER.validate_python(settings)
     except ValidationError as error:
@@ -280,14 +341,14 @@ def _validate(settings: dict[str, Any], where: object) -> LocalConfig | AddressC
 
 
 @contextmanager
-def connect(config: LocalConfig | AddressConfig | SlurmConfig) -> Iterator[Client]:
+def connect(config: ClusterConfig) -> Iterator[Client]:
     """Start or reach the configured cluster, yield a verified client of it, and close both at the end.
 
     A cluster that is already running is left as it was found. The dashboard's address goes to the log.
 
     Parameters
     ----------
-    config : LocalConfig or AddressConfig or SlurmConfig
+    config : LocalConfig or CudaConfig or AddressConfig or SlurmConfig
         Which cluster.
 
     Yields
@@ -304,6 +365,8 @@ def connect(config: LocalConfig | AddressConfig | SlurmConfig) -> Iterator[Clien
         stack.enter_context(dask.config.set({**SCHEDULER_SETTINGS, **WORKER_SETTINGS}))
         if isinstance(config, LocalConfig):
             client = stack.enter_context(_local(config))
+        elif isinstance(config, CudaConfig):
+            client = stack.enter_context(_cuda(config))
         elif isinstance(config, SlurmConfig):
             client = stack.enter_context(_slurm(config))
         else:
@@ -315,7 +378,7 @@ def connect(config: LocalConfig | AddressConfig | SlurmConfig) -> Iterator[Clien
 
 
 @contextmanager
-def opened(cluster: LocalConfig | AddressConfig | SlurmConfig | Client) -> Iterator[Client]:
+def opened(cluster: ClusterConfig | Client) -> Iterator[Client]:
     """Yield a verified client: of the configured cluster, which is closed at the end, or the one given.
 
     Parameters
@@ -340,12 +403,53 @@ def _local(config: LocalConfig) -> Iterator[Client]:
     cluster = LocalCluster(
         n_workers=config.workers,
         threads_per_worker=config.threads,
-        memory_limit=config.memory_limit,
-        scheduler_kwargs=_dashboard(config.dashboard),
-        host="127.0.0.1",
-        # Dask would raise its log to warnings where its user has turned it lower.
-        silence_logs=max(logging.WARNING, logging.getLogger("distributed").level),
+        **_here(config),
     )
+    with _closing(cluster), Client(cluster, set_as_default=False) as client:
+        yield client
+
+
+def _here(config: LocalConfig | CudaConfig) -> dict[str, Any]:
+    """Arguments that every cluster on this machine is started with."""
+    return {
+        "memory_limit": config.memory_limit,
+        "scheduler_kwargs": _dashboard(config.dashboard),
+        "host": "127.0.0.1",
+        # Dask would raise its log to warnings where its user has turned it lower.
+        "silence_logs": max(logging.WARNING, logging.getLogger("distributed").level),
+    }
+
+
+def cuda_arguments(config: CudaConfig) -> dict[str, Any]:
+    """Arguments of `dask_cuda.LocalCUDACluster`: one worker with one thread for each GPU.
+
+    CUDA's own asynchronous pool grows as it is needed, and RMM makes both libraries draw from it: two pools
+    would each keep what the other lacks.
+    """
+    return {
+        "threads_per_worker": 1,
+        "rmm_async": True,
+        "rmm_allocator_external_lib_list": ["torch", "cupy"],
+        # What trainings ask for, and what `device_of` looks at.
+        "resources": {"GPU": 1},
+        **_here(config),
+    }
+
+
+@contextmanager
+def _cuda(config: CudaConfig) -> Iterator[Client]:
+    if not gpus():
+        raise ClusterError(
+            "no GPU is found on this machine",
+            found=f"torch {torch.__version__}, built for {torch.version.cuda or 'the CPU'}",
+            expected="a GPU with its driver, and a torch that was built for its CUDA",
+            remedy="compute on the CPU with --cluster local, or mend the driver or torch",
+        )
+    if missing := missing_packages():
+        raise ClusterError("GPUs need packages that are not installed", found=missing, remedy=INSTALL)
+    from dask_cuda import LocalCUDACluster
+
+    cluster = LocalCUDACluster(**cuda_arguments(config))
     with _closing(cluster), Client(cluster, set_as_default=False) as client:
         yield client
 

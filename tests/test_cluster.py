@@ -1,5 +1,6 @@
 """Clusters: what `--cluster` takes and refuses, and that nothing runs where it is not safe."""
 
+import inspect
 import os
 import re
 import stat
@@ -8,6 +9,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import cloudpickle
 import dask
@@ -15,15 +17,19 @@ import pytest
 import torch
 import yaml
 from dask.system import CPU_COUNT
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, Nanny
 from distributed.security import Security
 
 from pipeline.cluster import (
     AddressConfig,
+    CudaConfig,
     LocalConfig,
     SlurmConfig,
     _inspection,
+    best_config,
     connect,
+    cuda_arguments,
+    device_of,
     is_loopback,
     load_config,
     slurm_cluster,
@@ -63,7 +69,12 @@ def test_local_is_this_machine_with_one_worker_a_core():
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("local.yaml", LocalConfig), ("address.yaml", AddressConfig), ("slurm.yaml", SlurmConfig)],
+    [
+        ("local.yaml", LocalConfig),
+        ("cuda.yaml", CudaConfig),
+        ("address.yaml", AddressConfig),
+        ("slurm.yaml", SlurmConfig),
+    ],
 )
 def test_the_examples_can_be_used(name, kind):
     config = load_config(DEPLOY / name)
@@ -160,6 +171,82 @@ def test_a_local_cluster_is_seen_by_this_machine_only():
     ours = [(host, port) for host, port in listening if str(port) in ports]
     assert len(ours) >= 2
     assert {host for host, _ in ours} == {"127.0.0.1"}
+
+
+# GPUs
+
+
+def gpus_found(monkeypatch, count, *installed):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr("pipeline.devices.find_spec", lambda name: object() if name in installed else None)
+
+
+def test_gpus_are_taken_where_they_are_found_and_the_log_says_so(monkeypatch, caplog):
+    caplog.set_level("INFO", "flarefield")
+    gpus_found(monkeypatch, 0, "cupy", "dask_cuda", "rmm")
+    assert best_config() == LocalConfig()
+    assert caplog.messages == []
+    gpus_found(monkeypatch, 4, "cupy", "dask_cuda", "rmm")
+    assert best_config() == load_config("cuda") == CudaConfig()
+    assert "4 GPUs" in caplog.text
+    assert "--cluster local" in caplog.text
+    caplog.clear()
+    gpus_found(monkeypatch, 1, "cupy")
+    assert best_config() == LocalConfig()
+    assert "1 GPU, but not dask_cuda and rmm" in caplog.text
+    assert "cuda13" in caplog.text
+
+
+def test_gpus_that_are_not_there_or_cannot_be_used_are_refused(monkeypatch):
+    gpus_found(monkeypatch, 0)
+    with pytest.raises(ClusterError, match="no GPU") as refusal, connect(CudaConfig()):
+        pass
+    assert "--cluster local" in refusal.value.remedy
+    gpus_found(monkeypatch, 1, "cupy", "rmm")
+    with pytest.raises(ClusterError, match="not installed") as refusal, connect(CudaConfig()):
+        pass
+    assert refusal.value.found == "['dask_cuda']"
+
+
+def test_dask_cuda_takes_what_a_cluster_of_gpus_is_started_with():
+    """Held against the signatures of the installed dask-cuda, which needs no GPU to be asked."""
+    ours = pytest.importorskip("dask_cuda").LocalCUDACluster
+    arguments = cuda_arguments(CudaConfig())
+    named = set(inspect.signature(ours).parameters)
+    assert {"threads_per_worker", "rmm_async", "rmm_allocator_external_lib_list"} <= named
+    # What it does not name goes on to Dask's own cluster, and from there to the workers.
+    assert issubclass(ours, LocalCluster)
+    passed_on = set(arguments) - named - set(inspect.signature(LocalCluster).parameters)
+    assert passed_on <= set(inspect.signature(Nanny).parameters)
+    inspect.signature(ours).bind(**arguments)
+    supported = pytest.importorskip("dask_cuda.plugins").enable_rmm_memory_for_library.__doc__
+    assert all(f'"{library}"' in supported for library in arguments["rmm_allocator_external_lib_list"])
+
+
+def test_a_cluster_of_gpus_offers_them_and_is_seen_by_this_machine_only(monkeypatch):
+    """With dask-cuda's part played by Dask's own cluster of one worker."""
+
+    def stand_in(rmm_async, rmm_allocator_external_lib_list, **rest):
+        assert rmm_async
+        assert sorted(rmm_allocator_external_lib_list) == ["cupy", "torch"]
+        return LocalCluster(n_workers=1, **rest)
+
+    gpus_found(monkeypatch, 1, "cupy", "dask_cuda", "rmm")
+    monkeypatch.setitem(sys.modules, "dask_cuda", SimpleNamespace(LocalCUDACluster=stand_in))
+    with connect(CudaConfig(dashboard=None)) as client:
+        assert device_of(client) == "cuda"
+        assert client.scheduler.address.startswith("tcp://127.0.0.1:")
+        assert list(client.nthreads().values()) == [1]
+        assert client.submit(lambda: 42, resources={"GPU": 1}).result() == 42
+
+
+def test_where_a_cluster_computes_is_known_before_it_is_started():
+    assert device_of(CudaConfig()) == "cuda"
+    assert device_of(LocalConfig()) == "cpu"
+    assert device_of(SlurmConfig(cores=1, memory="1GiB")) == "cpu"
+    address = "tcp://127.0.0.1:1"
+    assert device_of(AddressConfig(address=address)) == "cpu"
+    assert device_of(AddressConfig(address=address, device="cuda")) == "cuda"
 
 
 # A running cluster, reached with certificates
