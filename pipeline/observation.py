@@ -41,6 +41,7 @@ from zarr.codecs import BloscCodec
 
 from pipeline.crisp.scan import Scan, cosine_of_pointing
 from pipeline.errors import MisuseError, StoreError
+from pipeline.storage import place
 
 KIND = "observation"
 SCHEMA = 1
@@ -298,7 +299,7 @@ def finish(
 def is_observation(path: str | Path) -> bool:
     """Whether a path holds an observation store."""
     try:
-        return zarr.open_group(path, mode="r").attrs.get("kind") == KIND
+        return zarr.open_group(place(path).zarr, mode="r").attrs.get("kind") == KIND
     except (OSError, ValueError, KeyError):
         return False
 
@@ -309,7 +310,7 @@ def open_observation(path: str | Path, *, chunks: Any = None) -> xr.Dataset:  # 
     Parameters
     ----------
     path : str or Path
-        The observation store.
+        The observation store, or its URL.
     chunks : optional
         As for `xarray.open_zarr`: None reads what is asked for when asked, ``{}`` makes Dask arrays.
 
@@ -323,8 +324,8 @@ def open_observation(path: str | Path, *, chunks: Any = None) -> xr.Dataset:  # 
     StoreError
         There is no observation at this path, or it lacks what an observation has.
     """
-    path = Path(path)
-    if not path.exists():
+    store = place(path)
+    if not store.exists():
         raise StoreError(
             "there is no such observation", where=path, remedy="make one with `flarefield ingest`"
         )
@@ -336,7 +337,7 @@ def open_observation(path: str | Path, *, chunks: Any = None) -> xr.Dataset:  # 
             remedy="check the name",
         )
     try:
-        dataset: xr.Dataset = xr.open_zarr(path, chunks=chunks)
+        dataset: xr.Dataset = xr.open_zarr(store.zarr, chunks=chunks)
     except (OSError, ValueError, KeyError, TypeError) as failure:
         # which of these a damaged store raises depends on the file that is damaged
         raise StoreError(

@@ -24,8 +24,9 @@ import socket
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -130,6 +131,13 @@ class Place(ABC):
     @abstractmethod
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """Bytes of each of its files below a folder, by their keys, all the way down."""
+
+    @abstractmethod
+    def listing(self) -> Callable[[str], int | None]:
+        """Make a function that tells the bytes of a file by its key; None if it is not there.
+
+        Meant for one sweep over many files, folder by folder: what it has listed it may not look at again.
+        """
 
     @abstractmethod
     def read(self, keys: Collection[str]) -> Iterator[bytes]:
@@ -260,6 +268,17 @@ class Directory(Place):
             for file in (self.location / prefix).rglob("*")
             if file.is_file()
         }
+
+    def listing(self) -> Callable[[str], int | None]:
+        root = str(self.location)
+
+        def size(key: str) -> int | None:
+            try:
+                return os.stat(f"{root}/{key}").st_size
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+        return size
 
     def read(self, keys: Collection[str]) -> Iterator[bytes]:
         return ((self.location / key).read_bytes() for key in keys)
@@ -530,6 +549,11 @@ class ObjectStore(Place):
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         return self.objects.sizes(prefix)
+
+    def listing(self) -> Callable[[str], int | None]:
+        # One question a folder of a variable's one time (``temperature/c/17``), not one a file.
+        folders = lru_cache(maxsize=32)(self.sizes)
+        return lambda key: folders("/".join(key.split("/")[:3])).get(key)
 
     def read(self, keys: Collection[str]) -> Iterator[bytes]:
         return self.objects.read(keys)
