@@ -12,12 +12,33 @@ BLOCK = 1 << 20
 
 
 def flarefield_version() -> str:
-    """Version of the installed `flarefield` distribution."""
+    """Version of the installed `flarefield` distribution.
+
+    Returns
+    -------
+    str
+    """
     return version("flarefield")
 
 
 def sha256_file(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, as hexadecimal digits, read in blocks."""
+    """SHA-256 of a file's bytes, as hexadecimal digits, read in blocks.
+
+    Parameters
+    ----------
+    path : path
+        The file.
+
+    Returns
+    -------
+    str
+        64 digits.
+
+    Raises
+    ------
+    OSError
+        It cannot be read.
+    """
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(BLOCK):

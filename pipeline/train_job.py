@@ -366,7 +366,12 @@ class TrainingStatus:
         return self.state in ("complete", "running", "waiting")
 
     def summary(self) -> str:
-        """A few lines of text."""
+        """A few lines of text.
+
+        Returns
+        -------
+        str
+        """
         lines = [f"{self.model}: {self.state}"]
         if self.record is not None:
             epochs = ", ".join(f"{stage} {count}" for stage, count in self.record.get("epochs", {}).items())

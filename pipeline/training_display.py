@@ -20,7 +20,16 @@ logger = logging.getLogger("flarefield")
 
 
 def summary_line(standing: Standing) -> str:
-    """Where a training stands, in one line: epoch, losses, learning rate and bandwidths."""
+    """Where a training stands, in one line: epoch, losses, learning rate and bandwidths.
+
+    Parameters
+    ----------
+    standing : Standing
+
+    Returns
+    -------
+    str
+    """
     text = standing.stage
     if standing.epochs:
         text += f": epoch {standing.epoch}/{standing.epochs}"
@@ -66,7 +75,13 @@ class TrainingDisplay:
             self._live.stop()
 
     def update(self, standing: Standing) -> None:
-        """Show where the training stands now."""
+        """Show where the training stands now.
+
+        Parameters
+        ----------
+        standing : Standing
+            As the training's folder tells it.
+        """
         if self._live is not None:
             self._live.update(_table(self._title, standing))
             return

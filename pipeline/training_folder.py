@@ -206,7 +206,24 @@ class TrainingFolder:
         return self.same(fingerprint)
 
     def same(self, fingerprint: Mapping[str, Any]) -> Plan:
-        """See that the training that was begun is this one; parameters and errors as `begin`'s."""
+        """See that the training that was begun is this one.
+
+        Parameters
+        ----------
+        fingerprint : mapping
+            As for `begin`.
+
+        Returns
+        -------
+        Plan
+
+        Raises
+        ------
+        MisuseError
+            It is another one.
+        StoreError
+            The folder is not a training's.
+        """
         found = self.plan()
         if differing := changes(found.fingerprint, json.loads(json.dumps(fingerprint))):
             raise MisuseError(
@@ -221,6 +238,10 @@ class TrainingFolder:
 
     def plan(self) -> Plan:
         """What is trained here.
+
+        Returns
+        -------
+        Plan
 
         Raises
         ------
@@ -243,6 +264,10 @@ class TrainingFolder:
 
     def record(self) -> dict[str, Any] | None:
         """The finished model's record; None where there is no such model.
+
+        Returns
+        -------
+        dict or None
 
         Raises
         ------
@@ -270,6 +295,10 @@ class TrainingFolder:
         cluster, address, detached
             As in `Submission`. What was left alone once, on the same cluster, stays so.
 
+        Returns
+        -------
+        Submission
+
         Raises
         ------
         StoreError
@@ -288,7 +317,17 @@ class TrainingFolder:
         return _told(self._submission, Submission)
 
     def is_waited_for(self, submission: Submission) -> bool:
-        """Whether a submission will be taken up: it was left alone, or its command gives signs of life."""
+        """Whether a submission will be taken up: it was left alone, or its command gives signs of life.
+
+        Parameters
+        ----------
+        submission : Submission
+            The last one.
+
+        Returns
+        -------
+        bool
+        """
         try:
             return submission.detached or time.time() - self._submission.stat().st_mtime <= SILENCE
         except FileNotFoundError:  # it was taken up just now
@@ -369,7 +408,13 @@ class TrainingFolder:
             os.close(descriptor)
 
     def taken(self) -> MisuseError:
-        """The error that says who else trains."""
+        """The error that says who else trains.
+
+        Returns
+        -------
+        MisuseError
+            To be raised.
+        """
         standing = self.standing()
         return MisuseError(
             "another command is training this model",
@@ -379,7 +424,17 @@ class TrainingFolder:
         )
 
     def is_running(self, standing: Standing | None) -> bool:
-        """Whether a process trains: its heart beats, and where that can be known, it holds the lock."""
+        """Whether a process trains: its heart beats, and where that can be known, it holds the lock.
+
+        Parameters
+        ----------
+        standing : Standing or None
+            What it last told.
+
+        Returns
+        -------
+        bool
+        """
         if standing is None or standing.state not in ("running", "finished"):
             return False
         if time.time() - standing.beat > SILENCE:
@@ -396,7 +451,12 @@ class TrainingFolder:
             os.close(descriptor)
 
     def standing(self) -> Standing | None:
-        """Where the training stands; None before a process has begun with it, or if nothing tells."""
+        """Where the training stands; None before a process has begun with it, or if nothing tells.
+
+        Returns
+        -------
+        Standing or None
+        """
         return _told(self.path / "progress.json", Standing)
 
     # How far it is
@@ -430,6 +490,11 @@ class TrainingFolder:
 
         Nothing in it is executed: it is read with ``weights_only``. One that cannot be read is put aside, for
         the next one to be written must not take the place of the one before it.
+
+        Returns
+        -------
+        dict or None
+            As `save_checkpoint` was given it.
 
         Raises
         ------
@@ -514,7 +579,15 @@ class Reporter:
             self.flush()
 
     def add(self, stage: str, entries: Iterable[Epoch]) -> None:
-        """Add epochs to the history."""
+        """Add epochs to the history.
+
+        Parameters
+        ----------
+        stage : str
+            The network that was trained.
+        entries : iterable of Epoch
+            In order.
+        """
         with self._guard:
             self._rows.extend((stage, entry) for entry in entries)
 
@@ -583,7 +656,20 @@ def read_history(path: str | Path) -> dict[str, list[Epoch]]:
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Let a file be written under another name, and put it in place when it is whole."""
+    """Let a file be written under another name, and put it in place when it is whole.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    write : callable
+        Writes to the path it is given, which has the same suffix.
+
+    Raises
+    ------
+    StoreError
+        It cannot be written.
+    """
     new = path.with_name(f".{path.name}.new{path.suffix}")
     with _writing(path.parent):
         write(new)

@@ -94,6 +94,22 @@ def run_on_worker(order: Order) -> dict[str, Any]:
 
     A task that was cancelled goes on in its thread, for no thread can be ended from outside: this one looks,
     after each step, whether it is still wanted, saves its state and leaves if it is not.
+
+    Parameters
+    ----------
+    order : Order
+
+    Returns
+    -------
+    dict
+        The model's record.
+
+    Raises
+    ------
+    distributed.Reschedule
+        It is no longer wanted here.
+    FlareFieldError
+        As `run` raises it.
     """
     worker = get_worker()
     key = worker.get_current_task()

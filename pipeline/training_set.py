@@ -238,6 +238,10 @@ class TrainingSet:
             Which ones; all if left out.
         bulk : Tensor, shape (n,), optional
             Velocity added at all heights, km/s.
+
+        Returns
+        -------
+        Tensor
         """
         chosen = torch.arange(len(self)) if samples is None else samples
         velocity = self._velocity[chosen]
@@ -265,6 +269,11 @@ class TrainingSet:
             Cosine of the heliocentric angle, within the grid's.
         generator : torch.Generator
             Source of all random numbers.
+
+        Returns
+        -------
+        Batch
+            n examples.
         """
         count, settings = len(samples), self.augmentation
         bulk = torch.multinomial(self._bulk_weights, count, replacement=True, generator=generator)
@@ -288,21 +297,64 @@ class TrainingSet:
         )
 
     def draw(self, count: int, generator: torch.Generator) -> Batch:
-        """Draw a batch: samples with replacement, angles evenly over the grid's range of mu."""
+        """Draw a batch: samples with replacement, angles evenly over the grid's range of mu.
+
+        Parameters
+        ----------
+        count : int
+            Examples.
+        generator : torch.Generator
+            Source of all random numbers.
+
+        Returns
+        -------
+        Batch
+            `count` examples, observed as `observe` does.
+        """
         samples = torch.randint(len(self), (count,), generator=generator)
         return self.observe(samples, self.draw_mu(count, generator), generator)
 
     def draw_each(self, generator: torch.Generator) -> Batch:
-        """Observe every sample once, at an angle drawn as `draw` does."""
+        """Observe every sample once, at an angle drawn as `draw` does.
+
+        Parameters
+        ----------
+        generator : torch.Generator
+            Source of all random numbers.
+
+        Returns
+        -------
+        Batch
+            In the samples' order.
+        """
         return self.observe(torch.arange(len(self)), self.draw_mu(len(self), generator), generator)
 
     def draw_mu(self, count: int, generator: torch.Generator) -> Tensor:
-        """Angles, evenly spread over the grid's range of mu, shape (count,)."""
+        """Angles, evenly spread over the grid's range of mu, shape (count,).
+
+        Parameters
+        ----------
+        count : int
+            Examples.
+        generator : torch.Generator
+            Source of all random numbers.
+
+        Returns
+        -------
+        Tensor, shape (count,)
+            Cosines of the heliocentric angle.
+        """
         low, high = float(self.mu[0]), float(self.mu[-1])
         return low + (high - low) * torch.rand(count, generator=generator)
 
     def clean(self) -> Batch:
-        """Every sample at every angle of the grid, at rest and without noise, angles varying fastest."""
+        """Every sample at every angle of the grid, at rest and without noise, angles varying fastest.
+
+        Returns
+        -------
+        Batch
+            As many examples as samples times angles.
+        """
         samples = torch.arange(len(self)).repeat_interleave(len(self.mu))
         mu = self.mu.repeat(len(self))
         still = torch.full_like(samples, int(np.abs(self.augmentation.velocities).argmin()))
@@ -315,7 +367,20 @@ class TrainingSet:
         )
 
     def draw_clean(self, count: int, generator: torch.Generator) -> Batch:
-        """Draw a batch with bulk velocities but without noise or calibration error, for an emulator."""
+        """Draw a batch with bulk velocities but without noise or calibration error, for an emulator.
+
+        Parameters
+        ----------
+        count : int
+            Examples.
+        generator : torch.Generator
+            Source of all random numbers.
+
+        Returns
+        -------
+        Batch
+            `count` examples; samples and angles as `draw` takes them.
+        """
         samples = torch.randint(len(self), (count,), generator=generator)
         mu = self.draw_mu(count, generator)
         bulk = torch.multinomial(self._bulk_weights, count, replacement=True, generator=generator)
@@ -399,7 +464,23 @@ def open_parts(
 
 
 def content_hash(grid: str | Path) -> str:
-    """SHA-256 of everything a network can learn from a grid: its variables' names, shapes and numbers."""
+    """SHA-256 of everything a network can learn from a grid: its variables' names, shapes and numbers.
+
+    Parameters
+    ----------
+    grid : path
+        A grid store.
+
+    Returns
+    -------
+    str
+        64 hexadecimal digits.
+
+    Raises
+    ------
+    StoreError
+        It is not a readable grid.
+    """
     digest = hashlib.sha256()
     with open_grid(grid) as store:
         for name in sorted(str(name) for name in store.variables):
@@ -410,7 +491,23 @@ def content_hash(grid: str | Path) -> str:
 
 
 def grid_description(grid: str | Path) -> dict[str, str]:
-    """What a grid says of itself that users of a network trained on it must know."""
+    """What a grid says of itself that users of a network trained on it must know.
+
+    Parameters
+    ----------
+    grid : path
+        A grid store.
+
+    Returns
+    -------
+    dict of str to str
+        ``title``, ``height_zero``, ``statistical_equilibrium`` and the hash of its ``settings``, where it has them.
+
+    Raises
+    ------
+    StoreError
+        It is not a readable grid.
+    """
     with open_grid(grid) as store:
         told = {name: store.attrs.get(name) for name in ("title", "height_zero", "statistical_equilibrium")}
         told["settings"] = (store.attrs.get("made_from") or {}).get("settings")

@@ -53,8 +53,19 @@ _FALC = np.array(
 class Parameter:
     """One axis of the family: its name, unit, range, what it is, and how points are spread over it.
 
-    ``power`` maps a unit coordinate ``u`` to ``low + (high - low) * u**power``: above 1 it puts more of the
-    atmospheres near ``low``.
+    Attributes
+    ----------
+    name : str
+        As in `AtmosphereParameters`, and with ``parameter_`` before it in a grid store.
+    units : str
+        As astropy parses them.
+    low, high : float
+        Its range, in `units`.
+    long_name : str
+        What it is.
+    power : float
+        Maps a unit coordinate ``u`` to ``low + (high - low) * u**power``: above 1 it puts more of the
+        atmospheres near `low`.
     """
 
     name: str
@@ -65,7 +76,18 @@ class Parameter:
     power: float = 1.0
 
     def at(self, unit: Array) -> Array:
-        """Values at unit coordinates in [0, 1], any shape."""
+        """Values at unit coordinates in [0, 1], any shape.
+
+        Parameters
+        ----------
+        unit : array, any shape
+            Unit coordinates, 0 to 1.
+
+        Returns
+        -------
+        array, the same shape
+            Values in `units`, from `low` to `high`.
+        """
         return self.low + (self.high - self.low) * unit**self.power
 
 
@@ -108,7 +130,31 @@ PARAMETERS = (
 
 @dataclass(frozen=True)
 class AtmosphereParameters:
-    """The ten parameters of one atmosphere; names, units and ranges as in :data:`PARAMETERS`."""
+    """The ten parameters of one atmosphere; names, units and ranges as in :data:`PARAMETERS`.
+
+    Attributes
+    ----------
+    chromospheric_temperature : float
+        Temperature of the heated chromosphere at its foot, K.
+    temperature_gradient : float
+        Of the heated chromosphere, K / Mm.
+    heating_depth : float
+        Height at which half of the heating has set in, Mm.
+    transition_region_height : float
+        Mm.
+    log_coronal_temperature : float
+        log10 of the temperature (K) at the top of the corona.
+    density_departure : float
+        log10 of the density over the hydrostatic density, chromosphere and above.
+    condensation : float
+        Peak downflow of the chromospheric condensation, km/s, positive.
+    evaporation : float
+        Asymptotic upflow of the evaporating corona, km/s.
+    chromospheric_velocity : float
+        Peak velocity of the whole chromosphere, km/s, upflow positive.
+    microturbulence : float
+        Microturbulent velocity of the chromosphere, km/s.
+    """
 
     chromospheric_temperature: float
     temperature_gradient: float
@@ -122,7 +168,13 @@ class AtmosphereParameters:
     microturbulence: float
 
     def values(self) -> tuple[float, ...]:
-        """The parameters in the order of :data:`PARAMETERS`."""
+        """The parameters in the order of :data:`PARAMETERS`.
+
+        Returns
+        -------
+        tuple of float
+            Ten values, in the units of :data:`PARAMETERS`.
+        """
         return tuple(getattr(self, parameter.name) for parameter in PARAMETERS)
 
 
@@ -133,14 +185,20 @@ class SampledAtmosphere(AtmosphereParameters):
     Between them the logarithm of the temperature and the velocity are linear, below the lowest both are
     constant. The density follows from that temperature by the family's law; it, and the microturbulence, are
     of the parameters.
+
+    Attributes
+    ----------
+    heights : tuple of float, length n
+        Mm, ascending.
+    temperatures : tuple of float, length n
+        K, at `heights`.
+    velocities : tuple of float, length n
+        km/s, upflow positive, at `heights`.
     """
 
     heights: tuple[float, ...]
-    """Mm, ascending."""
     temperatures: tuple[float, ...]
-    """K, at `heights`."""
     velocities: tuple[float, ...]
-    """km/s, at `heights`."""
 
 
 QUIET_SUN = AtmosphereParameters(5700.0, 1000.0, 0.80, 2.1, 6.0, 0.0, 0.0, 0.0, 0.0, 4.0)
@@ -180,7 +238,23 @@ def _rise(height: Array, centre: float, width: float) -> Array:
 
 
 def temperature(parameters: AtmosphereParameters, height: Array) -> Array:
-    """Temperature (K) at heights (Mm)."""
+    """Temperature (K) at heights (Mm).
+
+    FALC's (Fontenla, Avrett & Loeser 1993, ApJ 406, 319) below, a plateau that rises linearly above the
+    heating, and a corona of constant conductive flux: T^(7/2) linear in height.
+
+    Parameters
+    ----------
+    parameters : AtmosphereParameters
+        The atmosphere; a `SampledAtmosphere` counts as what it holds.
+    height : array, any shape
+        Mm.
+
+    Returns
+    -------
+    array, the same shape
+        K.
+    """
     if isinstance(parameters, SampledAtmosphere):
         return np.exp(np.interp(height, parameters.heights, np.log(parameters.temperatures)))
     photosphere = np.interp(height, _FALC[:, 0], _FALC[:, 1])
@@ -206,6 +280,18 @@ def velocity(parameters: AtmosphereParameters, height: Array) -> Array:
 
     Three smooth parts: the bulk of the chromosphere (Gaussian about 0.9 Mm, where the lines form), the
     condensation just below the transition region, and the evaporation, which grows with height in the corona.
+
+    Parameters
+    ----------
+    parameters : AtmosphereParameters
+        The atmosphere; a `SampledAtmosphere` counts as what it holds.
+    height : array, any shape
+        Mm.
+
+    Returns
+    -------
+    array, the same shape
+        km/s, upflow positive.
     """
     if isinstance(parameters, SampledAtmosphere):
         return np.interp(height, parameters.heights, parameters.velocities)
@@ -218,12 +304,36 @@ def velocity(parameters: AtmosphereParameters, height: Array) -> Array:
 
 
 def microturbulence(parameters: AtmosphereParameters, height: Array) -> Array:
-    """Microturbulent velocity (km/s) at heights (Mm): 1 in the photosphere, the parameter above 0.8 Mm."""
+    """Microturbulent velocity (km/s) at heights (Mm): 1 in the photosphere, the parameter above 0.8 Mm.
+
+    Parameters
+    ----------
+    parameters : AtmosphereParameters
+        The atmosphere.
+    height : array, any shape
+        Mm.
+
+    Returns
+    -------
+    array, the same shape
+        km/s.
+    """
     return 1.0 + (parameters.microturbulence - 1.0) * _rise(height, 0.6, 0.08)
 
 
 def ionisation(temperature: Array) -> Array:
-    """Rough ionised fraction of chromospheric hydrogen, for the mean particle mass and as a first guess."""
+    """Rough ionised fraction of chromospheric hydrogen, for the mean particle mass and as a first guess.
+
+    Parameters
+    ----------
+    temperature : array, any shape
+        K.
+
+    Returns
+    -------
+    array, the same shape
+        From 0 to 1; one half at 9000 K.
+    """
     return 1.0 / (1.0 + np.exp(-np.clip((temperature - 9000.0) / 900.0, -60.0, 60.0)))
 
 
@@ -232,6 +342,18 @@ def hydrogen_density(parameters: AtmosphereParameters, height: Array) -> Array:
 
     Hydrostatic from the bottom of FALC's photosphere with the pressure of gas and microturbulence, then times
     the density departure, which sets in smoothly from the heated foot of the chromosphere upward.
+
+    Parameters
+    ----------
+    parameters : AtmosphereParameters
+        The atmosphere.
+    height : array, shape (n,)
+        Mm, in any order, between :data:`BOTTOM` and :data:`TOP`.
+
+    Returns
+    -------
+    array, shape (n,)
+        Nuclei of hydrogen, cm-3.
     """
     fine = np.unique(
         np.concatenate([np.linspace(BOTTOM, 3.0, 3105), np.linspace(3.0, TOP, 751), np.ravel(height)])
@@ -258,6 +380,18 @@ def depth_points(parameters: AtmosphereParameters, points: int) -> Array:
 
     The heights equidistribute a monitor: relative temperature change, density scale heights, velocity change,
     and a floor that keeps no step of the chromosphere above 0.1 Mm.
+
+    Parameters
+    ----------
+    parameters : AtmosphereParameters
+        The atmosphere.
+    points : int
+        How many.
+
+    Returns
+    -------
+    array, shape (points,)
+        Mm, descending from :data:`TOP` to :data:`BOTTOM`.
     """
     fine = np.concatenate([np.linspace(BOTTOM, 2.6, 5409), np.linspace(2.6, TOP, 400)[1:]])
     flows = fine < parameters.transition_region_height  # no line sees the corona move

@@ -114,6 +114,16 @@ def rest_wavelengths() -> tuple[float, float]:
     """Rest wavelengths (vacuum, Angstrom) of H-alpha and Ca II 8542 in the model atoms.
 
     They follow from the atoms' level energies and differ from the laboratory's by up to 0.08 Angstrom.
+
+    Returns
+    -------
+    halpha, ca8542 : float
+        Angstrom.
+
+    Raises
+    ------
+    MisuseError
+        Lightweaver is not installed.
     """
     atoms = _lightweaver().rh_atoms
     lines = {(line.j, line.i): line for line in atoms.H_6_atom().lines}
@@ -290,14 +300,38 @@ def synthesise(
 
 @dataclass(frozen=True)
 class AtmosphereTask:
-    """One sample of a design; small enough to travel by the thousand."""
+    """One sample of a design; small enough to travel by the thousand.
+
+    Attributes
+    ----------
+    sample : int
+        Its index in the design.
+    seed : int
+        The design's.
+    """
 
     sample: int
     seed: int
 
 
 def run_task(task: AtmosphereTask) -> store.Record:
-    """Synthesise one sample of the design; runs on a worker."""
+    """Synthesise one sample of the design; runs on a worker.
+
+    Parameters
+    ----------
+    task : AtmosphereTask
+        Which.
+
+    Returns
+    -------
+    Record
+        Also where numbers failed: its ``status`` and ``reason`` say so.
+
+    Raises
+    ------
+    MisuseError
+        Lightweaver is not installed there.
+    """
     (parameters,) = atmosphere.design(1, first=task.sample, seed=task.seed)
     made = synthesise(parameters)
     return store.Record(
@@ -316,7 +350,23 @@ def run_task(task: AtmosphereTask) -> store.Record:
 
 
 def description(seed: int = DESIGN_SEED) -> store.Description:
-    """What a Lightweaver grid holds and everything that decides its numbers."""
+    """What a Lightweaver grid holds and everything that decides its numbers.
+
+    Parameters
+    ----------
+    seed : int
+        The design's.
+
+    Returns
+    -------
+    Description
+        Lightweaver's version is part of it: another one may give other lines.
+
+    Raises
+    ------
+    MisuseError
+        Lightweaver is not installed.
+    """
     from importlib.metadata import version
 
     rest = rest_wavelengths()

@@ -479,6 +479,11 @@ def description(contents: Contents, name: str) -> store.Description:
         Of the file.
     name : str
         The file's name.
+
+    Returns
+    -------
+    Description
+        Its wavelengths are the file's, from the rest wavelengths of `contents`.
     """
     offsets = [
         tuple(float(value) for value in np.asarray(axis) - rest)
@@ -509,7 +514,17 @@ def description(contents: Contents, name: str) -> store.Description:
 
 @dataclass(frozen=True)
 class RunTask:
-    """One run of the file; small enough to travel."""
+    """One run of the file; small enough to travel.
+
+    Attributes
+    ----------
+    source : Path
+        The file, where the worker sees it.
+    sha256 : str
+        What it must hold.
+    run : Run
+        Which.
+    """
 
     source: Path
     sha256: str
@@ -518,6 +533,16 @@ class RunTask:
 
 def run_task(task: RunTask) -> list[store.Record]:
     """Samples of one run; runs on a worker, which unpickles the file once.
+
+    Parameters
+    ----------
+    task : RunTask
+        Which run of which file.
+
+    Returns
+    -------
+    list of Record
+        One for each snapshot. What is not physical is kept, marked as not converged.
 
     Raises
     ------

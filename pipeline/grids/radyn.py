@@ -199,7 +199,12 @@ class RadynReport:
         return all(run.state != "refused" for run in self.runs)
 
     def summary(self) -> str:
-        """Some lines of text: totals, then every run that has something to say."""
+        """Some lines of text: totals, then every run that has something to say.
+
+        Returns
+        -------
+        str
+        """
         states = [run.state for run in self.runs]
         counts = ", ".join(f"{states.count(state)} {state}" for state in ("read", "kept", "refused"))
         snapshots = sum(run.snapshots for run in self.runs)
@@ -219,7 +224,17 @@ class RadynReport:
 
 
 def run_name(path: str | Path) -> str:
-    """Name of the run in a file: the file's own, without ``.cdf``."""
+    """Name of the run in a file: the file's own, without ``.cdf``.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file; it need not exist.
+
+    Returns
+    -------
+    str
+    """
     return re.sub(r"\.cdf$", "", Path(path).name, flags=re.IGNORECASE)
 
 
@@ -228,6 +243,16 @@ def simulation_number(name: str) -> int:
 
     It does not change as runs are added, left out or given in another order, and with it neither does the
     part of a split that the run belongs to.
+
+    Parameters
+    ----------
+    name : str
+        The run's, as `run_name` gives it.
+
+    Returns
+    -------
+    int
+        The grid's ``simulation``.
     """
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "big")
 
@@ -240,6 +265,11 @@ def beam(name: str) -> tuple[float, float, float, float]:
     name : str
         The run's. Names of F-CHROMA's form, ``radyn_out.<atmosphere>_d<index>_<energy>_t<duration>s_
         <cutoff>kev_<kind>``, say them; for others they are NaN.
+
+    Returns
+    -------
+    tuple of float
+        Spectral index (power law), erg cm-2, keV, s.
     """
     match = _NAME.fullmatch(name)
     if match is None:
@@ -355,7 +385,18 @@ class RunFile:
         return wavelength[::-1], rest
 
     def axes(self) -> Axes:
-        """The run's own rays and wavelengths."""
+        """The run's own rays and wavelengths.
+
+        Returns
+        -------
+        Axes
+            mu ascending; wavelengths in Angstrom from each line's rest wavelength in the model atom.
+
+        Raises
+        ------
+        InputError
+            A transition is not the line it has to be.
+        """
         offsets, rest = {}, {}
         for line in TRANSITIONS:
             wavelength, rest[line] = self.wavelengths(line)
@@ -405,9 +446,22 @@ class RunFile:
         return lines, shares
 
     def atmospheres(self, chosen: slice) -> tuple[Array, Array, Array, Array]:
-        """Heights (Mm), electron density (cm-3), temperature (K), velocity (km/s, upflow positive).
+        """The atmosphere at the run's own depths, which move with time.
 
-        Each (time, depth), bottom first.
+        Parameters
+        ----------
+        chosen : slice
+            Snapshots.
+
+        Returns
+        -------
+        height, electron_density, temperature, velocity : (time, depth) arrays
+            Mm, cm-3, K and km/s (upflow positive); bottom first.
+
+        Raises
+        ------
+        InputError
+            The variables have other dimensions.
         """
         scales = {"z1": 1e-8, "ne1": 1.0, "tg1": 1.0, "vz1": 1e-5}
         shapes = {name: self._with_time(name, 2).shape[1:] for name in scales}
@@ -420,12 +474,25 @@ class RunFile:
         return z, ne, t, v
 
     def snapshots(self) -> int:
-        """Snapshots that every variable holds: a run that was stopped while it wrote may lack some."""
+        """Snapshots that every variable holds: a run that was stopped while it wrote may lack some.
+
+        Returns
+        -------
+        int
+            The first so many are whole.
+        """
         dimensions = {"time": 1, "z1": 2, "ne1": 2, "tg1": 2, "vz1": 2, "outint": 4}
         return min(len(self._with_time(name, number)) for name, number in dimensions.items())
 
     def microturbulence(self) -> tuple[float, str | None]:
-        """Microturbulent velocity (km/s), the median over depth, and what there is to say of it."""
+        """Microturbulent velocity (km/s), the median over depth, and what there is to say of it.
+
+        Returns
+        -------
+        velocity : float
+            km/s; :data:`MICROTURBULENCE` where the file does not hold it.
+        note : str or None
+        """
         try:
             values = np.atleast_1d(getattr(self._data, "vturb")) * 1e-5  # noqa: B009 - it may be missing
         except ValueError:  # cdflib's, of a name that is not in the file
@@ -437,7 +504,12 @@ class RunFile:
         return value, None if np.allclose(values, value) else "vturb varies with height: its median is stored"
 
     def iterations(self) -> NDArray[np.int64]:
-        """Iterations that each snapshot took; zeros where the file does not say."""
+        """Iterations that each snapshot took; zeros where the file does not say.
+
+        Returns
+        -------
+        (time,) array of int
+        """
         try:
             return np.atleast_1d(getattr(self._data, "iiter")).astype(np.int64)  # noqa: B009
         except ValueError:
@@ -702,6 +774,10 @@ def description(axes: Axes, heights: Sequence[float], stride: int, continuum: bo
         Every how many snapshots one is taken.
     continuum : bool
         Whether the continuum term is added.
+
+    Returns
+    -------
+    Description
     """
     return store.Description(
         parameters=PARAMETERS,

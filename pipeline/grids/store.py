@@ -82,7 +82,13 @@ class Description:
     equilibrium: str
 
     def fingerprint(self) -> dict[str, Any]:
-        """All that decides the numbers, as JSON holds it; grids of equal fingerprints may be joined."""
+        """All that decides the numbers, as JSON holds it; grids of equal fingerprints may be joined.
+
+        Returns
+        -------
+        dict
+            Schema and rounding of this version, parameters' names, axes and `maker`.
+        """
         settings = {
             "schema": SCHEMA,
             "mantissa_bits": MANTISSA_BITS,
@@ -100,7 +106,27 @@ class Description:
 
 @dataclass(frozen=True)
 class Record:
-    """One sample, in physical units; arrays as :class:`pipeline.grids.lightweaver.Synthesis` has them."""
+    """One sample, in physical units; arrays as :class:`pipeline.grids.lightweaver.Synthesis` has them.
+
+    Attributes
+    ----------
+    sample : int
+        Its number in the grid: of two records with the same one the later counts.
+    simulation : int
+        What it is a snapshot of; splits keep the samples of one together.
+    parameters : sequence of float
+        In the order and the units of `Description.parameters`.
+    electron_density, temperature, velocity : (height,) arrays
+        cm-3, K, km/s (vertical, upflow positive).
+    halpha, ca8542 : (mu, wavelength) arrays
+        erg s-1 cm-2 sr-1 Angstrom-1.
+    status : int
+        Index into :data:`STATUS`.
+    iterations : int
+        That its maker took; 0 where that is not known.
+    reason : str
+        Why it cannot be used; empty if it can. 160 bytes are stored.
+    """
 
     sample: int
     simulation: int
