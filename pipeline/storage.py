@@ -747,7 +747,7 @@ def _this_process() -> str:
 
 def _held(store: Place, holder: str | None) -> MisuseError:
     return MisuseError(
-        "another command is working on this map",
+        "another command is working on this store",
         where=store,
         found=holder,
         remedy="wait for it to end, or end it; the same command then goes on from there",

@@ -34,7 +34,8 @@ import torch
 from inn.checkpoint import DESCRIPTION_FILE
 from inn.training import Epoch
 from pipeline.errors import MisuseError, StoreError
-from pipeline.journal import changes, out_of_space, sync_directory
+from pipeline.journal import changes
+from pipeline.storage import out_of_space, sync_directory
 
 logger = logging.getLogger("flarefield")
 

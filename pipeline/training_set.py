@@ -501,7 +501,7 @@ def grid_description(grid: str | Path) -> dict[str, str]:
     Returns
     -------
     dict of str to str
-        ``title``, ``height_zero``, ``statistical_equilibrium`` and the hash of its ``settings``, where it has them.
+        What it tells of ``title``, ``height_zero``, ``statistical_equilibrium``, and its ``settings``' hash.
 
     Raises
     ------

@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec
 
 from pipeline.errors import MisuseError, StoreError
-from pipeline.journal import changes, lock, out_of_space
+from pipeline.journal import changes
 from pipeline.provenance import flattened, provenance
+from pipeline.storage import lock, out_of_space
 
 Array = NDArray[np.floating[Any]]
 
@@ -249,18 +250,6 @@ def _head(path: Path, line: bytes) -> dict[str, Any] | None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(lock(path))
-        except MisuseError as error:
-            raise MisuseError(
-                "another command is making this grid", where=path, found=error.found, remedy=error.remedy
-            ) from error
-        yield
-
-
-@contextmanager
 def _writing(where: Path) -> Iterator[None]:
     try:
         yield
@@ -322,7 +311,7 @@ class Journal:
         self._changed = False  # whether the store lacks anything
         with ExitStack() as stack:
             # Before anything is read, lest another command is just finishing.
-            stack.enter_context(_locked(path))
+            stack.enter_context(lock(path))
             if _swapped_out(path).exists() and not path.exists():  # killed between the two steps of a swap
                 _swapped_out(path).rename(path)
             if path.exists():
