@@ -16,10 +16,11 @@ import numpy as np
 import zarr
 
 from pipeline.errors import StoreError
-from pipeline.journal import Journal, journal_path, lock, read_journal
+from pipeline.journal import Journal, read_journal
 from pipeline.progress import Progress
-from pipeline.results import is_map, open_map
-from pipeline.tiles import Tile, TileGrid, checksum, missing_files, quarantine_values, read_tile
+from pipeline.results import check_coordinates, is_map, open_map
+from pipeline.storage import Place, log_at, place
+from pipeline.tiles import Tile, TileGrid, checksum, missing_files, read_tile, tile_keys
 
 logger = logging.getLogger("flarefield")
 
@@ -61,8 +62,8 @@ class CheckReport:
 
     Attributes
     ----------
-    output : Path
-        The map store.
+    output : Path or str
+        The map store, or its URL.
     tiles : int
         Tiles of the map.
     finished : bool
@@ -73,7 +74,7 @@ class CheckReport:
         Time it took.
     """
 
-    output: Path
+    output: Path | str
     tiles: int
     finished: bool
     faults: tuple[FaultyTile, ...]
@@ -117,7 +118,7 @@ def check_map(path: str | Path) -> CheckReport:
     Parameters
     ----------
     path : str or Path
-        The map store. Its journal must lie beside it.
+        The map store, or its URL. Its journal must lie beside it.
 
     Returns
     -------
@@ -131,29 +132,29 @@ def check_map(path: str | Path) -> CheckReport:
     MisuseError
         A command is working on the map.
     """
-    path = Path(path).absolute()
+    store = place(path)
     if not is_map(path):
         open_map(path)  # says what it is
     with ExitStack() as stack:
         try:
-            stack.enter_context(lock(path))
+            stack.enter_context(store.lock())
         except StoreError as error:
             logger.warning("what is found cannot be noted in the journal: %s", error.problem)
-            return _checked(path)
-        report = _checked(path)
+            return _checked(store)
+        report = _checked(store)
         spoiled = [faulty for faulty in report.faults if faulty.fault in ("missing", "damaged")]
         if spoiled:
-            with Journal.open(journal_path(path)) as journal:
+            with Journal.open(store.journal) as journal:
                 for faulty in spoiled:
                     journal.append({"tile": faulty.index, "spoiled": faulty.detail})
         return report
 
 
-def _checked(path: Path) -> CheckReport:
+def _checked(store: Place) -> CheckReport:
     started = time.monotonic()
-    dataset = open_map(path)
-    journal = journal_path(path)
-    if not journal.is_file():
+    dataset = open_map(store.location)
+    journal = store.journal
+    if not log_at(journal).exists():
         raise StoreError(
             "the map's journal is missing, so there is nothing to check it against",
             where=journal,
@@ -166,30 +167,28 @@ def _checked(path: Path) -> CheckReport:
             where=journal,
             remedy="put the right journal back beside the map",
         )
+    check_coordinates(store, read_journal(journal)[1])
     rows, columns = header["fingerprint"]["tile"]
     grid = TileGrid((dataset.sizes["time"], dataset.sizes["y"], dataset.sizes["x"]), (rows, columns))
     receipts = np.zeros((len(grid), 32), dtype=np.uint8)
     known = np.zeros(len(grid), dtype=np.uint8)
-    finished = False
+    finished, tiles = False, len(grid)
     for record in records:
         if "spoiled" in record:
             continue  # an earlier check's note: the receipt before it says what the tile should hold
-        finished = bool(record.get("finished"))
+        finished, tiles = bool(record.get("finished")), record.get("tiles", len(grid))
         if "tile" in record:
             index = int(record["tile"])
-            known[index] = _DONE if "sha256" in record else _FAILED
-            if "sha256" in record:
-                receipts[index] = np.frombuffer(bytes.fromhex(record["sha256"]), dtype=np.uint8)
-    group = zarr.open_group(path, mode="r")
-    levels, heights = dataset.sizes["quantile"], dataset.sizes["height"]
+            known[index] = _DONE if "sha256" in record else _FAILED if "error" in record else 0
+            receipt = record.get("sha256", record.get("quarantine", ""))
+            receipts[index] = np.frombuffer(bytes.fromhex(receipt.zfill(64)), dtype=np.uint8)
+    if finished and np.count_nonzero(known) == tiles:
+        known[known == 0] = _NOT_SELECTED  # every tile that the run was asked for has a record
+    group = zarr.open_group(store.zarr, mode="r")
 
     def judge(index: int) -> FaultyTile | None:
         tile = grid[index]
-        if known[index] == _FAILED:
-            expected = checksum(quarantine_values(tile, levels, heights))
-        else:
-            expected = bytes(receipts[index]).hex()
-        verdict = _verdict(group, tile, int(known[index]), expected)
+        verdict = _verdict(group, tile, int(known[index]), bytes(receipts[index]).hex())
         return None if verdict is None else FaultyTile(index, tile, *verdict)
 
     faults: list[FaultyTile] = []
@@ -203,22 +202,27 @@ def _checked(path: Path) -> CheckReport:
                 if faulty is not None:
                     faults.append(faulty)
                 progress.advance(1)
-    return CheckReport(path, len(grid), finished, tuple(faults), time.monotonic() - started)
+    return CheckReport(store.location, len(grid), finished, tuple(faults), time.monotonic() - started)
 
 
-_DONE, _FAILED = 1, 2
+_DONE, _FAILED, _NOT_SELECTED = 1, 2, 3
+_NO_RECEIPT = "0" * 64  # of failed tiles in the journals of the first maps
 
 
 def _verdict(group: zarr.Group, tile: Tile, known: int, expected: str) -> tuple[Fault, str] | None:
     if not known:
         return "not recorded", "the journal has no record of it"
-    if gone := missing_files(group.store, tile):
+    gone = missing_files(group.store, tile)
+    if known == _NOT_SELECTED:
+        there = [key for key in tile_keys(tile).values() if key not in gone]
+        return ("not recorded", f"it was not selected, but there is {', '.join(there)}") if there else None
+    if gone:
         return "missing", f"no {', '.join(gone)}"
     try:
         found = checksum(read_tile(group, tile))
     except Exception as error:  # which one a damaged file raises is up to its codec
         return "damaged", f"it cannot be read: {type(error).__name__}: {error}"
-    if found != expected:
+    if found != expected and expected != _NO_RECEIPT:
         return "damaged", f"its values are others: sha256 {found}, not {expected}"
     if known == _FAILED:
         return "failed", "it was given up; the journal says why"

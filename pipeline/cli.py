@@ -112,19 +112,31 @@ def ingest_command(
     _say(report.summary())
 
 
-@app.command("invert", epilog="Example: [bold]flarefield invert obs.zarr map.zarr --draws 256[/]")
+@app.command(
+    "invert",
+    epilog="Example: [bold]flarefield invert obs.zarr map.zarr --draws 256[/]"
+    "\n\nWhat it will take: [bold]flarefield invert obs.zarr map.zarr --dry-run[/]"
+    "\n\nA part, without what an earlier map calls novel: [bold]flarefield invert obs.zarr part.zarr "
+    "--region 200:400,150:300 --times 0:10 --skip novel --skip-from map.zarr[/]",
+)
 def invert_command(
     observation: Annotated[
-        Path, typer.Argument(metavar="OBS.zarr", help="An observation store, made by `flarefield ingest`.")
+        str,
+        typer.Argument(
+            metavar="OBS.zarr", help="An observation store, made by `flarefield ingest`, or its URL."
+        ),
     ],
     output: Annotated[
-        Path | None,
+        str | None,
         typer.Argument(
-            metavar="MAP.zarr", help="The map store to write, or to go on with.", show_default=False
+            metavar="MAP.zarr",
+            help="The map store to write, or to go on with, or its URL (s3://...).",
+            show_default=False,
         ),
     ] = None,
     model: Annotated[
-        Path | None, typer.Option(help="Model directory; the bundled model if left out.", show_default=False)
+        str | None,
+        typer.Option(help="Model directory or its URL; the bundled model if left out.", show_default=False),
     ] = None,
     cluster: ClusterOption = "local",
     draws: Annotated[int, typer.Option(help="Posterior draws of each pixel.", min=2)] = 256,
@@ -144,7 +156,50 @@ def invert_command(
             show_default=False,
         ),
     ] = None,
+    region: Annotated[
+        str | None,
+        typer.Option(
+            metavar="Y0:Y1,X0:X1",
+            help="Only this rectangle: rows and columns from 0, the second of each not in it "
+            "(200:400,150:300); or in arcsec on the map's own axes y and x (-5:5,-12.5:0arcsec). An end left "
+            "out is the field's. The map keeps the whole field's dimensions.",
+            show_default=False,
+        ),
+    ] = None,
+    times: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RANGES",
+            help="Only these times, by their indices from 0: 0:10 (10 is not in it), 3,5,8 or 0:100:10.",
+            show_default=False,
+        ),
+    ] = None,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FLAG",
+            help="Not the pixels that have this flag in the map of --skip-from, by its name in "
+            "`flag_meanings`; may be repeated, or several separated by commas.",
+            show_default=False,
+        ),
+    ] = None,
+    skip_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MAP.zarr",
+            help="An earlier map of the same observation, whose flags --skip names.",
+            show_default=False,
+        ),
+    ] = None,
     overwrite: OverwriteOption = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Write nothing: say how many tiles and pixels are to be done, how large the map will be and "
+            "how long it takes, by inverting a few pixels on the cluster; exit code 1 if it does not fit.",
+        ),
+    ] = False,
     check: Annotated[
         bool,
         typer.Option(
@@ -154,7 +209,7 @@ def invert_command(
         ),
     ] = False,
 ) -> None:
-    """Invert every pixel of an observation; the same command again does what is missing."""
+    """Invert every pixel of an observation, or a part; the same command again does what is missing."""
     if check:
         from pipeline.check import check_map
 
@@ -169,22 +224,30 @@ def invert_command(
             expected="flarefield invert OBS.zarr MAP.zarr, or flarefield invert --check MAP.zarr",
         )
     from pipeline.cluster import load_config
-    from pipeline.invert import invert
+    from pipeline.invert import invert, plan_inversion
 
-    report = invert(
-        observation,
-        output,
-        model=model,
-        cluster=load_config(cluster),
-        draws=draws,
-        seed=seed,
-        latent="gaussian" if gaussian else "sobol",
-        quantiles=_numbers("--quantiles", quantiles, "0.05,0.5,0.95"),
-        tile=tile,
-        calibration_error=calibration_error,
-        overwrite=overwrite,
-        call=_call(),
-    )
+    settings: dict[str, Any] = {
+        "model": model,
+        "cluster": load_config(cluster),
+        "draws": draws,
+        "seed": seed,
+        "latent": "gaussian" if gaussian else "sobol",
+        "quantiles": _numbers("--quantiles", quantiles, "0.05,0.5,0.95"),
+        "tile": tile,
+        "calibration_error": calibration_error,
+        "region": region,
+        "times": times,
+        "skip": skip or (),
+        "skip_from": skip_from,
+        "overwrite": overwrite,
+    }
+    if dry_run:
+        plan = plan_inversion(observation, output, **settings)
+        _say(plan.summary())
+        if not plan.fits:
+            raise typer.Exit(1)
+        return
+    report = invert(observation, output, call=_call(), **settings)
     _say(report.summary())
     if report.failed:
         raise typer.Exit(1)

@@ -59,6 +59,7 @@ OK_COLOUR = "#3b7f5c"
 FLAG_COLOURS = {
     Flag.OUTSIDE_FIELD: MISSING,
     Flag.NOT_DONE: "#f2f2f2",
+    Flag.NOT_SELECTED: "#fafafa",
     Flag.FAILED: "#b2182b",
     Flag.NOT_FINITE: "#5e4b8b",
     Flag.NOT_POSITIVE: "#9e80c2",
@@ -114,7 +115,7 @@ def _style() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Frame:
-    """The part of the sky that panels show: the rectangle around the field, without the pad."""
+    """The part of the sky that panels show: the rectangle around what was asked for, without the pad."""
 
     extent: tuple[float, float, float, float]
     window: tuple[float, float, float, float]
@@ -122,7 +123,7 @@ class _Frame:
     @classmethod
     def of(cls, ds: xr.Dataset, time: int) -> _Frame:
         x, y = ds["x"].values, ds["y"].values
-        inside = (ds["quality"].isel(time=time).values & Flag.OUTSIDE_FIELD) == 0
+        inside = (ds["quality"].isel(time=time).values & (Flag.OUTSIDE_FIELD | Flag.NOT_SELECTED)) == 0
         if not inside.any():
             inside = np.ones_like(inside)
         window: list[float] = []

@@ -7,11 +7,8 @@ missing, and the finished map is bit for bit that of a run which was never distu
 
 from __future__ import annotations
 
-import glob
 import json
 import logging
-import os
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -27,30 +24,42 @@ import torch
 import xarray as xr
 import zarr
 from distributed import Client
-from zarr.storage import LocalStore
+from numpy.typing import NDArray
 
 from inn.checkpoint import Network, load_model, model_hash
 from inn.latent import LatentKind, draw_latent
 from inn.posterior import QUANTILES
-from pipeline.cluster import AddressConfig, LocalConfig, SlurmConfig, opened, threads_per_task
+from pipeline.cluster import ClusterConfig, SlurmConfig, best_config, device_of, opened, threads_per_task
+from pipeline.devices import Device
 from pipeline.driver import run_bounded
 from pipeline.errors import FlareFieldError, InputError, MisuseError, StoreError
-from pipeline.journal import Journal, changes, journal_path, lock, out_of_space, sync_directory
+from pipeline.journal import Journal, changes
 from pipeline.observation import open_observation
+from pipeline.plan import Plan, make_plan, see_that_it_fits
 from pipeline.progress import Progress
 from pipeline.provenance import provenance
-from pipeline.results import is_map, lay_out
-from pipeline.spectra import shortfall
+from pipeline.results import (
+    Flag,
+    check_coordinates,
+    coordinate_hashes,
+    is_map,
+    lay_out,
+    mark_unwritten,
+)
+from pipeline.selection import select
+from pipeline.spectra import Interpolation, shortfall
+from pipeline.storage import Place, log_at, out_of_space, place
 from pipeline.tiles import (
     KERNEL,
     Tile,
     TileGrid,
     TileResult,
     TileSpec,
+    fetched_model,
     invert_tile,
     observation_hash,
     quarantine_tile,
-    stored_bytes,
+    tile_keys,
 )
 
 logger = logging.getLogger("flarefield")
@@ -87,27 +96,27 @@ class InvertReport:
 
     Attributes
     ----------
-    output : Path
-        The map store.
+    output : Path or str
+        The map store, or its URL.
     tiles : int
-        Tiles of the map.
+        Tiles of the map that hold selected pixels.
     resumed : int
         Tiles that an earlier run had done.
     failed : tuple of FailedTile
         Tiles that could not be done; their pixels are flagged ``failed``. The same command tries them again.
     pixels : int
-        Pixels of the map.
+        Selected pixels.
     answered : int
         Pixels that have an answer.
     flags : mapping of str to int
-        Pixels with each flag.
+        Pixels of the whole map with each flag.
     stored : int
         Bytes of the map's tiles on disk.
     seconds : float
         Time this run took.
     """
 
-    output: Path
+    output: Path | str
     tiles: int
     resumed: int
     failed: tuple[FailedTile, ...]
@@ -130,7 +139,7 @@ class InvertReport:
             reason = failed.error.splitlines()[0]
             lines.append(f"  failed after {failed.attempts} attempts: tile at {failed.tile}: {reason}")
         if len(self.failed) > 20:
-            lines.append(f"  and {len(self.failed) - 20} more, in {journal_path(self.output)}")
+            lines.append(f"  and {len(self.failed) - 20} more, in {place(self.output).journal}")
         if self.failed:
             lines.append("  run the same command again to try the failed tiles once more")
         return "\n".join(lines)
@@ -141,18 +150,23 @@ def invert(
     output: str | Path,
     *,
     model: str | Path | None = None,
-    cluster: LocalConfig | AddressConfig | SlurmConfig | Client | None = None,
+    cluster: ClusterConfig | Client | None = None,
     draws: int = 256,
     seed: int = 0,
     latent: LatentKind = "sobol",
     quantiles: Sequence[float] = QUANTILES,
     tile: int = 64,
     calibration_error: float | None = None,
+    interpolation: Interpolation = "linear",
+    region: str | None = None,
+    times: str | None = None,
+    skip: Sequence[str] = (),
+    skip_from: str | Path | None = None,
     overwrite: bool = False,
     call: str | None = None,
     window: int | None = None,
 ) -> InvertReport:
-    """Invert every pixel of an observation, or what is missing of it.
+    """Invert every pixel of an observation or of a part of it, or what is missing of them.
 
     If `output` exists, it must have been made by the same call: what is missing is then done, and tiles that
     failed are tried again. The numbers do not depend on `tile`, `cluster` and `window`, but for rounding.
@@ -160,13 +174,13 @@ def invert(
     Parameters
     ----------
     observation : str or Path
-        The observation store.
+        The observation store, or its URL (`pipeline.storage.place`).
     output : str or Path
-        The map store (`pipeline.results`). The journal lies beside it, ``<output>.journal``.
+        The map store (`pipeline.results`), or its URL. The journal lies beside it, ``<output>.journal``.
     model : str or Path, optional
-        The model directory; the bundled model if left out.
+        The model directory, or its URL; the bundled model if left out.
     cluster : configuration or distributed.Client, optional
-        Where to run; by default all cores of this machine.
+        Where to run; by default the GPUs of this machine, and all its cores where there are none.
     draws : int
         Draws from each pixel's posterior.
     seed : int
@@ -180,8 +194,16 @@ def invert(
     calibration_error : float, optional
         Relative error (one standard deviation) of the intensity of one line against the other's; the
         network's own default if left out.
+    interpolation : {"linear", "pchip"}
+        How profiles are brought to the network's points: linearly, or by monotone cubics. A network expects
+        what it was trained with, the former unless its record says otherwise.
+    region, times, skip, skip_from
+        The part to invert, as for `pipeline.selection.select`; by default all. The map has the dimensions of
+        the whole observation; pixels that are not selected are flagged ``not_selected``, the others have the
+        same bits as in the map of all.
     overwrite : bool
-        Start over where a map exists. It stays as it is until the new one is finished.
+        Start over where a map exists. It stays as it is until the new one is finished; on an object store,
+        which cannot rename, there is no map for as long as it takes to copy the new one to its place.
     call : str, optional
         The command that the map records as its origin; by default this call.
     window : int, optional
@@ -203,21 +225,205 @@ def invert(
         The model, a store or the cluster cannot be used, or was lost; no space is left. What is done is kept.
     """
     started = time.monotonic()
-    observation, output = Path(observation).absolute(), Path(output).absolute()
-    model_path = None if model is None else str(Path(model).absolute())
-    network = load_model(model_path)
+    cluster = best_config() if cluster is None else cluster
+    request = _settle(
+        observation,
+        output,
+        device=device_of(cluster),
+        model=model,
+        draws=draws,
+        seed=seed,
+        latent=latent,
+        quantiles=quantiles,
+        tile=tile,
+        calibration_error=calibration_error,
+        interpolation=interpolation,
+        region=region,
+        times=times,
+        skip=skip,
+        skip_from=skip_from,
+    )
+    output, grid = request.output, request.grid
+    if not output.can_hold():
+        raise MisuseError("the output's directory does not exist", where=Path(output.location).parent)
+    make_store = partial(_make_store, request, call or f"invert({observation}, {output})")
+    with output.lock():
+        begun = _begun(output, request.fingerprint, overwrite=overwrite)
+        if begun is None:
+            _see_that_it_fits(request, np.zeros(len(grid), dtype=bool))
+            begun = _begin(output, request.spec.run, request.fingerprint, make_store, overwrite=overwrite)
+        store, journal = begun
+        spec = replace(request.spec, store=str(store), run=journal.run)
+        work = _Work(spec, grid, request.asked, journal)
+        with journal:
+            work.take_up()
+            if 0 < work.resumed < work.tiles:
+                _see_that_it_fits(request, work.done)
+            if work.resumed < work.tiles:
+                with opened(cluster) as client:
+                    work.go_on(client, window)
+            if not spec.selection.whole:
+                mark_unwritten(store.location, Flag.NOT_SELECTED)
+            journal.append({"finished": True, "tiles": work.tiles})
+        if store is not output:
+            _swap(output, store)
+    pixels = int(request.asked.sum())
+    flags = work.flags | ({"not_selected": grid.pixels - pixels} if pixels < grid.pixels else {})
+    return InvertReport(
+        output=output.location,
+        tiles=work.tiles,
+        resumed=work.resumed,
+        failed=tuple(work.failed),
+        pixels=pixels,
+        answered=work.answered,
+        flags=dict(sorted(flags.items())),
+        stored=work.stored,
+        seconds=time.monotonic() - started,
+    )
+
+
+def plan_inversion(
+    observation: str | Path,
+    output: str | Path,
+    *,
+    model: str | Path | None = None,
+    cluster: ClusterConfig | Client | None = None,
+    draws: int = 256,
+    seed: int = 0,
+    latent: LatentKind = "sobol",
+    quantiles: Sequence[float] = QUANTILES,
+    tile: int = 64,
+    calibration_error: float | None = None,
+    interpolation: Interpolation = "linear",
+    region: str | None = None,
+    times: str | None = None,
+    skip: Sequence[str] = (),
+    skip_from: str | Path | None = None,
+    overwrite: bool = False,
+) -> Plan:
+    """Say what `invert` would do with the same arguments, and what it would take; nothing is written.
+
+    The cluster inverts a few pixels for that; of a SLURM cluster, one job.
+
+    Parameters
+    ----------
+    observation, output, model, cluster, draws, seed, latent, quantiles, tile, calibration_error
+        As for `invert`.
+    interpolation, region, times, skip, skip_from, overwrite
+        As for `invert`.
+
+    Returns
+    -------
+    pipeline.plan.Plan
+        Also when the map does not fit on the disk: see `Plan.fits`.
+
+    Raises
+    ------
+    FlareFieldError
+        Whatever `invert` would refuse, but for space.
+    """
+    cluster = best_config() if cluster is None else cluster
+    request = _settle(
+        observation,
+        output,
+        device=device_of(cluster),
+        model=model,
+        draws=draws,
+        seed=seed,
+        latent=latent,
+        quantiles=quantiles,
+        tile=tile,
+        calibration_error=calibration_error,
+        interpolation=interpolation,
+        region=region,
+        times=times,
+        skip=skip,
+        skip_from=skip_from,
+    )
+    done = np.zeros(len(request.grid), dtype=bool)
+    with request.output.lock():
+        begun = _begun(request.output, request.fingerprint, overwrite=overwrite)
+        if begun is not None:
+            store, journal = begun
+            with journal:
+                work = _Work(replace(request.spec, store=str(store)), request.grid, request.asked, journal)
+                work.take_up()
+            done = work.done
+    needed = (request.spec, request.grid, request.asked, done, request.dataset)
+    if done[request.asked > 0].all():
+        return make_plan(None, *needed)
+    tasks = None
+    if isinstance(cluster, SlurmConfig):
+        tasks, cluster = cluster.jobs * cluster.processes, cluster.model_copy(update={"jobs": 1})
+    with opened(cluster) as client:
+        return make_plan(client, *needed, tasks=tasks)
+
+
+def _see_that_it_fits(request: _Request, done: NDArray[np.bool_]) -> None:
+    see_that_it_fits(
+        request.spec,
+        request.grid,
+        request.asked,
+        done,
+        request.dataset,
+        heights=request.network.layout.heights.size,
+    )
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is wanted, checked, before anything is made."""
+
+    output: Place
+    spec: TileSpec
+    grid: TileGrid
+    asked: NDArray[np.int64]
+    fingerprint: dict[str, Any]
+    dataset: xr.Dataset
+    network: Network
+
+
+def _settle(
+    observation: str | Path,
+    output: str | Path,
+    *,
+    device: Device,
+    model: str | Path | None,
+    draws: int,
+    seed: int,
+    latent: LatentKind,
+    quantiles: Sequence[float],
+    tile: int,
+    calibration_error: float | None,
+    interpolation: Interpolation,
+    region: str | None,
+    times: str | None,
+    skip: Sequence[str],
+    skip_from: str | Path | None,
+) -> _Request:
+    """Check the arguments of `invert` against the observation and the model."""
+    observation, output = str(place(observation)), place(output)
+    model_path = None if model is None else str(place(model))
+    with fetched_model(model_path) as folder:
+        network, weights = load_model(folder), model_hash(folder)
     dataset = open_observation(observation)
     _check_observation(dataset, network, observation, calibration_error)
     if tile < 1:
         raise MisuseError("a tile must hold pixels", where="tile", found=tile)
     grid = TileGrid.square((dataset.sizes["time"], dataset.sizes["y"], dataset.sizes["x"]), tile)
+    identity = observation_hash(observation)
+    selection = select(dataset, identity, region=region, times=times, skip=skip, skip_from=skip_from)
+    if selection.skip is not None and selection.skip.earlier == str(output):
+        raise MisuseError(
+            "a map cannot be made from its own flags", where=output, remedy="choose another output"
+        )
     spec = TileSpec(
-        observation=str(observation),
-        observation_hash=observation_hash(observation),
+        observation=observation,
+        observation_hash=identity,
         store=str(output),
         run=uuid4().hex,
         model=model_path,
-        model_hash=model_hash(model_path),
+        model_hash=weights,
         torch_version=torch.__version__.split("+")[0],
         draws=draws,
         seed=seed,
@@ -225,52 +431,37 @@ def invert(
         quantiles=tuple(float(level) for level in quantiles),
         calibration_error=None if calibration_error is None else float(calibration_error),
         threads=1,
+        selection=selection,
+        device=device,
+        interpolation=interpolation,
     )
+    if (trained := network.record.get("interpolation", "linear")) != interpolation:
+        logger.warning("the network was trained with %s interpolation, not %s", trained, interpolation)
     if network.novelty is None:
         logger.warning("the model has no novelty measure: profiles unlike its training set are not flagged")
     draw_latent(draws, network.latent_size, seed, latent)  # refuses here what it would refuse in every tile
-    fingerprint = _fingerprint(spec, grid, network)
-    attrs = _attributes(spec, dataset, network, fingerprint, call or f"invert({observation}, {output})")
-    if not output.parent.is_dir():
-        raise MisuseError("the output's directory does not exist", where=output.parent)
-
-    def make_store(path: Path) -> None:
-        lay_out(
-            path,
-            _coordinates(dataset),
-            heights=network.layout.heights,
-            quantiles=spec.quantiles,
-            tile=grid.tile,
-            attrs=attrs,
+    asked, skipped = selection.survey(grid)
+    if not asked.any():
+        raise MisuseError(
+            "no pixel is selected", where=observation, remedy="skip fewer flags, or choose another region"
         )
+    fingerprint = _fingerprint(spec, grid, network) | {"skip_from": skipped}
+    return _Request(output, spec, grid, asked, fingerprint, dataset, network)
 
-    with lock(output):
-        store, journal = _begin(output, spec.run, fingerprint, make_store, overwrite=overwrite)
-        spec = replace(spec, store=str(store), run=journal.run)
-        work = _Work(spec, grid, journal)
-        with journal:
-            work.take_up()
-            if work.resumed < len(grid):
-                with opened(cluster or LocalConfig()) as client:
-                    work.go_on(client, window)
-            journal.append({"finished": True})
-        if store != output:
-            _swap(output, store)
-    return InvertReport(
-        output=output,
-        tiles=len(grid),
-        resumed=work.resumed,
-        failed=tuple(work.failed),
-        pixels=grid.pixels,
-        answered=work.answered,
-        flags=dict(sorted(work.flags.items())),
-        stored=work.stored,
-        seconds=time.monotonic() - started,
+
+def _make_store(request: _Request, call: str, store: Place) -> None:
+    lay_out(
+        store.location,
+        _coordinates(request.dataset),
+        heights=request.network.layout.heights,
+        quantiles=request.spec.quantiles,
+        tile=request.grid.tile,
+        attrs=_attributes(request.spec, request.dataset, request.network, request.fingerprint, call),
     )
 
 
 def _check_observation(
-    dataset: xr.Dataset, network: Network, path: Path, calibration_error: float | None
+    dataset: xr.Dataset, network: Network, path: str, calibration_error: float | None
 ) -> None:
     for window in network.layout.lines:
         axis = dataset[f"wavelength_{window.name}"].values
@@ -319,9 +510,12 @@ def _fingerprint(spec: TileSpec, grid: TileGrid, network: Network) -> dict[str, 
         "quantiles": list(spec.quantiles),
         "calibration_error": spec.calibration_error,
         "tile": list(grid.tile),
+        **spec.selection.settings(),
+        # Left out by default: maps that were begun before there was a choice go on.
+        **({"interpolation": spec.interpolation} if spec.interpolation != "linear" else {}),
         "kernel": KERNEL,
         "torch": spec.torch_version,
-        "device": weights.device.type,
+        "device": spec.device,
         "dtype": str(weights.dtype).removeprefix("torch."),
     }
 
@@ -349,7 +543,7 @@ def _attributes(
             if name in dataset.attrs
         },
         "model": {
-            "name": "the bundled model" if spec.model is None else Path(spec.model).name,
+            "name": "the bundled model" if spec.model is None else place(spec.model).name,
             "kind": type(network).__name__,
             "sha256": spec.model_hash,
             "record": record,
@@ -369,50 +563,62 @@ def _coordinates(dataset: xr.Dataset) -> xr.Dataset:
 # The output: begun, resumed or replaced
 
 
-def _begin(
-    output: Path,
-    run: str,
-    fingerprint: Mapping[str, Any],
-    make_store: Callable[[Path], None],
-    *,
-    overwrite: bool,
-) -> tuple[Path, Journal]:
-    """Find or make the store to work on: the output itself, or what is to replace it."""
+def _begun(output: Place, fingerprint: Mapping[str, Any], *, overwrite: bool) -> tuple[Place, Journal] | None:
+    """Find the store to go on with, the output itself or what is to replace it; None if it is to be made."""
     _finish_swaps(output)
-    exists = os.path.lexists(output)
-    if exists and not is_map(output):
+    exists = output.exists()
+    if exists and not is_map(output.location):
         raise MisuseError(
             "the output exists and is not a map",
             where=output,
             expected="nothing, or a map store made by `flarefield invert`",
             remedy="choose another output, or remove it yourself",
         )
-    replacements = _siblings(output, ".new")
+    replacements = _replacements(output)
     if overwrite:
         for store in replacements:
             try:
                 return store, _resume(store, fingerprint)
-            except FlareFieldError:
-                _discard(store)
-        if exists:
-            store = output.with_name(f"{output.name}.{run}.new")
-            return store, _fresh(store, run, fingerprint, make_store)
-    elif replacements:
+            except FlareFieldError as error:
+                logger.debug("%s is of no use: %s", store, error)
+        return None
+    if replacements:
         logger.warning(
             "%s holds an unfinished replacement of the map; --overwrite goes on with it", replacements[0]
         )
-    if exists:
-        return output, _resume(output, fingerprint)
-    return output, _fresh(output, run, fingerprint, make_store)
+    return (output, _resume(output, fingerprint)) if exists else None
+
+
+def _begin(
+    output: Place,
+    run: str,
+    fingerprint: Mapping[str, Any],
+    make_store: Callable[[Place], None],
+    *,
+    overwrite: bool,
+) -> tuple[Place, Journal]:
+    """Make the store to work on: the output itself, or what is to replace it."""
+    if overwrite:
+        for store in _replacements(output):
+            store.remove()
+            log_at(store.journal).remove()
+    store = output.beside(f".{run}.new") if output.exists() else output
+    return store, _fresh(store, run, fingerprint, make_store)
+
+
+def _replacements(output: Place) -> list[Place]:
+    return [output.beside(f".{other}.new") for other in output.runs(".new")]
 
 
 def _fresh(
-    store: Path, run: str, fingerprint: Mapping[str, Any], make_store: Callable[[Path], None]
+    store: Place, run: str, fingerprint: Mapping[str, Any], make_store: Callable[[Place], None]
 ) -> Journal:
     # The journal first: a store without one could not be told from one whose journal was lost.
-    journal = Journal.create(journal_path(store), run, fingerprint)
+    journal = Journal.create(store.journal, run, fingerprint)
     try:
         make_store(store)
+        journal.append({"coordinates": coordinate_hashes(store)})
+        journal.flush()
     except OSError as error:
         journal.close()
         if (refusal := out_of_space(error, store)) is not None:
@@ -421,20 +627,19 @@ def _fresh(
     return journal
 
 
-def _resume(store: Path, fingerprint: Mapping[str, Any]) -> Journal:
-    path = journal_path(store)
-    if not is_map(store) or not path.is_file():
+def _resume(store: Place, fingerprint: Mapping[str, Any]) -> Journal:
+    if not is_map(store.location) or not log_at(store.journal).exists():
         raise StoreError(
             "the map's journal is missing, so it is unknown what is done of it",
-            where=path,
+            where=store.journal,
             remedy="put the journal back beside the map, or start over with --overwrite",
         )
-    journal = Journal.open(path)
+    journal = Journal.open(store.journal)
     try:
-        if journal.run != zarr.open_group(store, mode="r").attrs.get("run"):
+        if journal.run != zarr.open_group(store.zarr, mode="r").attrs.get("run"):
             raise StoreError(
                 "map and journal are of different runs",
-                where=path,
+                where=store.journal,
                 remedy="put the right journal back beside the map, or start over with --overwrite",
             )
         differing = changes(journal.fingerprint, fingerprint)
@@ -449,6 +654,7 @@ def _resume(store: Path, fingerprint: Mapping[str, Any]) -> Journal:
                 remedy="repeat the settings it was begun with, choose another output, or start over with "
                 "--overwrite",
             )
+        check_coordinates(store, journal.records())
     except FlareFieldError:
         journal.close()
         raise
@@ -460,44 +666,27 @@ def _short(value: object) -> str:
     return f"{text[:12]}..." if len(text) == 64 else text
 
 
-def _siblings(output: Path, ending: str) -> list[Path]:
-    """Stores beside the output that are to replace it or were replaced: ``<output>.<run><ending>``."""
-    found = output.parent.glob(f"{glob.escape(output.name)}.{'[0-9a-f]' * 32}{ending}")
-    return sorted(found)
-
-
-def _finish_swaps(output: Path) -> None:
+def _finish_swaps(output: Place) -> None:
     """Complete what a run that was killed between its last tile and its end left undone."""
-    for path in _siblings(output, ".new.journal"):
-        store = path.with_name(path.name.removesuffix(".journal"))
+    for run in output.runs(".new.journal"):
+        store = output.beside(f".{run}.new")
         try:
-            with Journal.open(path) as journal:
+            with Journal.open(store.journal) as journal:
                 finished = journal.finished
         except StoreError:
             finished = False
         if finished:
             _swap(output, store)
         elif not store.exists():
-            path.unlink()
-    for store in _siblings(output, ".old"):
-        shutil.rmtree(store, ignore_errors=True)
+            log_at(store.journal).remove()
+    for run in output.runs(".old"):
+        output.beside(f".{run}.old").remove()
 
 
-def _swap(output: Path, store: Path) -> None:
-    """Put a finished replacement in the output's place. Each step can be the last one before a kill."""
-    old = store.with_name(store.name.removesuffix(".new") + ".old")
-    if store.exists():
-        if output.exists():
-            output.rename(old)
-        store.rename(output)
-    os.replace(journal_path(store), journal_path(output))
-    sync_directory(output.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _discard(store: Path) -> None:
-    shutil.rmtree(store, ignore_errors=True)
-    journal_path(store).unlink(missing_ok=True)
+def _swap(output: Place, store: Place) -> None:
+    """Put a finished replacement in the output's place."""
+    run = store.name.removeprefix(f"{output.name}.").removesuffix(".new")
+    output.replace_with(store, output.beside(f".{run}.old"))
 
 
 # The run
@@ -509,6 +698,7 @@ class _Work:
 
     spec: TileSpec
     grid: TileGrid
+    asked: NDArray[np.int64]
     journal: Journal
     failed: list[FailedTile] = field(default_factory=list)
     flags: Counter[str] = field(default_factory=Counter)
@@ -519,17 +709,27 @@ class _Work:
 
     def __post_init__(self) -> None:
         self.done = np.zeros(len(self.grid), dtype=bool)
+        self.before = self.done.copy()
+        self.sizes = np.zeros(len(self.grid), dtype=np.int64)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles with selected pixels."""
+        return int(np.count_nonzero(self.asked))
 
     def _count(self, tile: Tile, answered: int, flags: Mapping[str, int], stored: int) -> None:
-        self.done[self.grid.index(tile)] = True
-        self.pixels += tile.pixels
+        index = self.grid.index(tile)
+        self.done[index] = True
+        self.sizes[index] = stored
+        self.pixels += int(self.asked[index])
         self.answered += answered
         self.flags.update(flags)
         self.stored += stored
 
     def take_up(self) -> None:
         """Read from the journal what earlier runs did, and see that it is still there."""
-        store = LocalStore(self.spec.store)
+        store = place(self.spec.store)
+        size = store.listing()
         last = np.full(len(self.grid), -1)
         for number, record in enumerate(self.journal.records()):
             if "tile" in record:
@@ -539,28 +739,25 @@ class _Work:
             if "tile" not in record or last[index := int(record["tile"])] != number:
                 continue
             tile = self.grid[index]
-            try:
-                intact = stored_bytes(store, tile) == record["stored"]
-            except FileNotFoundError:
-                intact = False
-            if intact:
+            if _size(tile, size) == record["stored"]:
                 self._count(tile, record["answered"], record["flags"], record["stored"])
             else:
                 lost += 1
+        self.before = self.done.copy()
         self.resumed = int(self.done.sum())
         if lost:
             logger.warning("%d finished tiles are missing or damaged in the map, and are done again", lost)
-        if 0 < self.resumed < len(self.grid):
-            # What writers that were killed left behind under temporary names.
-            for leftover in Path(self.spec.store).rglob("*.partial"):
-                leftover.unlink(missing_ok=True)
+        if 0 < self.resumed < self.tiles:
+            store.remove_leftovers()
 
     def go_on(self, client: Client, window: int | None) -> None:
         """Do all tiles that are not done."""
         spec = replace(self.spec, threads=threads_per_task(client))
-        missing = (self.grid[int(index)] for index in np.flatnonzero(~self.done))
+        if not spec.selection.whole:
+            mark_unwritten(spec.store, Flag.NOT_DONE)  # it may have been finished, but for failed tiles
+        missing = (self.grid[int(index)] for index in np.flatnonzero(~self.done & (self.asked > 0)))
         with (
-            Progress("inverting", self.grid.pixels, "pixels", self.pixels) as progress,
+            Progress("inverting", int(self.asked.sum()), "pixels", self.pixels) as progress,
             closing(run_bounded(client, partial(invert_tile, spec), missing, window=window)) as outcomes,
         ):
             for outcome in outcomes:
@@ -572,26 +769,49 @@ class _Work:
                     raise outcome.error
                 else:
                     self._give_up(spec, outcome.task, outcome.error, outcome.attempts)
-                progress.advance(outcome.task.pixels)
+                progress.advance(int(self.asked[self.grid.index(outcome.task)]))
+        self._see_that_the_observation_is_the_same()
         self._see_that_all_is_there()
+
+    def _see_that_the_observation_is_the_same(self) -> None:
+        """Take back what was done meanwhile if data have gone: what is not there reads as not a number."""
+        try:
+            found = observation_hash(self.spec.observation)
+        except FileNotFoundError:
+            found = "nothing"
+        if found == self.spec.observation_hash:
+            return
+        for index in np.flatnonzero(self.done & ~self.before):
+            self.journal.append({"tile": int(index), "withdrawn": "the observation changed meanwhile"})
+        raise StoreError(
+            "the observation has changed while the map was being made",
+            where=self.spec.observation,
+            found=_short(found),
+            expected=_short(self.spec.observation_hash),
+            remedy="put it back as it was and run the same command again: it does once more what was done "
+            "meanwhile; or start over with --overwrite",
+        )
 
     def _see_that_all_is_there(self) -> None:
         """Refuse to call a map finished that has lost tiles while it was made."""
-        store = LocalStore(self.spec.store)
-        lost = 0
-        for index in np.flatnonzero(self.done):
-            try:
-                stored_bytes(store, self.grid[int(index)])
-            except FileNotFoundError:
-                lost += 1
+        size = place(self.spec.store).listing()
+        done = (int(index) for index in np.flatnonzero(self.done))
+        lost = sum(_size(self.grid[index], size) != self.sizes[index] for index in done)
         if lost:
             raise StoreError(
-                f"{lost} finished tiles have gone from the map while it was being made",
+                f"{lost} finished tiles have gone from the map or changed while it was being made",
                 where=self.spec.store,
                 remedy="run the same command again: it does them once more",
             )
 
     def _finish(self, result: TileResult) -> None:
+        left_out = result.tile.pixels - int(self.asked[self.grid.index(result.tile)])
+        if result.flags.get("not_selected", 0) != left_out:
+            raise StoreError(
+                "the earlier map, whose flags say what to skip, has changed",
+                where=self.spec.selection.skip and self.spec.selection.skip.earlier,
+                remedy="leave it alone until the new map is finished; start over with --overwrite",
+            )
         self._count(result.tile, result.answered, result.flags, result.stored)
         self.journal.append(
             {
@@ -611,7 +831,20 @@ class _Work:
         self.failed.append(FailedTile(tile, text, attempts))
         self.flags.update(result.flags)
         self.stored += result.stored
-        self.journal.append({"tile": self.grid.index(tile), "error": text, "attempts": attempts})
+        self.journal.append(
+            {
+                "tile": self.grid.index(tile),
+                "quarantine": result.sha256,
+                "error": text,
+                "attempts": attempts,
+            }
+        )
+
+
+def _size(tile: Tile, size: Callable[[str], int | None]) -> int | None:
+    """Bytes of a tile's files; None if one is missing."""
+    found = [size(key) for key in tile_keys(tile).values()]
+    return None if None in found else sum(one for one in found if one is not None)
 
 
 def _concerns_run(error: BaseException | None) -> bool:

@@ -34,6 +34,7 @@ MEANINGS: dict[Flag, str] = {
     Flag.FAILED: "the computation failed; the journal beside the map says how",
     Flag.REGISTRATION_UNCERTAIN: "no reliable shift between the lines was found, and none was applied",
     Flag.NOT_DONE: "the run has not come to this pixel yet",
+    Flag.NOT_SELECTED: "the run was not asked for this pixel",
 }
 """What each quality flag says, in words."""
 

@@ -16,12 +16,15 @@ variable                dimensions                      meaning
 
 from __future__ import annotations
 
-import shutil
+import hashlib
+import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntFlag
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +33,11 @@ import xarray as xr
 import zarr
 from numpy.typing import ArrayLike, NDArray
 from zarr.codecs import BloscCodec
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
 
 from pipeline.errors import MisuseError, StoreError
+from pipeline.storage import ROOT, Place, place
 
 KIND = "map"
 SCHEMA = 1
@@ -61,6 +67,8 @@ class Flag(IntFlag):
     """No reliable shift between the two lines was found for this time, and none was applied."""
     NOT_DONE = 256
     """The run has not come to this pixel yet."""
+    NOT_SELECTED = 512
+    """The run was not asked for this pixel (`pipeline.selection`); nothing else is said of it."""
 
 
 WITHOUT_ANSWER = (
@@ -71,6 +79,7 @@ WITHOUT_ANSWER = (
     | Flag.WAVELENGTH_NOT_COVERED
     | Flag.FAILED
     | Flag.NOT_DONE
+    | Flag.NOT_SELECTED
 )
 
 
@@ -177,7 +186,7 @@ def _unspecified_metadata() -> Iterator[None]:
 
 
 def lay_out(
-    path: Path,
+    path: str | Path,
     coordinates: xr.Dataset,
     *,
     heights: ArrayLike,
@@ -192,8 +201,8 @@ def lay_out(
 
     Parameters
     ----------
-    path : Path
-        Where; it appears whole or not at all.
+    path : str or Path
+        Where, or its URL; it appears whole or not at all.
     coordinates : xarray.Dataset
         The observation's coordinates over time, y and x, with `time`, `y` and `x` among them.
     heights : array_like, shape (height,)
@@ -210,9 +219,6 @@ def lay_out(
     StoreError
         The fields of the store do not agree.
     """
-    beginning = path.with_name(path.name + ".layout")
-    if beginning.exists():
-        shutil.rmtree(beginning)
     template = coordinates.assign_coords(
         quantile=xr.Variable("quantile", np.asarray(quantiles, dtype=np.float64)),
         height=xr.Variable("height", np.asarray(heights, dtype=np.float64)),
@@ -232,13 +238,20 @@ def lay_out(
             for key, value in template[name].encoding.items()
             if key in ("units", "calendar", "dtype")
         }
-    template.to_zarr(beginning, mode="w", zarr_format=3, consolidated=False)
-    group = zarr.open_group(beginning, mode="r+")
-    sizes = template.sizes
+    with place(path).appearing() as store:
+        template.to_zarr(store, mode="w", zarr_format=3, consolidated=False)
+        _lay_out_variables(zarr.open_group(store, mode="r+"), template.sizes, len(quantiles), tile)
+        with _unspecified_metadata():
+            zarr.consolidate_metadata(store)
+
+
+def _lay_out_variables(
+    group: zarr.Group, sizes: Mapping[Hashable, int], quantiles: int, tile: tuple[int, int]
+) -> None:
     shards = (1, tile[0], tile[1])
     for variable in VARIABLES:
         dimensions = ("time", "y", "x", "quantile", "height") if variable.profile else ("time", "y", "x")
-        levels = (len(quantiles), sizes["height"]) if variable.profile else ()
+        levels = (quantiles, sizes["height"]) if variable.profile else ()
         group.create_array(
             variable.name,
             shape=tuple(sizes[name] for name in dimensions),
@@ -250,15 +263,89 @@ def lay_out(
             dimension_names=dimensions,
             attributes=dict(variable.attrs),
         )
+
+
+def mark_unwritten(path: str | Path, flag: Flag) -> None:
+    """Say what all pixels are whose tiles have no files: not done yet, or not asked for.
+
+    One flag for all of them, in the store's metadata, costs the same for one tile and for a million.
+
+    Parameters
+    ----------
+    path : str or Path
+        A map store, or its URL.
+    flag : Flag
+        What their ``quality`` reads as.
+    """
+    group = zarr.open_group(place(path).zarr, mode="r+", use_consolidated=False)
+    prototype = default_buffer_prototype()
+    found = sync(group.store.get("quality/zarr.json", prototype))
+    assert found is not None
+    description = json.loads(found.to_bytes())
+    if description["fill_value"] == flag:
+        return
+    description["fill_value"] = int(flag)
+    text = json.dumps(description, indent=2).encode()
+    sync(group.store.set("quality/zarr.json", prototype.buffer.from_bytes(text)))
     with _unspecified_metadata():
-        zarr.consolidate_metadata(beginning)
-    beginning.rename(path)
+        zarr.consolidate_metadata(group.store)
 
 
-def is_map(path: Path) -> bool:
-    """Whether a path holds a map store (of any run, finished or not)."""
+def coordinate_hashes(store: Place) -> dict[str, str]:
+    """SHA-256 of the files of each of a map's coordinates, by name.
+
+    Parameters
+    ----------
+    store : Place
+        The map store.
+    """
+    ours = {ROOT, *(variable.name for variable in VARIABLES)}
+    return {name: _files_hash(store, name) for name in store.names() if name not in ours}
+
+
+def _files_hash(store: Place, name: str) -> str:
+    keys = sorted(store.sizes(name))
+    digest = hashlib.sha256()
+    for key, content in zip(keys, store.read(keys), strict=True):
+        digest.update(f"{key}\0{len(content)}\0".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def check_coordinates(store: Place, records: Iterable[Mapping[str, Any]]) -> None:
+    """Compare a map's coordinates with what they were when it was laid out.
+
+    A part of them that has gone would be read as numbers that nobody has written.
+
+    Parameters
+    ----------
+    store : Place
+        The map store.
+    records : iterable of mapping
+        Its journal's records; the first one holds what `coordinate_hashes` said. (Journals of the first maps
+        have no such record; there is nothing to compare then.)
+
+    Raises
+    ------
+    StoreError
+        Some are not what they were.
+    """
+    first = next(iter(records), {})
+    hashes = first.get("coordinates", {})
+    changed = [name for name, recorded in hashes.items() if _files_hash(store, name) != recorded]
+    if changed:
+        raise StoreError(
+            "the map's coordinates are damaged",
+            where=store,
+            found=f"other contents of {', '.join(changed)} than the map was begun with",
+            remedy="start over with --overwrite",
+        )
+
+
+def is_map(path: str | Path) -> bool:
+    """Whether there is a map store (of any run, finished or not) at a path or a URL."""
     try:
-        return zarr.open_group(path, mode="r").attrs.get("kind") == KIND
+        return zarr.open_group(place(path).zarr, mode="r").attrs.get("kind") == KIND
     except (OSError, ValueError, KeyError):
         return False
 
@@ -269,7 +356,7 @@ def open_map(path: str | Path, *, chunks: Any = None) -> xr.Dataset:  # noqa: AN
     Parameters
     ----------
     path : str or Path
-        The map store.
+        The map store, or its URL.
     chunks : optional
         As for `xarray.open_zarr`: None reads values when they are asked for, ``{}`` makes Dask arrays.
 
@@ -283,8 +370,8 @@ def open_map(path: str | Path, *, chunks: Any = None) -> xr.Dataset:  # noqa: AN
     StoreError
         There is no map at this path.
     """
-    path = Path(path)
-    if not path.exists():
+    store = place(path)
+    if not store.exists():
         raise StoreError("there is no such map", where=path)
     if not is_map(path):
         raise StoreError(
@@ -292,7 +379,7 @@ def open_map(path: str | Path, *, chunks: Any = None) -> xr.Dataset:  # noqa: AN
             where=path,
             expected="a Zarr store made by `flarefield invert`",
         )
-    dataset: xr.Dataset = xr.open_zarr(path, chunks=chunks)
+    dataset: xr.Dataset = xr.open_zarr(store.zarr, chunks=chunks)
     return dataset
 
 
@@ -317,14 +404,31 @@ def flagged(dataset: xr.Dataset, *names: str) -> xr.DataArray:
         A name is not a flag of this map.
     """
     quality = dataset["quality"]
-    masks = dict(zip(quality.attrs["flag_meanings"].split(), quality.attrs["flag_masks"], strict=True))
+    wanted = flag_bits(quality.attrs, names)
+    return ((quality & wanted) != 0).rename("flagged").assign_attrs(long_name=" or ".join(names))
+
+
+def flag_bits(attrs: Mapping[str, Any], names: Iterable[str]) -> int:
+    """Bits of some flags, by the attributes of a map's ``quality``.
+
+    Parameters
+    ----------
+    attrs : mapping
+        With ``flag_meanings`` and ``flag_masks``, as the CF conventions have them.
+    names : iterable of str
+        Names as in ``flag_meanings``.
+
+    Raises
+    ------
+    MisuseError
+        A name is not a flag of this map.
+    """
+    masks = dict(zip(attrs["flag_meanings"].split(), attrs["flag_masks"], strict=True))
+    names = list(names)
     unknown = [name for name in names if name not in masks]
     if unknown:
         raise MisuseError("no such quality flag", found=", ".join(unknown), expected=", ".join(masks))
-    wanted = 0
-    for name in names:
-        wanted |= int(masks[name])
-    return ((quality & wanted) != 0).rename("flagged").assign_attrs(long_name=" or ".join(names))
+    return reduce(or_, (int(masks[name]) for name in names), 0)
 
 
 def count_flags(quality: NDArray[np.uint16]) -> dict[str, int]:

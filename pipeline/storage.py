@@ -773,8 +773,8 @@ def sync_directory(path: Path) -> None:
 
 
 def out_of_space(error: OSError, where: object) -> StoreError | None:
-    """Say what to do about a disk or a quota that is full; None for any other error."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    """Say what to do about a disk, a quota or a file that is full; None for any other error."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return None
     return StoreError(
         "no space left to write to",

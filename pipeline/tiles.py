@@ -7,13 +7,17 @@ each file is replaced whole.
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
+from types import ModuleType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,10 +32,12 @@ from inn.latent import LatentKind
 from inn.layout import QUANTITIES
 from inn.novelty import Novelty
 from inn.posterior import misfit, posterior_quantiles
+from pipeline.devices import Device, array_library, to_torch
 from pipeline.errors import ClusterError, MisuseError, ModelError, StoreError
-from pipeline.journal import out_of_space
 from pipeline.results import NOVELTY_LEVEL, VARIABLES, WITHOUT_ANSWER, Flag, count_flags
-from pipeline.spectra import covers, network_lines
+from pipeline.selection import EVERYTHING, Selection
+from pipeline.spectra import Interpolation, check_interpolation, covers, network_lines
+from pipeline.storage import ROOT, out_of_space, place
 
 KERNEL = 1
 """Version of what a tile's numbers depend on in this package; raised whenever they change."""
@@ -193,6 +199,12 @@ class TileSpec:
         As for `inn.posterior_quantiles`.
     threads : int
         Threads that torch may use for one tile.
+    selection : Selection
+        The pixels that are asked for.
+    device : {"cpu", "cuda"}
+        Where the workers compute.
+    interpolation : {"linear", "pchip"}
+        As for `pipeline.spectra.network_lines`.
     """
 
     observation: str
@@ -208,6 +220,9 @@ class TileSpec:
     quantiles: tuple[float, ...]
     calibration_error: float | None
     threads: int
+    selection: Selection = EVERYTHING
+    device: Device = "cpu"
+    interpolation: Interpolation = "linear"
 
     def __post_init__(self) -> None:
         ascending = all(a < b for a, b in zip(self.quantiles, self.quantiles[1:], strict=False))
@@ -218,6 +233,7 @@ class TileSpec:
                 found=self.quantiles,
                 expected="for example 0.05 0.16 0.5 0.84 0.95",
             )
+        check_interpolation(self.interpolation)
         if self.draws < 2:
             raise MisuseError("a posterior needs two draws at least", where="draws", found=self.draws)
         if self.calibration_error is not None and not 0 <= self.calibration_error < np.inf:
@@ -277,26 +293,32 @@ def _once(opener: Callable[[Place, str], Opened]) -> Callable[[Place, str], Open
 
 @_once
 def _model(path: str | None, expected: str) -> Network:
-    found = model_hash(path)
-    if found != expected:
-        raise ModelError(
-            "the model on this worker is not the run's",
-            where=path or "the bundled model",
-            found=f"sha256 {found}",
-            expected=f"sha256 {expected}",
-            remedy="leave the model alone while a map is being made; all workers must read the same one",
-        )
-    model = load_model(path)
+    with fetched_model(path) as folder:
+        found = model_hash(folder)
+        if found != expected:
+            raise ModelError(
+                "the model on this worker is not the run's",
+                where=path or "the bundled model",
+                found=f"sha256 {found}",
+                expected=f"sha256 {expected}",
+                remedy="leave the model alone while a map is being made; all workers must read the same one",
+            )
+        model = load_model(folder)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model
+
+
+def fetched_model(path: str | Path | None) -> AbstractContextManager[Path | None]:
+    """Context in which a model is a directory here, by its path or URL; None for the bundled one."""
+    return nullcontext() if path is None else place(path).fetched()
 
 
 @_once
 def _observation(path: str, expected: str) -> xr.Dataset:
     try:
         found = observation_hash(path)
-        dataset: xr.Dataset = xr.open_zarr(path, chunks=None)
+        dataset: xr.Dataset = xr.open_zarr(place(path).zarr, chunks=None)
     except FileNotFoundError as error:
         raise StoreError(
             "a worker cannot open the observation",
@@ -322,21 +344,29 @@ def observation_hash(path: str | Path) -> str:
     Parameters
     ----------
     path : str or Path
-        The store.
+        The store, or its URL.
 
     Returns
     -------
     str
         SHA-256, 64 hexadecimal digits.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no store.
     """
-    root = Path(path)
+    store = place(path)
+    sizes = store.sizes()
+    if ROOT not in sizes:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{store}/{ROOT}")
     digest = hashlib.sha256()
-    (root / "zarr.json").stat()  # raises if there is no store
-    for file in sorted(entry for entry in root.rglob("*") if entry.is_file()):
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(root).as_posix()}\0{size}\0".encode())
-        if size <= SMALL_FILE:
-            digest.update(file.read_bytes())
+    keys = sorted(sizes, key=lambda key: key.split("/"))
+    small = store.read([key for key in keys if sizes[key] <= SMALL_FILE])
+    for key in keys:
+        digest.update(f"{key}\0{sizes[key]}\0".encode())
+        if sizes[key] <= SMALL_FILE:
+            digest.update(next(small))
     return digest.hexdigest()
 
 
@@ -365,30 +395,49 @@ def invert_tile(spec: TileSpec, tile: Tile) -> TileResult:
         Any other error concerns this tile alone.
     """
     started = time.monotonic()
-    _prepare(spec)
-    model = _model(spec.model, spec.model_hash)
-    observation = _observation(spec.observation, spec.observation_hash)
-    values = _compute(spec, model, observation, tile)
-    stored = write_tile(Path(spec.store), spec.run, tile, values)
+    values = compute_tile(spec, tile)
+    stored = write_tile(spec.store, spec.run, tile, values)
     return _receipt(tile, values, stored, started)
+
+
+def compute_tile(spec: TileSpec, tile: Tile) -> dict[str, NDArray[Any]]:
+    """Compute a rectangle of pixels of one time, and write nothing.
+
+    Parameters
+    ----------
+    spec : TileSpec
+        The run.
+    tile : Tile
+        Which pixels; any rectangle within the field.
+
+    Returns
+    -------
+    dict of str to ndarray
+        All variables, each of shape (y, x) or (y, x, quantile, height).
+
+    Raises
+    ------
+    FlareFieldError
+        As `invert_tile` raises it, but for space.
+    """
+    _prepare(spec)
+    library = array_library(spec.device)
+    model = _model(spec.model, spec.model_hash).to(spec.device)
+    return _compute(spec, library, model, _observation(spec.observation, spec.observation_hash), tile)
 
 
 def quarantine_tile(spec: TileSpec, tile: Tile) -> TileResult:
     """Write a tile that could not be done: all NaN, and flagged so."""
     started = time.monotonic()
-    values = quarantine_values(tile, len(spec.quantiles), _heights(spec))
-    return _receipt(tile, values, write_tile(Path(spec.store), spec.run, tile, values), started)
-
-
-def quarantine_values(tile: Tile, levels: int, heights: int) -> dict[str, NDArray[Any]]:
-    """Values of a tile that could not be done, for so many quantiles and heights."""
-    values = _empty(tile, levels, heights)
-    values["quality"][...] = Flag.FAILED
-    return values
+    values = _empty(tile, len(spec.quantiles), _heights(spec))
+    values["quality"] = np.where(
+        spec.selection.asked(tile), np.uint16(Flag.FAILED), np.uint16(Flag.NOT_SELECTED)
+    )
+    return _receipt(tile, values, write_tile(spec.store, spec.run, tile, values), started)
 
 
 def _heights(spec: TileSpec) -> int:
-    return int(zarr.open_group(spec.store, mode="r")["height"].shape[0])  # type: ignore[union-attr]
+    return int(zarr.open_group(place(spec.store).zarr, mode="r")["height"].shape[0])  # type: ignore[union-attr]
 
 
 def _prepare(spec: TileSpec) -> None:
@@ -434,8 +483,13 @@ def _empty(tile: Tile, levels: int, heights: int) -> dict[str, NDArray[Any]]:
     }
 
 
-def _compute(spec: TileSpec, model: Network, observation: xr.Dataset, tile: Tile) -> dict[str, NDArray[Any]]:
-    """All variables of a tile, each of shape (y, x) or (y, x, quantile, height)."""
+def _compute(
+    spec: TileSpec, library: ModuleType, model: Network, observation: xr.Dataset, tile: Tile
+) -> dict[str, NDArray[Any]]:
+    """All variables of a tile, each of shape (y, x) or (y, x, quantile, height), on the host.
+
+    Arrays of the library, and the model, lie where the tile is computed: see `pipeline.devices`.
+    """
     here = {"time": tile.time, "y": slice(*tile.y), "x": slice(*tile.x)}
     names = [window.name for window in model.layout.lines]
     intensity = {name: observation[name].isel(here).transpose("y", "x", ...).values for name in names}
@@ -450,17 +504,22 @@ def _compute(spec: TileSpec, model: Network, observation: xr.Dataset, tile: Tile
     values = _empty(tile, len(spec.quantiles), model.layout.heights.size)
     values["quality"] = quality
     good = (quality & WITHOUT_ANSWER) == 0
-    if not good.any():
+    asked = spec.selection.asked(tile)
+    quality[~asked] = Flag.NOT_SELECTED
+    kept = asked[good]
+    if not kept.any():
         return values
 
     halpha, ca8542 = names
-    lines, _ = network_lines(
-        intensity[halpha][good],
-        intensity[ca8542][good],
+    normalised, _ = network_lines(
+        library.asarray(intensity[halpha][good]),
+        library.asarray(intensity[ca8542][good]),
         wavelength[halpha],
         wavelength[ca8542],
         model.layout,
+        spec.interpolation,
     )
+    lines = to_torch(normalised)
     mu = float(observation["mu"].isel(time=tile.time)) if "mu" in observation.variables else None
     sampling: dict[str, Any] = {
         "mu": mu,
@@ -469,15 +528,19 @@ def _compute(spec: TileSpec, model: Network, observation: xr.Dataset, tile: Tile
         "latent": spec.latent,
     }
     levels = sorted({*spec.quantiles, *SPREAD})
-    posterior = posterior_quantiles(model, lines, draws=spec.draws, quantiles=levels, **sampling)
+    # What was not asked for keeps its place among the pixels: that decides the last bits of the others.
+    lines_asked = lines.where(torch.from_numpy(kept).to(lines.device)[:, None], torch.nan)
+    everything = posterior_quantiles(model, lines_asked, draws=spec.draws, quantiles=levels, **sampling)
+    posterior = {quantity: everything[quantity][kept] for quantity in QUANTITIES}
+    good &= asked
     wanted = [levels.index(level) for level in spec.quantiles]
     spread = [levels.index(level) for level in SPREAD]
-    finite = np.ones(len(lines), dtype=bool)
+    finite = np.ones(np.count_nonzero(kept), dtype=bool)
     for quantity in QUANTITIES:
         finite &= np.isfinite(posterior[quantity]).all(axis=(1, 2))
     for quantity in QUANTITIES:
         low, high = (posterior[quantity][finite][:, index] for index in spread)
-        rounded = np.full((len(lines), len(wanted), low.shape[-1]), np.nan, dtype=np.float32)
+        rounded = np.full((finite.size, len(wanted), low.shape[-1]), np.nan, dtype=np.float32)
         rounded[finite] = round_to_sampling_error(
             posterior[quantity][finite][:, wanted],
             low,
@@ -489,10 +552,11 @@ def _compute(spec: TileSpec, model: Network, observation: xr.Dataset, tile: Tile
 
     flags = _where(~finite, Flag.FAILED)
     if isinstance(model.novelty, Novelty):
-        novelty = model.novelty.tail_probability(lines)
+        novelty = model.novelty.tail_probability(lines)[kept]
         values["novelty"][good] = novelty
         flags |= _where(novelty < NOVELTY_LEVEL, Flag.NOVEL)
-    values["misfit"][good] = misfit(model, lines, draws=min(MISFIT_DRAWS, spec.draws), **sampling)
+    reproduced = misfit(model, lines_asked, draws=min(MISFIT_DRAWS, spec.draws), **sampling)
+    values["misfit"][good] = reproduced[kept]
     quality[good] |= flags
     return values
 
@@ -575,13 +639,13 @@ def round_to_sampling_error(
     return np.where(wanted > 0, np.rint(values / step) * step, values).astype(np.float32)
 
 
-def write_tile(store: Path, run: str, tile: Tile, values: Mapping[str, NDArray[Any]]) -> int:
+def write_tile(store: str | Path, run: str, tile: Tile, values: Mapping[str, NDArray[Any]]) -> int:
     """Write all variables of a tile into a map store that has been laid out.
 
     Parameters
     ----------
-    store : Path
-        The map store.
+    store : str or Path
+        The map store, or its URL.
     run : str
         The run that the store must belong to.
     tile : Tile
@@ -600,9 +664,11 @@ def write_tile(store: Path, run: str, tile: Tile, values: Mapping[str, NDArray[A
         The store belongs to another run, or there is no space left.
     """
     try:
-        group = zarr.open_group(store, mode="r+")
-    except FileNotFoundError as error:
-        raise StoreError("the map store has gone", where=store) from error
+        group = zarr.open_group(place(store).zarr, mode="r+")
+    except (FileNotFoundError, ValueError, KeyError) as error:
+        raise StoreError(
+            "the map store has gone, or cannot be read any more", where=store, found=error
+        ) from error
     if group.attrs.get("run") != run:
         raise StoreError(
             "the map store belongs to another run", where=store, remedy="start the command again"

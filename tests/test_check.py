@@ -149,7 +149,7 @@ def test_a_map_that_cannot_be_written_to_is_judged_all_the_same(copy, monkeypatc
         raise StoreError("nothing can be written there", where=store)
         yield
 
-    monkeypatch.setattr("pipeline.check.lock", refused)
+    monkeypatch.setattr("pipeline.storage.Directory.lock", refused)
     assert check_map(copy).of("missing") == (GRID[5],)
     assert "cannot be noted" in caplog.text
     assert files(copy) == before

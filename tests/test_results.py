@@ -102,6 +102,7 @@ def test_flags_are_written_as_the_conventions_want_them(empty_map):
         "failed": 64,
         "registration_uncertain": 128,
         "not_done": 256,
+        "not_selected": 512,
     }
 
 

@@ -426,7 +426,7 @@ def test_the_model_is_loaded_once_by_all_threads_of_a_process(spec, tmp_path, fa
     for thread in threads:
         thread.join()
     assert sorted(receipts) == [0, 1, 2, 3]
-    assert loads == [str(copy)]
+    assert loads == [copy]
 
 
 FULL_DISK = """

@@ -1,0 +1,445 @@
+"""What a run of the map engine will take: pixels, space on the disk, time; found by inverting a few pixels.
+
+The pixels of the sample are read, inverted, rounded, compressed and written as the engine does it, into a
+temporary map. Nothing is known of the others but how many of them lie within both lines' field.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from dask.utils import format_time
+from distributed import Client
+from numpy.typing import NDArray
+from rich.filesize import decimal
+
+from pipeline.cluster import threads_per_task
+from pipeline.driver import run_bounded
+from pipeline.errors import FlareFieldError, StoreError
+from pipeline.results import VARIABLES, Flag, lay_out
+from pipeline.storage import Directory, place
+from pipeline.tiles import Tile, TileGrid, TileSpec, compute_tile, write_tile
+
+logger = logging.getLogger("flarefield")
+
+SECONDS = 2.0
+"""Time that a sample should take."""
+FRAMES = 4
+"""Times from which a sample is taken."""
+SPOTS = 1024
+"""Pixels among which the samples' patches are drawn."""
+SIDES = (8, 16, 32, 64)
+"""Pixels along the sides of a sample's patches: the largest of these that the time allows."""
+TILES = 4
+"""Whole tiles that a sample comes to, at most."""
+TASKS = 256
+"""Workers that take a sample at the same time, at most."""
+BLOCK = 4096
+"""Bytes by which a file system hands out space, as a rule; every file leaves a part of one unused."""
+
+
+Spot = tuple[int, int, int]
+"""Indices of a pixel: time, y, x."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A few pixels that were really inverted.
+
+    Attributes
+    ----------
+    pixels : int
+        How many, within both lines' field.
+    stored : int
+        Bytes that they add to the files of their tiles.
+    empty : int
+        Bytes of the files of a tile without any answer.
+    seconds : float
+        Time it took, without opening model and observation.
+    """
+
+    pixels: int
+    stored: int
+    empty: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Need:
+    """Pixels that are still to be done, and the space they need.
+
+    Attributes
+    ----------
+    tiles : int
+        Tiles to be done.
+    pixels : int
+        Pixels to be done.
+    answerable : int
+        Those of them that lie within both lines' field, by a few times of the series.
+    bytes_per_pixel : float
+        Bytes that one of the latter takes in the store, by a sample.
+    bytes_per_tile : float
+        Bytes that a tile takes without them.
+    """
+
+    tiles: int
+    pixels: int
+    answerable: int
+    bytes_per_pixel: float
+    bytes_per_tile: float
+
+    @property
+    def stored(self) -> int:
+        """Bytes of their tiles."""
+        return round(self.answerable * self.bytes_per_pixel + self.tiles * self.bytes_per_tile)
+
+    @property
+    def space(self) -> int:
+        """Bytes that the disk must have: what the files' last blocks leave unused comes to that."""
+        return self.stored + self.tiles * len(VARIABLES) * BLOCK
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do.
+
+    Attributes
+    ----------
+    output : Path or str
+        The map store, or its URL.
+    tiles_done, pixels_done : int
+        What an earlier run has done of the map.
+    need : Need
+        What is missing.
+    free : int or None
+        Bytes that are free where the map is to lie; None where there is no such limit.
+    sampled : int
+        Pixels that were inverted to find out.
+    tasks : int
+        Tiles that the cluster does at a time.
+    threads : int
+        Cores of each.
+    rate : float
+        Pixels per second of one of them, with all of them at work.
+    """
+
+    output: Path | str
+    tiles_done: int
+    pixels_done: int
+    need: Need
+    free: int | None
+    sampled: int
+    tasks: int
+    threads: int
+    rate: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is space for what is missing."""
+        return self.free is None or self.need.space <= self.free
+
+    @property
+    def seconds(self) -> float:
+        """Time that the cluster needs for what is missing."""
+        if not self.need.answerable:
+            return 0.0
+        return math.ceil(self.need.tiles / self.tasks) * self.need.answerable / self.need.tiles / self.rate
+
+    def summary(self) -> str:
+        """The plan as a person reads it."""
+        need = self.need
+        lines = [f"{self.output}: {need.tiles:,} tiles ({need.pixels:,} pixels) to do"]
+        if self.tiles_done:
+            lines[0] += f"; {self.tiles_done:,} tiles ({self.pixels_done:,} pixels) are done"
+        if not need.tiles:
+            return lines[0]
+        lines.append(f"  about {need.answerable:,} of the pixels lie within both lines' field")
+        size = f"  size: about {decimal(need.stored)} ({need.stored / need.pixels:.0f} bytes a pixel)"
+        if self.free is not None:
+            size += f"; {decimal(self.free)} are free" + ("" if self.fits else ": IT DOES NOT FIT")
+        lines.append(size)
+        if self.sampled:
+            lines += [
+                f"  time: about {format_time(self.seconds)}, {self.rate * self.tasks:,.0f} pixels/s",
+                f"  assuming {self.tasks} tiles at a time, on {self.threads} cores each, at the pace of "
+                f"{self.sampled:,} pixels inverted just now",
+            ]
+        return "\n".join(lines)
+
+
+def free_space(store: Path | str) -> int | None:
+    """Bytes that are free for a store; None on an object store. A user's quota is not looked at.
+
+    Parameters
+    ----------
+    store : Path or str
+        A path, whose parent exists, or a URL.
+    """
+    where = place(store)
+    return shutil.disk_usage(where.location.parent).free if isinstance(where, Directory) else None
+
+
+def make_plan(
+    client: Client | None,
+    spec: TileSpec,
+    grid: TileGrid,
+    asked: NDArray[np.int64],
+    done: NDArray[np.bool_],
+    dataset: xr.Dataset,
+    *,
+    tasks: int | None = None,
+) -> Plan:
+    """Find out what is to be done of a map, and what it takes on a cluster.
+
+    All workers invert a sample at the same time, as they will in the run.
+
+    Parameters
+    ----------
+    client : distributed.Client, optional
+        The cluster; not needed if nothing is to be done.
+    spec : TileSpec
+        The run.
+    grid : TileGrid
+        Its tiles.
+    asked : ndarray of int, shape (tiles,)
+        Selected pixels of each tile.
+    done : ndarray of bool, shape (tiles,)
+        Tiles that are done.
+    dataset : xarray.Dataset
+        The observation.
+    tasks : int, optional
+        Tiles that the whole cluster will do at a time, if it is larger than what has been started of it.
+
+    Returns
+    -------
+    Plan
+
+    Raises
+    ------
+    FlareFieldError
+        What `take_sample` raises.
+    """
+    missing = np.where(done, 0, asked)
+    answerable, spots = _spots(spec, grid, missing, dataset)
+    samples, started, threads = [], 1, 1
+    if client is not None and spots:
+        started, threads = sum(client.nthreads().values()), threads_per_task(client)
+        number = min(started, TASKS)
+        jobs = [spots[first::number] or spots for first in range(number)]
+        work = partial(take_sample, replace(spec, threads=threads), grid, SECONDS)
+        for outcome in run_bounded(client, work, jobs, window=number):
+            if outcome.error is not None:
+                raise outcome.error
+            assert outcome.result is not None
+            samples.append(outcome.result)
+    return Plan(
+        output=place(spec.store).location,
+        tiles_done=int(np.count_nonzero(done)),
+        pixels_done=int(asked[done].sum()),
+        need=_need(missing, answerable, samples),
+        free=free_space(spec.store),
+        sampled=sum(sample.pixels for sample in samples),
+        tasks=tasks or started,
+        threads=threads,
+        rate=float(np.mean([sample.pixels / sample.seconds for sample in samples])) if samples else 0.0,
+    )
+
+
+def see_that_it_fits(
+    spec: TileSpec,
+    grid: TileGrid,
+    asked: NDArray[np.int64],
+    done: NDArray[np.bool_],
+    dataset: xr.Dataset,
+    heights: int,
+) -> None:
+    """Refuse a run whose tiles the disk cannot hold.
+
+    What fits without any compression costs no more than to ask the disk; otherwise a few pixels are inverted
+    here, to learn how well they are compressed.
+
+    Parameters
+    ----------
+    spec, grid, asked, done, dataset
+        As for `make_plan`.
+    heights : int
+        Heights of the network's grid.
+
+    Raises
+    ------
+    StoreError
+        It cannot fit.
+    FlareFieldError
+        What `take_sample` raises.
+    """
+    free = free_space(spec.store)
+    missing = np.where(done, 0, asked)
+    raw = sum(
+        np.dtype(variable.dtype).itemsize * (len(spec.quantiles) * heights if variable.profile else 1)
+        for variable in VARIABLES
+    )
+    pixels = int(missing.sum())
+    most = Need(int(np.count_nonzero(missing)), pixels, pixels, raw, bytes_per_tile=0)
+    if free is None or most.space <= free:
+        return
+    answerable, spots = _spots(spec, grid, missing, dataset)
+    here = replace(spec, device="cpu")  # in this process, whatever the workers have
+    need = _need(missing, answerable, [take_sample(here, grid, SECONDS, spots)] if spots else [])
+    if need.space > free:
+        raise StoreError(
+            "the map does not fit on the disk",
+            where=spec.store,
+            found=f"{decimal(free)} free",
+            expected=f"about {decimal(need.space)} for {need.tiles:,} tiles, by a sample of their pixels",
+            remedy="free some space, choose an output elsewhere or fewer quantiles, or invert a part "
+            "(--region, --times)",
+        )
+
+
+def _need(missing: NDArray[np.int64], answerable: int, samples: Sequence[Sample]) -> Need:
+    pixels = sum(sample.pixels for sample in samples)
+    return Need(
+        tiles=int(np.count_nonzero(missing)),
+        pixels=int(missing.sum()),
+        answerable=answerable,
+        bytes_per_pixel=sum(sample.stored for sample in samples) / pixels if pixels else 0.0,
+        bytes_per_tile=float(np.mean([sample.empty for sample in samples])) if samples else 0.0,
+    )
+
+
+def _spots(
+    spec: TileSpec, grid: TileGrid, missing: NDArray[np.int64], dataset: xr.Dataset
+) -> tuple[int, list[Spot]]:
+    """Estimate how many missing pixels lie within both lines' field, and draw some of them."""
+    random = np.random.default_rng(spec.seed)
+    per_time = missing.reshape(grid.counts)
+    times = np.flatnonzero(per_time.any(axis=(1, 2)))
+    wanted = usable = 0
+    spots: list[Spot] = []
+    for index in times[np.linspace(0, times.size - 1, min(times.size, FRAMES)).round().astype(int)]:
+        frame = Tile(int(index), 0, 0, (0, grid.shape[1]), (0, grid.shape[2]))
+        here = np.repeat(np.repeat(per_time[index] > 0, grid.tile[0], axis=0), grid.tile[1], axis=1)
+        here = here[: grid.shape[1], : grid.shape[2]] & spec.selection.asked(frame)
+        wanted += np.count_nonzero(here)
+        here &= dataset["valid"].isel(time=index).transpose("y", "x").values.astype(bool)
+        found = np.argwhere(here)
+        usable += len(found)
+        # No more than it takes to invert them all.
+        chosen = random.permutation(len(found))[: min(SPOTS // FRAMES, 1 + len(found) // SIDES[0] ** 2)]
+        spots += [(int(index), int(y), int(x)) for y, x in found[chosen]]
+    random.shuffle(spots)
+    return round(int(missing.sum()) * usable / wanted) if wanted else 0, spots
+
+
+def take_sample(spec: TileSpec, grid: TileGrid, seconds: float, spots: Sequence[Spot]) -> Sample:
+    """Invert small patches of pixels, as tiles are inverted, into a temporary map.
+
+    Parameters
+    ----------
+    spec : TileSpec
+        The run.
+    grid : TileGrid
+        Its tiles; no patch is larger than one.
+    seconds : float
+        Time to spend, about; after opening model and observation, and one patch of the smallest size.
+    spots : sequence of tuple of int
+        Time, y and x of pixels around which patches are laid, one at least.
+
+    Returns
+    -------
+    Sample
+
+    Raises
+    ------
+    FlareFieldError
+        The run itself could not go on here (`pipeline.tiles.invert_tile`), or no pixel can be inverted.
+    """
+    refusal = StoreError("no pixel of a sample can be inverted", where=spec.observation)
+    first = next((spot for spot in spots if _inverted(spec, _patch(grid, spot, SIDES[0])) is not None), None)
+    if first is None:
+        raise refusal
+    spots = [first, *(spot for spot in spots if spot != first)]
+    small = _patch(grid, first, SIDES[0])
+    started = time.monotonic()
+    compute_tile(spec, small)
+    each = (time.monotonic() - started) / small.pixels
+    side = max(side for side in SIDES if side == SIDES[0] or 2 * side**2 * each <= seconds)
+    # What is together is compressed better: as many patches make a tile as have a whole tile's pixels.
+    patch = _patch(grid, first, side)
+    together = max(1, grid.tile[0] * grid.tile[1] // patch.pixels)
+    number = min(max(1, int(seconds / (patch.pixels * each))), TILES * together, len(spots))
+    number -= number % together if number > together else 0
+    started = time.monotonic()
+    found = [_inverted(spec, _patch(grid, spot, side)) for spot in spots[:number]]
+    taken = time.monotonic() - started
+    patches = [values for values in found if values is not None]
+    if not patches:
+        raise refusal
+    sample = {name: np.concatenate([values[name] for values in patches], axis=1) for name in patches[0]}
+    stored, empty, writing = _written(spec, sample, together * patch.shape[1])
+    answerable = (sample["quality"] & (Flag.OUTSIDE_FIELD | Flag.NOT_SELECTED)) == 0
+    return Sample(int(np.count_nonzero(answerable)), stored, empty, taken + writing)
+
+
+def _inverted(spec: TileSpec, patch: Tile) -> dict[str, NDArray[Any]] | None:
+    try:
+        return compute_tile(spec, patch)
+    except FlareFieldError:
+        raise
+    except Exception as error:  # the run would give such a tile up and go on
+        logger.warning("pixels at %s cannot be inverted: %s: %s", patch, type(error).__name__, error)
+        return None
+
+
+def _written(spec: TileSpec, sample: Mapping[str, NDArray[Any]], width: int) -> tuple[int, int, float]:
+    """Write a sample in tiles of some width: bytes more than empty ones have, those of one of these, time."""
+    height, whole, _, heights = sample["temperature"].shape
+    tiles = TileGrid((2, height, whole), (height, min(width, whole)))
+    with TemporaryDirectory(prefix="flarefield-") as folder:
+        store = Path(folder) / "sample.zarr"
+        lay_out(
+            store,
+            xr.Dataset(coords={"time": range(2), "y": range(height), "x": range(whole)}),
+            heights=range(heights),
+            quantiles=spec.quantiles,
+            tile=tiles.tile,
+            attrs={"run": spec.run},
+        )
+
+        def write(tile: Tile) -> int:
+            values = {name: array[:, slice(*tile.x)] for name, array in sample.items()}
+            if tile.time == 1:
+                values = {
+                    variable.name: np.full_like(values[variable.name], variable.fill)
+                    for variable in VARIABLES
+                }
+            return write_tile(store, spec.run, tile, values)
+
+        empty = write(replace(tiles[0], time=1))
+        started = time.monotonic()
+        number = len(tiles) // 2
+        stored = sum(write(tiles[index]) for index in range(number))
+        return stored - number * empty, empty, time.monotonic() - started
+
+
+def _patch(grid: TileGrid, spot: Spot, side: int) -> Tile:
+    """Square around a pixel, within the field and no larger than a tile."""
+    when, *centre = spot
+    sizes = [min(side, largest) for largest in grid.tile]
+    first = [
+        min(max(middle - size // 2, 0), whole - size)
+        for middle, size, whole in zip(centre, sizes, grid.shape[1:], strict=True)
+    ]
+    y, x = ((begin, begin + size) for begin, size in zip(first, sizes, strict=True))
+    return Tile(when, 0, 0, y, x)

@@ -1,0 +1,229 @@
+"""The plan before a run: what it counts and estimates, against the run; what does not fit is refused."""
+
+import os
+import re
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from toy_observation import toy_observation, write_store
+
+import pipeline.invert
+import pipeline.plan
+from pipeline.cli import main
+from pipeline.errors import InputError, MisuseError, StoreError
+from pipeline.invert import invert, plan_inversion
+from pipeline.journal import journal_path
+from pipeline.plan import Need, Plan
+from pipeline.results import open_map
+
+SETTINGS = {"draws": 32, "tile": 8, "seed": 3}
+
+
+@pytest.fixture
+def settings(fake_model, monkeypatch):
+    monkeypatch.setattr(pipeline.plan, "SECONDS", 0.1)
+    return {"model": fake_model, **SETTINGS}
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """A disk with as much space as one says."""
+    state = SimpleNamespace(free=10**12)
+    monkeypatch.setattr(pipeline.plan.shutil, "disk_usage", lambda path: SimpleNamespace(free=state.free))
+    return state
+
+
+def need(**changes):
+    return replace(Need(10, 40_000, 30_000, bytes_per_pixel=300.0, bytes_per_tile=1000.0), **changes)
+
+
+def plan_of(needed, **changes):
+    settings = {"tiles_done": 0, "pixels_done": 0, "free": 10**8, "sampled": 500}
+    return Plan("map.zarr", need=needed, **{**settings, "tasks": 4, "threads": 2, "rate": 100.0, **changes})
+
+
+# Arithmetic
+
+
+def test_time_goes_by_whole_tiles_and_space_by_whole_blocks():
+    # 10 tiles of 3,000 pixels, each 30 s, 4 at a time: three rounds.
+    assert plan_of(need()).seconds == pytest.approx(90.0)
+    assert plan_of(need(), tasks=20).seconds == pytest.approx(30.0)
+    assert need().stored == 9_000_000 + 10 * 1000
+    assert need().space == need().stored + 10 * 6 * 4096
+    assert plan_of(need(), free=need().space).fits
+    assert not plan_of(need(), free=need().space - 1).fits
+    assert plan_of(need(), free=None).fits
+
+
+def test_a_plan_says_what_it_assumes():
+    text = plan_of(need(), tiles_done=3, pixels_done=12_000).summary()
+    assert text.splitlines() == [
+        "map.zarr: 10 tiles (40,000 pixels) to do; 3 tiles (12,000 pixels) are done",
+        "  about 30,000 of the pixels lie within both lines' field",
+        "  size: about 9.0 MB (225 bytes a pixel); 100.0 MB are free",
+        "  time: about 90.00 s, 400 pixels/s",
+        "  assuming 4 tiles at a time, on 2 cores each, at the pace of 500 pixels inverted just now",
+    ]
+    assert "IT DOES NOT FIT" in plan_of(need(), free=1000).summary()
+    assert "free" not in plan_of(need(), free=None).summary()
+
+
+# Against the run
+
+
+def test_a_plan_foretells_the_map(tmp_path, toy, client, settings):
+    output = tmp_path / "map.zarr"
+    plan = plan_inversion(toy, output, cluster=client, **settings)
+    assert not os.listdir(tmp_path)
+    report = invert(toy, output, cluster=client, **settings)
+    assert (plan.need.tiles, plan.need.pixels, plan.tiles_done) == (report.tiles, report.pixels, 0)
+    assert plan.need.answerable == report.pixels - report.flags["outside_field"]
+    # Tiles at the edges are smaller, and therefore less well compressed, than those of the sample.
+    assert plan.need.stored == pytest.approx(report.stored, rel=0.3)
+    assert plan.fits
+    assert plan.tasks == 2
+    assert plan.seconds > 0
+    assert 0 < plan.sampled <= report.pixels
+    again = plan_inversion(toy, output, **settings)  # no cluster is needed to know that nothing is to be done
+    assert (again.need.tiles, again.tiles_done, again.pixels_done) == (0, 18, 720)
+    assert again.seconds == again.need.stored == 0
+    assert again.summary() == f"{output}: 0 tiles (0 pixels) to do; 18 tiles (720 pixels) are done"
+
+
+def test_a_plan_for_the_rest_and_for_a_part(tmp_path, toy, client, settings):
+    output = tmp_path / "map.zarr"
+    part = {"region": "0:16,0:18", "times": "1"}
+    invert(toy, output, cluster=client, **part, **settings)
+    shutil.rmtree(output / "quality/c/1/0")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    plan = plan_inversion(toy, output, cluster=client, **part, **settings)
+    assert (plan.need.tiles, plan.need.pixels) == (3, 8 * 18)
+    assert (plan.tiles_done, plan.pixels_done) == (3, 8 * 18)
+    assert plan.need.answerable == 8 * 18 - 6
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    with pytest.raises(MisuseError, match="other settings"):
+        plan_inversion(toy, output, cluster=client, **settings)
+    over = plan_inversion(toy, output, cluster=client, overwrite=True, **settings)
+    assert (over.need.tiles, over.tiles_done) == (18, 0)
+
+
+def test_the_compression_is_that_of_larger_tiles_too(tmp_path, client, fake_model):
+    path = tmp_path / "o.zarr"
+    write_store(toy_observation(times=1, rows=48, columns=64), path)
+    settings = {"model": fake_model, "draws": 32, "tile": 64, "cluster": client}
+    plan = plan_inversion(path, tmp_path / "map.zarr", **settings)
+    report = invert(path, tmp_path / "map.zarr", **settings)
+    assert plan.need.stored == pytest.approx(report.stored, rel=0.1)
+
+
+def test_pixels_that_cannot_be_read_do_not_keep_from_planning(tmp_path, client, settings, caplog):
+    path = tmp_path / "o.zarr"
+    chunks = {name: {"chunks": (1, 8, 8, n)} for name, n in (("halpha", 15), ("ca8542", 25))}
+    write_store(toy_observation(), path, encoding=chunks)
+    (path / "ca8542/c/1/0/1/0").write_bytes(b"not a chunk")
+    assert plan_inversion(path, tmp_path / "map.zarr", cluster=client, **settings).sampled > 0
+    for chunk in (path / "ca8542/c").rglob("*"):
+        if chunk.is_file():
+            chunk.write_bytes(b"not a chunk")
+    with pytest.raises(StoreError, match="no pixel of a sample"):
+        plan_inversion(path, tmp_path / "map.zarr", cluster=client, **settings)
+
+
+# What does not fit
+
+
+def test_what_surely_fits_is_not_even_sampled(tmp_path, toy, client, settings, disk, monkeypatch):
+    monkeypatch.setattr(pipeline.plan, "take_sample", lambda *given: pytest.fail("pixels were inverted"))
+    raw = 720 * (3 * 5 * 50 * 4 + 4 + 4 + 2)
+    disk.free = raw + 18 * 6 * 4096
+    assert not invert(toy, tmp_path / "map.zarr", cluster=client, **settings).failed
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_made(tmp_path, toy, settings, disk, monkeypatch):
+    monkeypatch.setattr(pipeline.invert, "opened", lambda config: pytest.fail("a cluster was started"))
+    disk.free = 200_000
+    with pytest.raises(StoreError, match="does not fit") as refusal:
+        invert(toy, tmp_path / "map.zarr", **settings)
+    assert refusal.value.found == "200.0 kB free"
+    assert re.match(r"about [\d.]+ (kB|MB) for 18 tiles", refusal.value.expected)
+    assert "--region" in refusal.value.remedy
+    assert not os.listdir(tmp_path)
+
+
+def test_what_is_compressed_enough_fits(tmp_path, toy, client, settings, disk):
+    plan = plan_inversion(toy, tmp_path / "map.zarr", cluster=client, **settings)
+    disk.free = round(1.2 * plan.need.space)
+    assert not invert(toy, tmp_path / "map.zarr", cluster=client, **settings).failed
+
+
+def test_only_what_is_left_has_to_fit(tmp_path, toy, client, settings, disk):
+    output = tmp_path / "map.zarr"
+    invert(toy, output, cluster=client, **settings)
+    (output / "temperature/c/0/1/1/0/0").unlink()
+    disk.free = 200_000  # enough for one tile without any compression, for all with none
+    with pytest.raises(StoreError, match="does not fit"):
+        invert(toy, output, cluster=client, overwrite=True, **settings)
+    assert sorted(os.listdir(tmp_path)) == ["map.zarr", "map.zarr.journal"]
+    disk.free = 100_000
+    with pytest.raises(StoreError, match="does not fit"):
+        invert(toy, output, cluster=client, **{**settings, "overwrite": True})
+    disk.free = 64 * 3010 + 6 * 4096
+    assert invert(toy, output, cluster=client, **settings).resumed == 17
+    disk.free = 0
+    assert invert(toy, output, cluster=client, **settings).resumed == 18
+    (output / "temperature/c/0/1/1/0/0").unlink()
+    with pytest.raises(StoreError, match="does not fit"):
+        invert(toy, output, cluster=client, **settings)
+    assert open_map(output).attrs["run"]
+    assert journal_path(output).exists()
+
+
+def test_object_stores_have_no_such_limit(toy, client, settings, disk):
+    disk.free = 0
+    plan = plan_inversion(toy, "memory://a-plan/map.zarr", cluster=client, **settings)
+    assert plan.fits
+    assert plan.free is None
+
+
+def test_a_plan_refuses_what_the_run_would(tmp_path, client, settings):
+    narrow = tmp_path / "narrow.zarr"
+    write_store(toy_observation(half_width=1.2), narrow)
+    with pytest.raises(InputError, match="halpha is too short"):
+        plan_inversion(narrow, tmp_path / "map.zarr", cluster=client, **settings)
+
+
+# The command
+
+
+def run(*arguments):
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    return end.value.code
+
+
+def test_the_command_plans_and_inverts_a_part(tmp_path, toy, client, settings, disk, capsys, monkeypatch):
+    monkeypatch.setattr(pipeline.invert, "LocalConfig", lambda: client)
+    monkeypatch.setattr("pipeline.cluster.load_config", lambda text: client)
+    output = tmp_path / "map.zarr"
+    wanted = ["--model", settings["model"], "--draws", 32, "--tile", 8, "--region", "-1:0.4,0:0.2arcsec"]
+    assert run("invert", toy, output, *wanted, "--dry-run") == 0
+    assert f"{output}: 2 tiles (64 pixels) to do" in capsys.readouterr().out
+    assert not output.exists()
+    assert run("invert", toy, output, *wanted) == 0
+    later = ["--skip", "not_finite,outside_field", "--skip", "not_selected", "--skip-from", output]
+    assert run("invert", toy, tmp_path / "b.zarr", *wanted[:6], *later, "--times", "0") == 0
+    part = open_map(tmp_path / "b.zarr").load()
+    answered = np.isfinite(part["temperature"]).all(("quantile", "height"))
+    assert int(answered.sum()) == 32 - 6
+    assert not answered[1].any()
+    capsys.readouterr()
+    disk.free = 1000
+    assert run("invert", toy, tmp_path / "c.zarr", *wanted, "--dry-run") == 1
+    assert "IT DOES NOT FIT" in capsys.readouterr().out
+    assert run("invert", toy, tmp_path / "c.zarr", *wanted) == 1
+    assert "does not fit on the disk" in capsys.readouterr().err
+    assert run("invert", toy, output, *wanted[:6], "--region", "all") == 2

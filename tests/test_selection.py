@@ -1,0 +1,355 @@
+"""A part of an observation: the bits of the whole map, nothing done for the rest, and honest about that."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import xarray as xr
+import zarr
+from toy_observation import toy_observation, write_store
+
+import pipeline.invert
+import pipeline.tiles as tiles
+from pipeline.check import check_map
+from pipeline.errors import MisuseError, StoreError
+from pipeline.invert import invert
+from pipeline.journal import journal_path
+from pipeline.results import VARIABLES, Flag, flagged, open_map
+from pipeline.selection import EVERYTHING, Selection, Skip, select
+from pipeline.tiles import TileGrid
+
+SETTINGS = {"draws": 32, "tile": 8, "seed": 3}
+GRID = TileGrid((2, 20, 18), (8, 8))
+
+
+@pytest.fixture
+def settings(fake_model):
+    return {"model": fake_model, **SETTINGS}
+
+
+@pytest.fixture(scope="module")
+def whole(client, toy, fake_model, tmp_path_factory):
+    """The map of everything."""
+    output = tmp_path_factory.mktemp("whole") / "map.zarr"
+    invert(toy, output, model=fake_model, cluster=client, **SETTINGS)
+    return output
+
+
+@pytest.fixture
+def earlier(tmp_path, whole):
+    """A copy of the map of everything, whose flags can be changed."""
+    return shutil.copytree(whole, tmp_path / "earlier.zarr")
+
+
+def flag(store, quality):
+    """Write other flags into a map."""
+    zarr.open_group(store, mode="r+")["quality"][...] = quality
+
+
+def choose(**wanted):
+    return select(toy_observation(), "an observation", **wanted)
+
+
+# What is meant
+
+
+@pytest.mark.parametrize(
+    ("region", "expected"),
+    [
+        ("2:10,0:18", ((2, 10), (0, 18))),
+        (":, 3:", ((0, 20), (3, 18))),
+        # The toy's pixels are 0.057 arcsec wide and begin at 0: both ends count.
+        ("0.1:0.3,0:0.057arcsec", ((2, 6), (0, 2))),
+        (":0.06,0.9:arcsec", ((0, 2), (16, 18))),
+        ("-5:0,:arcsec", ((0, 1), (0, 18))),
+    ],
+)
+def test_regions_are_indices_or_arcsec(region, expected):
+    assert choose(region=region) == Selection(region=expected)
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [("0", (0,)), ("3,1", (1, 3)), ("2:5,4:", (2, 3, 4, 5, 6)), (":7:3", (0, 3, 6)), ("5:6, 0", (0, 5))],
+)
+def test_times_are_indices_and_ranges(times, expected):
+    found = select(toy_observation(times=7, rows=2, columns=2), "an observation", times=times)
+    assert found == Selection(times=expected)
+
+
+def test_everything_is_the_same_however_it_is_asked_for():
+    assert choose() == choose(region="0:20,:18", times="1,0") == choose(times=":") == EVERYTHING
+    assert EVERYTHING.whole
+    assert set(EVERYTHING.settings().values()) == {None}
+
+
+def test_a_selection_says_what_it_is():
+    selection = Selection(
+        ((2, 10), (0, 18)), (0, 1, 2, 5, 7, 8), Skip("earlier.zarr", ("failed", "novel"), 96)
+    )
+    assert selection.settings() == {"region": "2:10,0:18", "times": "0:3,5,7:9", "skip": "failed,novel"}
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"region": "2:10"},
+        {"region": "2:10,3"},
+        {"region": "a:b,3:4"},
+        {"region": "1.5:3,3:4"},
+        {"region": "10:2,3:4"},
+        {"region": "0:21,3:4"},
+        {"region": "-2:10,3:4"},
+        {"region": "0.01:0.02,0:1arcsec"},
+        {"region": "5:6,0:1arcsec"},
+        {"times": "2"},
+        {"times": "-1"},
+        {"times": "0:3"},
+        {"times": "1:1"},
+        {"times": "0:2:0"},
+        {"times": "0:1:1:1"},
+        {"times": ""},
+        {"times": "now"},
+    ],
+    ids=str,
+)
+def test_what_cannot_be_meant_is_refused(wanted):
+    with pytest.raises(MisuseError) as refusal:
+        choose(**wanted)
+    assert refusal.value.where in wanted
+    assert refusal.value.expected
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_survey_counts_what_tiles_select(seed, tmp_path, whole):
+    random = np.random.default_rng(seed)
+    (y0, y1), (x0, x1) = (np.sort(random.choice(size + 1, 2, replace=False)) for size in (20, 18))
+    skip = Skip(str(whole), ("outside_field", "novel"), Flag.OUTSIDE_FIELD | Flag.NOVEL)
+    for selection in (
+        Selection(((y0, y1), (x0, x1)), (1,)),
+        Selection(((y0, y1), (x0, x1)), None, skip),
+        Selection(skip=skip),
+        EVERYTHING,
+    ):
+        counts, identity = selection.survey(GRID)
+        assert counts.tolist() == [int(selection.asked(tile).sum()) for tile in GRID]
+        assert (identity is None) == (selection.skip is None)
+    quality = open_map(whole)["quality"].values
+    assert Selection(skip=skip).survey(GRID)[0].sum() == ((quality & skip.bits) == 0).sum()
+
+
+# What comes of it
+
+
+def assert_part_of(part, whole, asked):
+    """Selected pixels have the whole map's bits, the others say that they were not selected."""
+    for variable in VARIABLES:
+        found, expected = part[variable.name].values, whole[variable.name].values
+        np.testing.assert_array_equal(found[asked], expected[asked], err_msg=variable.name)
+        if variable.name != "quality":
+            assert np.isnan(found[~asked]).all()
+    assert (part["quality"].values[~asked] == Flag.NOT_SELECTED).all()
+
+
+def test_a_region_has_the_bits_of_the_whole_map_and_nothing_else_is_done(
+    tmp_path, toy, client, whole, settings, monkeypatch
+):
+    done = []
+    real = tiles._compute
+    monkeypatch.setattr(tiles, "_compute", lambda *given: (done.append(given[-1]), real(*given))[1])
+    output = tmp_path / "map.zarr"
+    report = invert(toy, output, cluster=client, region="3:10,9:18", times="1", **settings)
+    asked = np.zeros((2, 20, 18), dtype=bool)
+    asked[1, 3:10, 9:18] = True
+    part = open_map(output).load()
+    assert_part_of(part, open_map(whole).load(), asked)
+    assert part.sizes == open_map(whole).sizes
+    assert {(tile.time, tile.row, tile.column) for tile in done} == {
+        (1, 0, 1),
+        (1, 0, 2),
+        (1, 1, 1),
+        (1, 1, 2),
+    }
+    assert (report.tiles, report.pixels, report.answered) == (4, 63, 63)
+    assert report.flags["not_selected"] == int(flagged(part, "not_selected").sum()) == 720 - 63
+    assert part.attrs["settings"]["region"] == "3:10,9:18"
+    assert part.attrs["settings"]["times"] == "1"
+    assert not (output / "quality/c/0").exists()
+    assert check_map(output).sound
+    # What was not selected is known from the metadata: with and without their consolidated copy.
+    for consolidated in (True, False):
+        assert int((xr.open_zarr(output, consolidated=consolidated)["quality"] == 512).sum()) == 657
+
+
+def test_flags_of_an_earlier_map_leave_pixels_out(tmp_path, toy, client, whole, settings):
+    before = open_map(whole).load()
+    output = tmp_path / "map.zarr"
+    wanted = {"skip": ("saturated,outside_field", "not_positive"), "skip_from": whole, "times": "0:1"}
+    invert(toy, output, cluster=client, **wanted, **settings)
+    asked = ~flagged(before, "saturated", "outside_field", "not_positive").values
+    asked[1] = False
+    part = open_map(output).load()
+    assert_part_of(part, before, asked)
+    assert int(flagged(part, "not_finite").sum()) == 1  # not named: it stays
+    assert part.attrs["settings"]["skip"] == "not_positive,outside_field,saturated"
+
+
+def test_scattered_pixels_have_the_bits_of_the_whole_map(tmp_path, toy, client, whole, earlier, settings):
+    novel = np.random.default_rng(1).random((2, 20, 18)) < 0.5
+    flag(earlier, np.where(novel, np.uint16(Flag.NOVEL), np.uint16(0)))
+    output = tmp_path / "map.zarr"
+    invert(toy, output, cluster=client, skip=["novel"], skip_from=earlier, **settings)
+    assert_part_of(open_map(output).load(), open_map(whole).load(), ~novel)
+
+
+def test_tiles_without_any_pixel_left_are_no_tasks(tmp_path, toy, client, earlier, settings):
+    quality = np.full((2, 20, 18), Flag.FAILED, dtype=np.uint16)
+    quality[1, 8:20, 0:8] = 0
+    flag(earlier, quality)
+    wanted = {"cluster": client, "skip": ["failed"], "skip_from": earlier, **settings}
+    report = invert(toy, tmp_path / "map.zarr", **wanted)
+    assert (report.tiles, report.pixels) == (2, 96)
+    flag(earlier, np.uint16(Flag.FAILED))
+    with pytest.raises(MisuseError, match="no pixel is selected"):
+        invert(toy, tmp_path / "other.zarr", **wanted)
+    assert not (tmp_path / "other.zarr").exists()
+
+
+def test_until_it_is_finished_a_part_says_that_it_is_not(tmp_path, toy, client, whole, settings, monkeypatch):
+    real, calls = tiles.write_tile, []
+
+    def limited(*given):
+        calls.append(1)
+        if len(calls) > 2:
+            raise StoreError("no more")
+        return real(*given)
+
+    monkeypatch.setattr(tiles, "write_tile", limited)
+    output = tmp_path / "map.zarr"
+    wanted = {"cluster": client, "region": "0:20,0:6", "window": 1, **settings}
+    with pytest.raises(StoreError, match="no more"):
+        invert(toy, output, **wanted)
+    quality = open_map(output)["quality"].values
+    assert (quality[0, 16:] == Flag.NOT_DONE).all()
+    assert (quality[0, :16, 6:8] == Flag.NOT_SELECTED).all()
+    assert not check_map(output).finished
+    monkeypatch.setattr(tiles, "write_tile", real)
+    assert invert(toy, output, **wanted).resumed == 2
+    asked = np.zeros((2, 20, 18), dtype=bool)
+    asked[:, :, :6] = True
+    assert_part_of(open_map(output).load(), open_map(whole).load(), asked)
+
+
+def test_a_failed_tile_of_a_part_keeps_what_was_not_selected(
+    tmp_path, toy, client, whole, settings, monkeypatch
+):
+    real, state = tiles.network_lines, {"broken": True}
+
+    def unreliable(halpha, *rest):
+        if state["broken"] and len(halpha) == 16:  # the tiles at the right edge: 8 x 2 pixels
+            raise OSError("a disk coughs")
+        return real(halpha, *rest)
+
+    monkeypatch.setattr(tiles, "network_lines", unreliable)
+    output = tmp_path / "map.zarr"
+    wanted = {"cluster": client, "region": "0:8,10:17", "times": "1", **settings}
+    report = invert(toy, output, **wanted)
+    assert len(report.failed) == 1
+    part = open_map(output).load()
+    assert (part["quality"][1, :8, 16] == Flag.FAILED).all()
+    assert (part["quality"][1, :8, 17] == Flag.NOT_SELECTED).all()
+    assert (part["quality"][0] == Flag.NOT_SELECTED).all()
+    assert report.flags == {**report.flags, "failed": 8, "not_selected": 720 - 56}
+    (faulty,) = check_map(output).faults
+    assert faulty.fault == "failed"
+    state["broken"] = False
+    report = invert(toy, output, **wanted)
+    assert (report.resumed, report.failed) == (1, ())
+    assert check_map(output).sound
+    asked = np.zeros((2, 20, 18), dtype=bool)
+    asked[1, :8, 10:17] = True
+    assert_part_of(open_map(output).load(), open_map(whole).load(), asked)
+
+
+# Refusals
+
+
+@pytest.fixture(scope="module")
+def part(client, toy, fake_model, whole, tmp_path_factory):
+    output = tmp_path_factory.mktemp("part") / "map.zarr"
+    wanted = {"region": "0:8,0:8", "skip": ["outside_field"], "skip_from": whole}
+    invert(toy, output, model=fake_model, cluster=client, **wanted, **SETTINGS)
+    return output
+
+
+@pytest.mark.parametrize(
+    ("change", "recorded", "wanted"),
+    [
+        ({"region": "0:8,0:9"}, "region: 0:8,0:8", "region: 0:8,0:9"),
+        ({"region": None}, "region: 0:8,0:8", "region: none"),
+        ({"times": "0"}, "times: none", "times: 0"),
+        ({"skip": ["saturated"]}, "skip: outside_field", "skip: saturated"),
+        ({"skip": [], "skip_from": None}, "skip: outside_field", "skip: none"),
+    ],
+    ids=str,
+)
+def test_another_selection_is_refused_by_name(part, toy, client, settings, whole, change, recorded, wanted):
+    first = {"region": "0:8,0:8", "skip": ["outside_field"], "skip_from": whole}
+    with pytest.raises(MisuseError, match="other settings") as refusal:
+        invert(toy, part, cluster=client, **{**settings, **first, **change})
+    assert recorded in refusal.value.expected
+    assert wanted in refusal.value.found
+    assert invert(toy, part, cluster=client, **settings, **first).resumed == 2
+
+
+def test_a_map_from_before_selections_is_gone_on_with(tmp_path, toy, client, whole, settings):
+    output = tmp_path / "map.zarr"
+    shutil.copytree(whole, output)
+    first, *rest = journal_path(whole).read_text().splitlines()
+    header = json.loads(first)
+    for name in ("region", "times", "skip", "skip_from"):
+        del header["fingerprint"][name]
+    journal_path(output).write_text("\n".join([json.dumps(header), *rest]) + "\n")
+    assert invert(toy, output, cluster=client, **settings).resumed == 18
+
+
+def test_an_earlier_map_that_changed_is_refused(tmp_path, toy, client, earlier, settings, monkeypatch):
+    wanted = {"cluster": client, "skip": ["not_finite"], "skip_from": earlier, **settings}
+    real = pipeline.invert.opened
+
+    def changing(cluster):
+        quality = open_map(earlier)["quality"].values
+        quality[0, 0, 10] = Flag.NOT_FINITE
+        flag(earlier, quality)
+        return real(cluster)
+
+    monkeypatch.setattr(pipeline.invert, "opened", changing)
+    with pytest.raises(StoreError, match="has changed"):
+        invert(toy, tmp_path / "map.zarr", **wanted)
+    monkeypatch.setattr(pipeline.invert, "opened", real)
+    with pytest.raises(MisuseError, match="other settings") as refusal:
+        invert(toy, tmp_path / "map.zarr", **wanted)
+    assert refusal.value.found.startswith("skip_from: ")
+    shutil.rmtree(earlier)
+    with pytest.raises(StoreError, match="cannot be read"):
+        Skip(str(earlier), ("novel",), 32).passes((slice(0, 1), slice(0, 8), slice(0, 8)))
+
+
+def test_flags_come_by_name_from_a_map_of_the_same_observation(tmp_path, toy, client, whole, settings):
+    output = tmp_path / "map.zarr"
+    with pytest.raises(MisuseError, match="no such quality flag") as refusal:
+        invert(toy, output, cluster=client, skip=["novelty > 0.1"], skip_from=whole, **settings)
+    assert "outside_field, not_finite" in refusal.value.expected
+    for half in ({"skip": ["novel"]}, {"skip_from": whole}):
+        with pytest.raises(MisuseError, match="flags to skip"):
+            invert(toy, output, cluster=client, **half, **settings)
+    with pytest.raises(MisuseError, match="its own flags"):
+        invert(toy, whole, cluster=client, skip=["novel"], skip_from=whole, overwrite=True, **settings)
+    with pytest.raises(StoreError, match="no such map"):
+        invert(toy, output, cluster=client, skip=["novel"], skip_from=tmp_path / "gone.zarr", **settings)
+    other = tmp_path / "other.zarr"
+    write_store(toy_observation(half_width=1.7), other)
+    with pytest.raises(MisuseError, match="another observation"):
+        invert(other, output, cluster=client, skip=["novel"], skip_from=whole, **settings)
+    assert not output.exists()
