@@ -15,7 +15,19 @@ from benchmarks.emulator import (
     velocity_from_points,
     whole,
 )
+from benchmarks.posterior import (
+    DRAWS,
+    LEVELS,
+    TAILS,
+    draws_needed,
+    freia_network,
+    quantile_error,
+    random_joint,
+    reference,
+    truth_of,
+)
 from benchmarks.training import products
+from scipy.special import ndtri
 from torch import nn
 
 from inn.layout import HEIGHTS
@@ -123,3 +135,46 @@ def test_the_velocity_alone_can_come_from_points(sample):
     np.testing.assert_allclose(
         atmosphere.velocity(points, heights), atmosphere.velocity(from_points(sample), heights), atol=0.05
     )
+
+
+def test_quantile_errors_of_gaussian_draws_are_those_of_theory():
+    # Normal posteriors of other means and spreads; the quantile's error is sqrt(p (1 - p) / n) / density.
+    random = np.random.default_rng(0)
+    mean, spread = random.normal(size=(1, 400)), np.exp(random.normal(size=(1, 400)))
+    deviates = ndtri(np.array(LEVELS + TAILS))[:, None]
+    truth = truth_of(mean[:, None] + spread[:, None] * deviates)
+    assert truth.scored.all()
+    np.testing.assert_allclose(truth.spread, spread * ndtri(0.84))
+    drawn = mean + spread * random.normal(size=(20, 256, 400))
+    found = [np.quantile(values, LEVELS, axis=0)[None] for values in drawn]
+    level = np.array([0.05, 0.5, 0.95])
+    density = np.exp(-0.5 * ndtri(level) ** 2) / np.sqrt(2.0 * np.pi)
+    expected = np.sqrt(np.mean(level * (1.0 - level) / 256 / density**2)) / ndtri(0.84)
+    assert quantile_error(found, truth) == pytest.approx(expected, rel=0.05)
+
+
+def test_posteriors_of_two_states_far_apart_are_not_scored():
+    near, far = np.array([-2.05, -1.64, -1.0, 0.0, 1.0, 1.64, 2.05]), np.full(7, 50.0)
+    values = np.stack((near, np.where(near > 1.5, far, near)), axis=-1)[None]
+    truth = truth_of(values[:, [1, 2, 3, 4, 5, 0, 6]])
+    assert truth.scored.tolist() == [[True, False]]
+    assert quantile_error([truth.quantiles + np.array([0.5, 100.0])], truth) == pytest.approx(0.5)
+
+
+def test_the_fewest_draws_that_are_good_enough():
+    assert draws_needed({16: 0.4, 32: 0.2, 64: 0.1}, 0.2) == 32
+    assert draws_needed({16: 0.4, 32: 0.2}, 0.1) is None
+
+
+def test_the_reference_has_the_weights_of_our_network_and_its_statistics():
+    joint = random_joint()
+    network = freia_network(joint)  # compares both
+    lines = np.random.default_rng(0).uniform(0.2, 1.0, (3, 60)).astype(np.float32)
+    quantiles = reference(network, lines, statistics=False)
+    statistics = reference(network, lines)
+    assert quantiles.shape == (3, len(LEVELS), 150)
+    np.testing.assert_allclose(statistics[:, 0], quantiles[:, 2], rtol=1e-5, atol=1e-6)
+    latent = torch.randn(2 * DRAWS, 150, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        drawn = joint.inverse(torch.from_numpy(lines[:1]).expand(DRAWS, -1), latent[:DRAWS])
+    np.testing.assert_allclose(statistics[0, 0], np.median(drawn, axis=0), rtol=1e-4, atol=1e-5)
