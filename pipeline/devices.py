@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from pipeline.errors import ClusterError
 
@@ -84,5 +85,4 @@ def to_torch(array: Any) -> torch.Tensor:  # noqa: ANN401
     -------
     torch.Tensor
     """
-    tensor: torch.Tensor = torch.from_dlpack(array)
-    return tensor
+    return from_dlpack(array)

@@ -238,6 +238,23 @@ def cubic_matrices(
     return of_values, of_slopes
 
 
+def check_interpolation(interpolation: str) -> None:
+    """Refuse a name that is none of `Interpolation`.
+
+    Raises
+    ------
+    MisuseError
+        There is no such interpolation.
+    """
+    if interpolation not in get_args(Interpolation):
+        raise MisuseError(
+            "there is no such interpolation",
+            where="interpolation",
+            found=interpolation,
+            expected=" or ".join(get_args(Interpolation)),
+        )
+
+
 def interpolate(
     spectra: Array,
     wavelength_from: ArrayLike,
@@ -268,15 +285,9 @@ def interpolate(
     MisuseError
         There is no such interpolation.
     """
+    check_interpolation(interpolation)
     if interpolation == "linear":
         return spectra @ _like(sampling_matrix(wavelength_from, wavelength_to), spectra).T
-    if interpolation != "pchip":
-        raise MisuseError(
-            "there is no such interpolation",
-            where="interpolation",
-            found=interpolation,
-            expected=" or ".join(get_args(Interpolation)),
-        )
     of_values, of_slopes = (_like(part, spectra) for part in cubic_matrices(wavelength_from, wavelength_to))
     return spectra @ of_values.T + monotone_slopes(spectra, wavelength_from) @ of_slopes.T
 
