@@ -41,12 +41,13 @@ from pipeline.training_display import TrainingDisplay
 from pipeline.training_folder import Standing, TrainingFolder, read_history
 from pipeline.training_set import Augmentation
 
+STEPS = 12
 TINY = Recipe(
     architecture={
         "components": 8, "steps": 2, "hidden": 16, "context": 8, "embedding": 16, "dropout": 0.1,
     },
     emulator={"width": 16, "depth": 1},
-    flow_schedule=Schedule(epochs=5, steps=24, batch=32, average=0.9),
+    flow_schedule=Schedule(epochs=5, steps=STEPS, batch=32, average=0.9),
     emulator_schedule=Schedule(epochs=2, steps=10, batch=32, average=0.9),
     augmentation=Augmentation(doppler=0.0),
 )  # fmt: skip
@@ -149,7 +150,7 @@ def test_a_model_is_trained_saved_and_loaded(grid, undisturbed):
     assert record["seed"] == SEED
     assert len(record["grid"]["sha256"]) == 64
     assert record["epochs"] == {"flow": 5, "emulator": 2}
-    assert record["settings"]["flow_schedule"]["steps"] == 24
+    assert record["settings"]["flow_schedule"]["steps"] == STEPS
     assert (record["threads"], record["device"], record["starts"]) == (1, "cpu", 1)
     assert record["conditions"]["mu"] == [MU.min(), MU.max()]
     assert record["wall_time_seconds"] > 0
@@ -171,6 +172,17 @@ def test_a_model_is_trained_saved_and_loaded(grid, undisturbed):
 
 
 COMMAND = """
+    import time
+
+    from pipeline.training_folder import TrainingFolder
+
+    save = TrainingFolder.save_checkpoint
+
+    def slowly(folder, state):  # so that it is not finished before it can be killed; on the workers, too
+        save(folder, state)
+        time.sleep(0.05)
+
+    TrainingFolder.save_checkpoint = slowly
     if __name__ == "__main__":
         import sys
         sys.path.insert(0, {tests!r})
@@ -234,7 +246,7 @@ def test_the_worker_is_killed_and_then_the_command_and_not_a_bit_changes(grid, u
 
 def test_a_training_stopped_in_its_second_stage_goes_on_bit_for_bit(grid, undisturbed, tmp_path):
     with threads(1):
-        folder = stopped_after(5 * 24 + 3, grid, tmp_path / "model")
+        folder = stopped_after(5 * STEPS + 3, grid, tmp_path / "model")
     status = training_status(tmp_path / "model")
     assert status.state == "stopped"
     assert not status.good
@@ -245,14 +257,14 @@ def test_a_training_stopped_in_its_second_stage_goes_on_bit_for_bit(grid, undist
 
 def test_a_torn_checkpoint_is_replaced_by_the_one_before(grid, undisturbed, tmp_path, caplog):
     with threads(1):
-        folder = stopped_after(30, grid, tmp_path / "model", checkpoint_seconds=0.0)
+        folder = stopped_after(STEPS + 6, grid, tmp_path / "model", checkpoint_seconds=0.0)
     torn = folder.path / "checkpoint.pt"
     whole = torn.read_bytes()
     for keep in (0.999, 0.5, 0.0):
         torn.write_bytes(whole[: int(keep * len(whole))])
         found = folder.load_checkpoint()
         assert found is not None
-        assert found["trainer"]["steps"] == 29 - 24
+        assert found["trainer"]["steps"] == 5
         assert "checkpoint.pt cannot be read" in caplog.text
         caplog.clear()
     train(grid, tmp_path / "model", recipe=TINY, seed=SEED)
@@ -275,7 +287,7 @@ def test_the_checkpoint_before_a_torn_one_outlives_the_next(tmp_path):
 
 def test_checkpoints_that_cannot_be_read_are_not_overwritten(grid, tmp_path):
     with threads(1):
-        folder = stopped_after(30, grid, tmp_path / "model", checkpoint_seconds=0.0)
+        folder = stopped_after(STEPS + 6, grid, tmp_path / "model", checkpoint_seconds=0.0)
     files = [folder.path / name for name in ("checkpoint.pt", "previous.pt", "history.csv")]
     for file in files[:2]:
         os.truncate(file, 100)
@@ -284,7 +296,7 @@ def test_checkpoints_that_cannot_be_read_are_not_overwritten(grid, tmp_path):
         train(grid, tmp_path / "model", recipe=TINY, seed=SEED)
     assert [file.read_bytes() for file in files] == before
     assert all(name in str(refusal.value.found) for name in ("checkpoint.pt", "previous.pt"))
-    assert "1 finished epochs" in str(refusal.value.expected)  # 29 steps of 24 each
+    assert "1 finished epochs" in str(refusal.value.expected)
     assert "remove checkpoint.pt and previous.pt" in str(refusal.value.remedy)
     assert training_status(tmp_path / "model").state == "failed"
 
