@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -78,8 +78,9 @@ ClusterOption = Annotated[
     str,
     typer.Option(
         "--cluster",
-        metavar="local|FILE|ADDRESS",
-        help="Where to run: `local`, a YAML file such as those in deploy/, or a scheduler's address.",
+        metavar="local|cuda|FILE|ADDRESS",
+        help="Where to run: `local` (the CPU's cores), `cuda` (this machine's GPUs), a YAML file such as "
+        "those in deploy/, or a scheduler's address.",
     ),
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Start over where the output exists.")]
@@ -138,7 +139,17 @@ def invert_command(
         str | None,
         typer.Option(help="Model directory or its URL; the bundled model if left out.", show_default=False),
     ] = None,
-    cluster: ClusterOption = "local",
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            "--cluster",
+            metavar="local|cuda|FILE|ADDRESS",
+            help="Where to run: `local` (the CPU's cores), `cuda` (this machine's GPUs), a YAML file such as "
+            "those in deploy/, or a scheduler's address. If left out: GPUs where any are found, the CPU's "
+            "cores where not.",
+            show_default=False,
+        ),
+    ] = None,
     draws: Annotated[int, typer.Option(help="Posterior draws of each pixel.", min=2)] = 256,
     seed: Annotated[int, typer.Option(help="Seed of the draws.", min=0)] = 0,
     gaussian: Annotated[
@@ -156,6 +167,10 @@ def invert_command(
             show_default=False,
         ),
     ] = None,
+    interpolation: Annotated[
+        Literal["linear", "pchip"],
+        typer.Option(help="Between wavelengths: straight lines, as in training, or monotone cubics."),
+    ] = "linear",
     region: Annotated[
         str | None,
         typer.Option(
@@ -228,13 +243,14 @@ def invert_command(
 
     settings: dict[str, Any] = {
         "model": model,
-        "cluster": load_config(cluster),
+        "cluster": None if cluster is None else load_config(cluster),
         "draws": draws,
         "seed": seed,
         "latent": "gaussian" if gaussian else "sobol",
         "quantiles": _numbers("--quantiles", quantiles, "0.05,0.5,0.95"),
         "tile": tile,
         "calibration_error": calibration_error,
+        "interpolation": interpolation,
         "region": region,
         "times": times,
         "skip": skip or (),

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from inn.layout import LineWindow
-from pipeline.cluster import AddressConfig, LocalConfig, SlurmConfig, opened
+from pipeline.cluster import ClusterConfig, opened
 from pipeline.crisp import LINES, Scan, find_scans, open_intensity
 from pipeline.driver import Outcome, run_bounded
 from pipeline.errors import FlareFieldError, InputError, MisuseError, StoreError
@@ -63,7 +63,7 @@ LISTED = 10  # files that an error names one by one
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-Cluster: TypeAlias = LocalConfig | AddressConfig | SlurmConfig | Client | None
+Cluster: TypeAlias = ClusterConfig | Client | None
 
 
 @dataclass(frozen=True)

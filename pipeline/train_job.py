@@ -25,7 +25,15 @@ from typing import Any, Literal, TypeAlias
 import torch
 from distributed import Client, Future, KilledWorker, fire_and_forget
 
-from pipeline.cluster import AddressConfig, LocalConfig, SlurmConfig, opened, threads_per_task
+from pipeline.cluster import (
+    AddressConfig,
+    ClusterConfig,
+    CudaConfig,
+    LocalConfig,
+    SlurmConfig,
+    opened,
+    threads_per_task,
+)
 from pipeline.errors import ClusterError, MisuseError
 from pipeline.provenance import flarefield_version, flattened
 from pipeline.recipes import RECIPES, Recipe, find_recipe
@@ -47,7 +55,7 @@ GRACE = 10.0
 """Seconds that a process, whose cluster was ended with its command, gets to end."""
 
 TrainingState: TypeAlias = Literal["complete", "running", "waiting", "stopped", "dead", "failed"]
-Cluster: TypeAlias = LocalConfig | AddressConfig | SlurmConfig | Client
+Cluster: TypeAlias = ClusterConfig | Client
 
 
 def train(
@@ -178,7 +186,9 @@ def train(
         gpu = any(worker["resources"].get("GPU", 0) >= 1 for worker in workers["workers"].values())
         planned = order(str(workers["id"]), threads_per_task(client), gpu)
         with _submitted(folder, planned.cluster, str(workers["address"]), detach):
-            return _train_there(client, planned, folder, detach=detach, own=isinstance(cluster, LocalConfig))
+            return _train_there(
+                client, planned, folder, detach=detach, own=isinstance(cluster, LocalConfig | CudaConfig)
+            )
 
 
 def _enough(cluster: Cluster) -> Cluster:
