@@ -1,0 +1,153 @@
+"""What each way of making the posterior faster pays, against the present one, in one run.
+
+    python -m tests.benchmarks.levers [--seconds N] [--model MODEL]
+
+Rows per batch, threads, one sort against partitioning or torch's own quantiles, products in bfloat16, and
+torch's compiler. Each is measured on the recommended network (or MODEL) and observations of the bundled
+grid's test part, and beside the speed stands what it does to the quantiles: the largest change and the root
+mean square, in units of each posterior's spread.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import inn
+from inn.layout import QUANTITIES
+from inn.scaling import scale_atmosphere
+from tests.benchmarks.posterior import HIGH, LEVELS, LOW, Array, Observed, observations
+
+ROWS = (1024, 2048, 4096, 8192, 16384)
+
+
+def quantiles(
+    model: torch.nn.Module, observed: Observed, *, bfloat16: bool = False, **settings: int
+) -> Array:
+    """Quantiles in network units, with the products in bfloat16 or not."""
+    with torch.autocast("cpu", torch.bfloat16) if bfloat16 else nullcontext():
+        found = inn.posterior_quantiles(
+            model, observed.lines, observed.mu, observed.calibration_error, **settings
+        )
+    return scale_atmosphere(*(found[quantity] for quantity in QUANTITIES))
+
+
+def best_seconds(work: Callable[[], object], seconds: float) -> float:
+    """Best time of the repeats, after one to warm up."""
+    work()
+    best, end = np.inf, time.perf_counter() + seconds
+    while time.perf_counter() < end or best == np.inf:
+        started = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def change(found: Array, present: Array) -> tuple[float, float]:
+    """Root mean square and largest change of quantiles, in units of the posterior's spread."""
+    spread = 0.5 * (present[:, HIGH] - present[:, LOW])[:, None]
+    relative = np.abs(found - present) / spread
+    return float(np.sqrt(np.mean(relative**2))), float(relative.max())
+
+
+def ways_to_quantiles(pixels: int, draws: int) -> dict[str, Callable[[], object]]:
+    """Ways from draws (pixels, numbers, draws) to quantiles; the present one first."""
+    generator = np.random.default_rng(0)
+    drawn = generator.standard_normal((pixels, 150, draws)).astype(np.float32)
+    positions = np.array(LEVELS) * (draws - 1)
+    wanted = sorted({int(place) for place in (*np.floor(positions), *np.ceil(positions))})
+    tensor, levels = torch.from_numpy(drawn), torch.tensor(LEVELS)
+    weights = torch.from_numpy(generator.random((draws, len(LEVELS))).astype(np.float32))
+
+    def smoothed() -> object:
+        return torch.from_numpy(np.sort(drawn, axis=-1)) @ weights
+
+    return {
+        "NumPy sort": lambda: np.sort(drawn, axis=-1),
+        "NumPy sort, then a product (smoothed quantiles)": smoothed,
+        "NumPy partition": lambda: np.partition(drawn, wanted, axis=-1),
+        "torch sort": lambda: tensor.sort(dim=-1),
+        "torch quantile": lambda: torch.quantile(tensor, levels, dim=-1),
+    }
+
+
+def main() -> None:
+    """Measure and print the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=3.0, help="time for each measurement")
+    parser.add_argument("--model", type=Path, help="a model directory; the bundled one if left out")
+    parser.add_argument("--draws", type=int, default=64)
+    parser.add_argument("--pixels", type=int, default=512)
+    options = parser.parse_args()
+    model = inn.load_model(options.model)
+    observed = observations(256).first(options.pixels)
+    plain = partial(quantiles, model, observed, draws=options.draws)
+    cores = os.cpu_count() or 1
+
+    table = Table(title=f"{options.draws} draws of {options.pixels} pixels")
+    for heading in ("what", "pixels/s", "over the present", "RMS change", "largest change"):
+        table.add_column(heading, justify="left" if heading == "what" else "right")
+
+    torch.set_num_threads(1)
+    present = plain()
+    base = best_seconds(plain, options.seconds)
+
+    def row(what: str, work: Callable[[], Array]) -> None:
+        taken = best_seconds(work, options.seconds)
+        mean, most = change(work(), present)
+        table.add_row(
+            what, f"{options.pixels / taken:,.0f}", f"{base / taken:.2f} x", f"{mean:.2g}", f"{most:.2g}"
+        )
+
+    table.add_row("present, 1 thread", f"{options.pixels / base:,.0f}", "1.00 x", "", "")
+    for rows in ROWS:
+        row(f"{rows:,} rows a batch", partial(plain, batch_rows=rows))
+    row("products in bfloat16", partial(plain, bfloat16=True))
+    row("present again", plain)
+    if cores > 1:
+        torch.set_num_threads(cores)
+        row(f"{cores} threads", plain)
+        torch.set_num_threads(1)
+    # Compiled for the shapes it meets, like the library's fixed batches; compiling itself is not timed.
+    compiled = inn.load_model(options.model)
+    name = "score_draws" if hasattr(compiled, "score_draws") else "inverse"
+    setattr(compiled, name, torch.compile(getattr(compiled, name), dynamic=False))
+    started = time.perf_counter()
+    try:
+        quantiles(compiled, observed, draws=options.draws)
+    except torch._dynamo.exc.BackendCompilerFailed as failure:
+        table.add_row("torch.compile", f"does not work here: {str(failure).splitlines()[0][:60]}")
+    else:
+        spent = time.perf_counter() - started
+        row(
+            f"torch.compile ({spent:.0f} s at first)",
+            partial(quantiles, compiled, observed, draws=options.draws),
+        )
+    console = Console(width=120)
+    console.print(table)
+
+    sorts = Table(title=f"From {options.draws} draws to quantiles, 1 thread")
+    for heading in ("what", "ms a pixel", "over the present"):
+        sorts.add_column(heading, justify="left" if heading == "what" else "right")
+    taken = {
+        what: best_seconds(work, options.seconds) / 64
+        for what, work in ways_to_quantiles(64, options.draws).items()
+    }
+    first = next(iter(taken.values()))
+    for what, seconds in taken.items():
+        sorts.add_row(what, f"{1e3 * seconds:.3f}", f"{first / seconds:.2f} x")
+    console.print(sorts)
+
+
+if __name__ == "__main__":
+    main()
