@@ -243,15 +243,15 @@ def invert(
         skip=skip,
         skip_from=skip_from,
     )
-    output, grid = request.output, request.grid
-    if not output.can_hold():
-        raise MisuseError("the output's directory does not exist", where=Path(output.location).parent)
+    target, grid = request.output, request.grid
+    if not target.can_hold():
+        raise MisuseError("the output's directory does not exist", where=Path(target.location).parent)
     make_store = partial(_make_store, request, call or f"invert({observation}, {output})")
-    with output.lock():
-        begun = _begun(output, request.fingerprint, overwrite=overwrite)
+    with target.lock():
+        begun = _begun(target, request.fingerprint, overwrite=overwrite)
         if begun is None:
             _see_that_it_fits(request, np.zeros(len(grid), dtype=bool))
-            begun = _begin(output, request.spec.run, request.fingerprint, make_store, overwrite=overwrite)
+            begun = _begin(target, request.spec.run, request.fingerprint, make_store, overwrite=overwrite)
         store, journal = begun
         spec = replace(request.spec, store=str(store), run=journal.run)
         work = _Work(spec, grid, request.asked, journal)
@@ -265,12 +265,12 @@ def invert(
             if not spec.selection.whole:
                 mark_unwritten(store.location, Flag.NOT_SELECTED)
             journal.append({"finished": True, "tiles": work.tiles})
-        if store is not output:
-            _swap(output, store)
+        if store is not target:
+            _swap(target, store)
     pixels = int(request.asked.sum())
     flags = work.flags | ({"not_selected": grid.pixels - pixels} if pixels < grid.pixels else {})
     return InvertReport(
-        output=output.location,
+        output=target.location,
         tiles=work.tiles,
         resumed=work.resumed,
         failed=tuple(work.failed),
@@ -402,7 +402,7 @@ def _settle(
     skip_from: str | Path | None,
 ) -> _Request:
     """Check the arguments of `invert` against the observation and the model."""
-    observation, output = str(place(observation)), place(output)
+    observation, target = str(place(observation)), place(output)
     model_path = None if model is None else str(place(model))
     with fetched_model(model_path) as folder:
         network, weights = load_model(folder), model_hash(folder)
@@ -413,14 +413,14 @@ def _settle(
     grid = TileGrid.square((dataset.sizes["time"], dataset.sizes["y"], dataset.sizes["x"]), tile)
     identity = observation_hash(observation)
     selection = select(dataset, identity, region=region, times=times, skip=skip, skip_from=skip_from)
-    if selection.skip is not None and selection.skip.earlier == str(output):
+    if selection.skip is not None and selection.skip.earlier == str(target):
         raise MisuseError(
-            "a map cannot be made from its own flags", where=output, remedy="choose another output"
+            "a map cannot be made from its own flags", where=target, remedy="choose another output"
         )
     spec = TileSpec(
         observation=observation,
         observation_hash=identity,
-        store=str(output),
+        store=str(target),
         run=uuid4().hex,
         model=model_path,
         model_hash=weights,
@@ -446,7 +446,7 @@ def _settle(
             "no pixel is selected", where=observation, remedy="skip fewer flags, or choose another region"
         )
     fingerprint = _fingerprint(spec, grid, network) | {"skip_from": skipped}
-    return _Request(output, spec, grid, asked, fingerprint, dataset, network)
+    return _Request(target, spec, grid, asked, fingerprint, dataset, network)
 
 
 def _make_store(request: _Request, call: str, store: Place) -> None:

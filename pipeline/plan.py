@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from dask.utils import format_time
 from distributed import Client
 from numpy.typing import NDArray
 from rich.filesize import decimal
@@ -171,7 +171,8 @@ class Plan:
         lines.append(size)
         if self.sampled:
             lines += [
-                f"  time: about {format_time(self.seconds)}, {self.rate * self.tasks:,.0f} pixels/s",
+                f"  time: about {timedelta(seconds=round(self.seconds))} (h:mm:ss), "
+                f"{self.rate * self.tasks:,.0f} pixels/s",
                 f"  assuming {self.tasks} tiles at a time, on {self.threads} cores each, at the pace of "
                 f"{self.sampled:,} pixels inverted just now",
             ]
@@ -331,7 +332,7 @@ def _spots(
         frame = Tile(int(index), 0, 0, (0, grid.shape[1]), (0, grid.shape[2]))
         here = np.repeat(np.repeat(per_time[index] > 0, grid.tile[0], axis=0), grid.tile[1], axis=1)
         here = here[: grid.shape[1], : grid.shape[2]] & spec.selection.asked(frame)
-        wanted += np.count_nonzero(here)
+        wanted += int(np.count_nonzero(here))
         here &= dataset["valid"].isel(time=index).transpose("y", "x").values.astype(bool)
         found = np.argwhere(here)
         usable += len(found)
