@@ -1,15 +1,20 @@
 """The recommended network: a conditional flow between latents and atmospheres, given the lines.
 
-An atmosphere of 150 numbers has far fewer degrees of freedom than that. Brought to normal scores, it is
-rotated onto the principal components of the training atmospheres; the leading ones go through a coupling flow
-that sees the lines, and the others, which hold what little variance is left, keep the Gaussian of the
-training set. Together that is a bijection between 150 latents and the 150 numbers of an atmosphere, for given
-lines.
+An atmosphere of 150 numbers has far fewer degrees of freedom than that. Its densities become electron
+pressures, which change little where a transition region makes densities and temperatures jump; all numbers
+are brought to normal scores, divided by what the lines leave open of each, and rotated onto the principal
+components of the training atmospheres. The leading ones go through a coupling flow that sees the lines, and
+the others, which hold what little variance is left, keep the Gaussian of the training set. Together that is a
+bijection between 150 latents and the 150 numbers of an atmosphere, for given lines.
 
 What depends on the pixel alone (the lines, mu, the calibration error) is brought to a short context vector
 once, and enters the coupling networks as a bias of their hidden layers; what depends on the draw alone (the
 Gaussian components) is computed once for all pixels. What remains for every pair of a pixel and a draw is
 small: about 0.3 MFLOP with the default widths, against 24 for the joint network.
+
+Atmospheres made of a few parameters lie on a thin sheet, and a flow that is to learn how thin spends itself
+on it. So they are blurred in training, each to a degree of its own that the flow is told, and asked for
+without blur (Kim, Lee, Lee & Kim 2020, "SoftFlow", arXiv:2006.04604).
 """
 
 from __future__ import annotations
@@ -25,18 +30,29 @@ from torch.nn import functional
 from inn.coupling import soft_clamp
 from inn.emulator import Emulator
 from inn.errors import MisuseError
-from inn.layout import Layout
+from inn.layout import QUANTITIES, Layout
 from inn.marginals import NormalScores
 from inn.novelty import Novelty
+from inn.splines import Spline
 
 FAINTEST = 1e-3
 """Normalised intensity below which a line's logarithm is held constant."""
 
-SMALLEST_SCALE = 0.02
-"""Smallest scale (network units) by which a number of an atmosphere is divided before the rotation."""
+SMALLEST_SCALE = 0.05
+"""Smallest scale by which a number of an atmosphere is divided before the rotation."""
 
 SMALLEST_SPREAD = 1e-3
 """Smallest standard deviation of a principal component, in scaled numbers."""
+
+REGRESSORS = 40, 20
+"""Leading components of the conditions, and those of them whose products count too, in the regression that
+says what the lines leave open."""
+
+RIDGE = 1e-3
+"""Variance of a regressor, in units of its own, that is added against chance correlations."""
+
+LATENT_SCALES = 0.5, 2.0
+"""Narrowest and widest that `ConditionalNetwork.calibrate` makes a latent."""
 
 DEFAULT_CALIBRATION_ERROR = 0.05
 """Relative error between the two lines that is assumed where none is given."""
@@ -89,12 +105,12 @@ class ConditionalNetwork(nn.Module):
     dropout : float
         Share of the embedding's hidden units dropped in training. The coupling networks drop none: their
         exponentials would make of that noise a bias when it is gone.
-    tails : bool
-        Whether the context also gives each component a skewness and a weight of its tails (sinh-arcsinh
-        transformation: Jones & Pewsey 2009, Biometrika 96, 761, doi:10.1093/biomet/asp053). Affine steps
-        alone make posteriors with a sharp peak and far tails too wide in the middle.
+    bins : int
+        Bins of the splines (`inn.splines`) by which the context shapes each component by itself. Affine
+        steps alone make posteriors that are bounded, or have two peaks, too smooth.
     normal_scores : bool
-        Whether components are those of the numbers' normal scores (`inn.marginals`) or of the numbers.
+        Whether components are those of the normal scores (`inn.marginals`) of electron pressure, temperature
+        and velocity, or of the bare numbers.
     default_calibration_error : float
         Relative error between the two lines that is assumed where none is given.
 
@@ -113,7 +129,7 @@ class ConditionalNetwork(nn.Module):
         context: int = 64,
         embedding: int = 128,
         dropout: float = 0.0,
-        tails: bool = False,
+        bins: int = 8,
         normal_scores: bool = False,
         default_calibration_error: float = DEFAULT_CALIBRATION_ERROR,
     ) -> None:
@@ -137,13 +153,13 @@ class ConditionalNetwork(nn.Module):
             "context": context,
             "embedding": embedding,
             "dropout": dropout,
-            "tails": tails,
+            "bins": bins,
             "normal_scores": normal_scores,
             "default_calibration_error": default_calibration_error,
         }
         features = 2 * layout.lines_size + 2
         self.embed = nn.Sequential(
-            nn.Linear(features, embedding),
+            nn.Linear(features + 1, embedding),  # and the blur
             nn.LeakyReLU(),
             nn.Dropout(dropout),
             nn.Linear(embedding, embedding),
@@ -151,9 +167,8 @@ class ConditionalNetwork(nn.Module):
             nn.Dropout(dropout),
             nn.Linear(embedding, context),
         )
-        # A first guess of every component and of its spread (and tails), from the context alone.
-        self.tails = tails
-        self.guess = nn.Linear(context, (4 if tails else 2) * components)
+        # A first guess of every component, of its spread and of its shape, from the context alone.
+        self.guess = nn.Linear(context, (2 + Spline.parameters(bins)) * components)
         nn.init.zeros_(self.guess.weight)
         nn.init.zeros_(self.guess.bias)
         # Even components change given the odd ones, then the odd ones given the even, and so on.
@@ -166,6 +181,7 @@ class ConditionalNetwork(nn.Module):
         self.register_buffer("atmosphere_scale", torch.ones(size))
         self.register_buffer("rotation", torch.eye(size))
         self.register_buffer("component_scale", torch.ones(size))
+        self.register_buffer("latent_scale", torch.ones(components))
         self.register_buffer("feature_mean", torch.zeros(features))
         self.register_buffer("feature_scale", torch.ones(features))
         self.novelty: Novelty | None = None
@@ -176,6 +192,7 @@ class ConditionalNetwork(nn.Module):
     atmosphere_scale: Tensor
     rotation: Tensor
     component_scale: Tensor
+    latent_scale: Tensor
     feature_mean: Tensor
     feature_scale: Tensor
 
@@ -205,11 +222,16 @@ class ConditionalNetwork(nn.Module):
             The conditions of `lines`.
         """
         if self.scores is not None:
-            self.scores.fit(atmosphere)
+            self.scores.fit(_with_pressure(atmosphere))
+        features = self._features(lines.double(), mu.double(), calibration_error.double())
+        self.feature_mean.copy_(features.mean(dim=0))
+        self.feature_scale.copy_(features.std(dim=0).clamp_min(1e-3))
         values = self.to_scores(atmosphere).double()
         mean = values.mean(dim=0)
-        # Every number counts alike, but those that hardly vary (the photosphere's) are not blown up.
-        scale = (values - mean).square().mean(dim=0).sqrt().clamp_min(SMALLEST_SCALE)
+        # What the lines know well must be kept, however little of the variance it is. What hardly varies (the
+        # photosphere) is not blown up.
+        standard = (features - self.feature_mean) / self.feature_scale
+        scale = _left_open(values - mean, standard).clamp_min(SMALLEST_SCALE)
         variance, rotation = torch.linalg.eigh(torch.cov(((values - mean) / scale).T))
         spread = variance.clamp_min(0.0).sqrt().flip(0)
         self.atmosphere_mean.copy_(mean)
@@ -217,17 +239,34 @@ class ConditionalNetwork(nn.Module):
         self.rotation.copy_(rotation.flip(1))
         # Components without variance still get some: a bijection in float32 cannot divide by nothing.
         self.component_scale.copy_(spread.clamp_min(SMALLEST_SPREAD))
-        features = self._features(lines.double(), mu.double(), calibration_error.double())
-        self.feature_mean.copy_(features.mean(dim=0))
-        self.feature_scale.copy_(features.std(dim=0).clamp_min(1e-3))
+
+    @torch.no_grad()
+    def calibrate(self, atmosphere: Tensor, lines: Tensor, mu: Tensor, calibration_error: Tensor) -> None:
+        """Widen or narrow each latent so that its central 68 % hold 68 % of held-out examples.
+
+        A flow is surer of its training set than of other atmospheres. One factor for each leading component,
+        from simulations that it was not trained on, makes up for that (as one temperature does for
+        classifiers: Guo et al. 2017, arXiv:1706.04599).
+
+        Parameters
+        ----------
+        atmosphere : Tensor, shape (n, atmosphere_size)
+            Network units.
+        lines : Tensor, shape (n, lines_size)
+        mu, calibration_error : Tensor, shape (n,)
+        """
+        self.latent_scale.fill_(1.0)
+        latent = self.latent(atmosphere, lines, mu, calibration_error)[:, : self.components].double()
+        levels = torch.special.ndtr(latent.new_tensor([-1.0, 1.0]))
+        low, high = torch.quantile(latent, levels, dim=0)
+        self.latent_scale.copy_((0.5 * (high - low)).clamp(*LATENT_SCALES))
 
     def to_scores(self, atmosphere: Tensor) -> Tensor:
-        """Normal scores (..., atmosphere_size) of atmospheres; without them, the atmospheres themselves."""
-        return atmosphere if self.scores is None else self.scores(atmosphere)
+        """Normal scores (..., atmosphere_size) of electron pressure, temperature and velocity of atmospheres.
 
-    def from_scores(self, scores: Tensor) -> Tensor:
-        """Atmospheres in network units from normal scores: undoes `to_scores`, and ascends in each number."""
-        return scores if self.scores is None else self.scores.inverse(scores)
+        Without normal scores, the atmospheres themselves.
+        """
+        return atmosphere if self.scores is None else self.scores(_with_pressure(atmosphere))
 
     def to_components(self, atmosphere: Tensor) -> Tensor:
         """Whitened principal components (n, atmosphere_size), by falling variance, of atmospheres."""
@@ -237,7 +276,18 @@ class ConditionalNetwork(nn.Module):
     def from_components(self, components: Tensor) -> Tensor:
         """Atmospheres in network units from whitened principal components: the inverse of `to_components`."""
         standard = (components * self.component_scale) @ self.rotation.T
-        return self.from_scores(standard * self.atmosphere_scale + self.atmosphere_mean)
+        scores = standard * self.atmosphere_scale + self.atmosphere_mean
+        return scores if self.scores is None else _with_density(self.scores.inverse(scores))
+
+    def from_scores(self, scores: Tensor) -> Tensor:
+        """Network units of numbers (..., atmosphere_size) on the scale of `score_draws`.
+
+        Each ascends with its own number alone, so that quantiles may be taken before.
+        """
+        if self.scores is None:
+            return scores
+        size = self.layout.heights.size
+        return torch.cat((scores[..., :size], self.scores.inverse(scores[..., size:], slice(size, None))), -1)
 
     # Conditions
 
@@ -257,6 +307,7 @@ class ConditionalNetwork(nn.Module):
         lines: Tensor,
         mu: Tensor | float | None,
         calibration_error: Tensor | float | None = None,
+        blur: Tensor | None = None,
     ) -> Tensor:
         """What the flow needs to know of each pixel.
 
@@ -268,6 +319,8 @@ class ConditionalNetwork(nn.Module):
             Cosine of the heliocentric angle.
         calibration_error : Tensor, shape (n,), or float, optional
             Relative error between the lines, one standard deviation.
+        blur : Tensor, shape (n,), optional
+            How much training blurs the atmosphere, as a share of the most it does; not at all if left out.
 
         Returns
         -------
@@ -294,65 +347,66 @@ class ConditionalNetwork(nn.Module):
             torch.as_tensor(mu, dtype=lines.dtype, device=lines.device).expand(count),
             torch.as_tensor(calibration_error, dtype=lines.dtype, device=lines.device).expand(count),
         )
-        embedded: Tensor = self.embed((features - self.feature_mean) / self.feature_scale)
+        standard = (features - self.feature_mean) / self.feature_scale
+        if blur is None:
+            blur = standard.new_zeros(count)
+        embedded: Tensor = self.embed(torch.cat((standard, blur[:, None]), dim=-1))
         return embedded
 
     # The flow on the leading components
 
-    def _guess(self, context: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-        """Mean, logarithm of the spread, and skewness with logarithm of the tails' weight, if any."""
-        mean, raw, *tails = self.guess(context).chunk(4 if self.tails else 2, dim=-1)
+    def _guess(self, context: Tensor) -> tuple[Tensor, Tensor, Spline]:
+        """Mean, logarithm of the spread (n, components) and shape of each component, given contexts (n, .)."""
+        parts = self.guess(context).unflatten(-1, (self.components, -1))
         # Bounded, lest a rare draw lands beyond all numbers.
-        bounded = (0.5 * torch.tanh(tails[0]), 0.5 * torch.tanh(tails[1])) if tails else None
-        return mean, 3.0 * torch.tanh(raw / 3.0), bounded
+        return parts[..., 0], 3.0 * torch.tanh(parts[..., 1] / 3.0), Spline.from_parameters(parts[..., 2:])
 
     def normalise_components(self, leading: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """Latents of leading components, and the logarithm of the Jacobian determinant.
 
         Parameters
         ----------
-        leading : Tensor, shape (..., components)
+        leading : Tensor, shape (n, components)
             Whitened.
-        context : Tensor, broadcastable to shape (..., context)
+        context : Tensor, shape (n, context)
 
         Returns
         -------
-        latent : Tensor, shape (..., components)
-        log_determinant : Tensor, shape (...)
+        latent : Tensor, shape (n, components)
+        log_determinant : Tensor, shape (n,)
         """
-        mean, log_spread, tails = self._guess(context)
-        values = (leading - mean) * (-log_spread).exp()
-        log_determinant = -log_spread.sum(dim=-1)
-        if tails is not None:
-            skewness, log_weight = tails
-            angle = (values.asinh() - skewness) * (-log_weight).exp()
-            slope = angle.cosh().log() - log_weight - 0.5 * values.square().log1p()
-            values = angle.sinh()
-            log_determinant = log_determinant + slope.sum(dim=-1)
-        halves = [values[..., 0::2], values[..., 1::2]]
+        mean, log_spread, shape = self._guess(context)
+        values, log_slope = shape.inverse(((leading - mean) * (-log_spread).exp())[..., None])
+        log_determinant = log_slope.sum(dim=(-2, -1)) - log_spread.sum(dim=-1)
+        halves = [values[:, 0::2, 0], values[:, 1::2, 0]]
         for index, step in enumerate(self.steps):
             kept, changed = index % 2, 1 - index % 2
             log_scale, shift = step(halves[kept], context)
             halves[changed] = halves[changed] * log_scale.exp() + shift
             log_determinant = log_determinant + log_scale.sum(dim=-1)
-        return _interleave(halves), log_determinant
+        latent = values.new_empty(values.shape[:-1])
+        latent[:, 0::2], latent[:, 1::2] = halves
+        return latent / self.latent_scale, log_determinant - self.latent_scale.log().sum()
 
     def generate_components(self, latent: Tensor, context: Tensor) -> Tensor:
-        """Leading components from latents: the inverse of `normalise_components`."""
+        """Leading components (n, components) from as many latents: the inverse of `normalise_components`."""
+        return self._columns(latent[:, None], context)[..., 0]
+
+    def _columns(self, latent: Tensor, context: Tensor) -> Tensor:
+        """Leading components (n, components, draws) from latents (n or 1, draws, components)."""
+        latent = latent * self.latent_scale
         halves = [latent[..., 0::2], latent[..., 1::2]]
         for index in reversed(range(len(self.steps))):
             kept, changed = index % 2, 1 - index % 2
-            log_scale, shift = self.steps[index](halves[kept], context)
+            log_scale, shift = self.steps[index](halves[kept], context[:, None])
             halves[changed] = (halves[changed] - shift) * log_scale.neg().exp()
-        mean, log_spread, tails = self._guess(context)
-        values = _interleave(halves)
-        if tails is not None:
-            skewness, log_weight = tails
-            values = (values.asinh() * log_weight.exp() + skewness).sinh()
-        return values * log_spread.exp() + mean
+        values = latent.new_empty((context.shape[0], self.components, latent.shape[1]))
+        values[:, 0::2], values[:, 1::2] = (half.transpose(1, 2) for half in halves)
+        mean, log_spread, shape = self._guess(context)
+        return shape.forward(values) * log_spread.exp()[..., None] + mean[..., None]
 
     def components_log_prob(self, leading: Tensor, context: Tensor) -> Tensor:
-        """Logarithm of the density of leading components (..., components) given the context: shape (...)."""
+        """Logarithm of the density (n,) of leading components (n, components) given contexts (n, context)."""
         latent, log_determinant = self.normalise_components(leading, context)
         return _log_normal(latent) + log_determinant
 
@@ -417,9 +471,9 @@ class ConditionalNetwork(nn.Module):
         mu: Tensor | float | None = None,
         calibration_error: Tensor | float | None = None,
     ) -> Tensor:
-        """Atmospheres as `inverse_draws` returns them, but in normal scores.
+        """Atmospheres as `inverse_draws` returns them, but temperature and velocity in normal scores.
 
-        They ascend with the numbers in network units, so that quantiles may be taken before `from_scores`.
+        `from_scores` brings them to network units, number by number.
 
         Returns
         -------
@@ -427,11 +481,15 @@ class ConditionalNetwork(nn.Module):
             Laid out with the draws contiguous, as sorting them wants it.
         """
         context = self.context(lines, mu, calibration_error)
-        leading = self.generate_components(latent[None, :, : self.components], context[:, None])
+        leading = self._columns(latent[None, :, : self.components], context)
         scaled_rotation = self.atmosphere_scale[:, None] * self.rotation * self.component_scale
         shared = scaled_rotation[:, self.components :] @ latent[:, self.components :].T
         shared = shared + self.atmosphere_mean[:, None]
-        columns = scaled_rotation[:, : self.components] @ leading.transpose(1, 2) + shared
+        columns = scaled_rotation[:, : self.components] @ leading + shared
+        if self.scores is not None:
+            size = self.layout.heights.size
+            both = self.scores.inverse_columns(columns[:, : 2 * size], slice(2 * size))
+            columns[:, :size] = both[:, :size] - both[:, size:]
         return columns.transpose(1, 2)
 
     def latent(
@@ -474,7 +532,7 @@ class ConditionalNetwork(nn.Module):
         # The rotation leaves volumes as they are.
         volume = self.atmosphere_scale.log().sum() + self.component_scale.log().sum()
         if self.scores is not None:
-            volume = volume - self.scores.log_slope(atmosphere).sum(dim=-1)
+            volume = volume - self.scores.log_slope(_with_pressure(atmosphere)).sum(dim=-1)
         return leading + others - volume
 
 
@@ -491,13 +549,39 @@ def _product_plus(values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.baddbmm(bias, values.expand(pixels, draws, -1), weight.T.expand(pixels, -1, -1))
 
 
-def _interleave(halves: list[Tensor]) -> Tensor:
-    """Even and odd components back in one vector."""
-    even, odd = halves
-    joined = even.new_empty((*(even[..., 0] + odd[..., 0]).shape, even.shape[-1] + odd.shape[-1]))
-    joined[..., 0::2] = even
-    joined[..., 1::2] = odd
-    return joined
+def _with_pressure(atmosphere: Tensor) -> Tensor:
+    """Logarithms of electron density and temperature (network units): their sum is the electron pressure's."""
+    size = atmosphere.shape[-1] // len(QUANTITIES)
+    density, others = atmosphere[..., :size], atmosphere[..., size:]
+    return torch.cat((density + others[..., :size], others), dim=-1)
+
+
+def _with_density(atmosphere: Tensor) -> Tensor:
+    """Undo `_with_pressure`."""
+    size = atmosphere.shape[-1] // len(QUANTITIES)
+    pressure, others = atmosphere[..., :size], atmosphere[..., size:]
+    return torch.cat((pressure - others[..., :size], others), dim=-1)
+
+
+def _left_open(values: Tensor, conditions: Tensor) -> Tensor:
+    """Standard deviation of each number about a quadratic regression on the conditions.
+
+    Parameters
+    ----------
+    values : Tensor, shape (n, numbers)
+        About their means.
+    conditions : Tensor, shape (n, m)
+        About their means.
+    """
+    linear, square = (min(count, *conditions.shape) for count in REGRESSORS)
+    leading = torch.linalg.svd(conditions, full_matrices=False).U[:, :linear] * len(conditions) ** 0.5
+    first, second = torch.triu_indices(square, square, device=values.device)
+    products = leading[:, first] * leading[:, second]
+    regressors = torch.cat((torch.ones_like(leading[:, :1]), leading, products), dim=1)
+    normal = regressors.T @ regressors
+    normal.diagonal().add_(RIDGE * len(values))
+    residual = values - regressors @ torch.linalg.solve(normal, regressors.T @ values)
+    return residual.square().mean(dim=0).sqrt()
 
 
 def _log_normal(values: Tensor) -> Tensor:

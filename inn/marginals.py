@@ -19,6 +19,7 @@ FARTHEST_BEYOND = 30.0
 """How far beyond the outermost knots, in units of the scale there, a number still has a score of its own."""
 FLATTEST = 0.01
 """Smallest change (network units) for a unit of normal score: what hardly varies is not blown up."""
+EVERY = slice(None)
 TAIL, TAIL_FLATTEST = 2.0, 0.2
 """Normal score beyond which the change for a unit is at least this share of that between -1 and 1: a number
 just outside of the training set's range must not look as if it lay far out."""
@@ -62,14 +63,24 @@ class NormalScores(nn.Module):
         scores: Tensor = -FURTHEST + self._spacing * (segment + (inside - left) / width)
         return scores + beyond.sign() * beyond.abs().expm1()
 
-    def inverse(self, scores: Tensor) -> Tensor:
-        """Numbers of normal scores, shape (..., size)."""
+    def inverse(self, scores: Tensor, numbers: slice = EVERY) -> Tensor:
+        """Numbers of normal scores, shape (..., size), or of a slice of them alone."""
+        return self.inverse_columns(scores[..., None], numbers)[..., 0]
+
+    def inverse_columns(self, scores: Tensor, numbers: slice = EVERY) -> Tensor:
+        """The same of scores (..., size, n): n of every number, or of a slice of them."""
+        knots = self.knots[numbers]
         inside = scores.clamp(-FURTHEST, FURTHEST)
         position = (inside + FURTHEST) / self._spacing
         segment = position.detach().clamp(0, KNOTS - 2).floor()
-        left, width = self._ends(segment.long())
-        beyond = (scores - inside).sign() * (scores - inside).abs().log1p()
-        return left + (position - segment + beyond / self._spacing) * width
+        places = segment.long()
+
+        def at(table: Tensor) -> Tensor:
+            return table.expand(*places.shape[:-1], -1).gather(-1, places)
+
+        beyond = scores - inside
+        beyond = beyond.abs().log1p().copysign(beyond)
+        return at(knots[:, :-1]) + (position - segment + beyond / self._spacing) * at(knots.diff(dim=1))
 
     def log_slope(self, values: Tensor) -> Tensor:
         """Logarithm of the scores' change with the numbers, shape (..., size)."""

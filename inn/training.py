@@ -55,6 +55,11 @@ Draw = Callable[[int, torch.Generator], Examples]
 """Source of training batches: how many examples, and the generator that all random numbers come from."""
 
 
+HELD_OUT_BLUR = 0.15
+"""Share of the most blur at which held-out examples are judged: without any, the likelihood of atmospheres on
+a thin sheet is that of the sheet."""
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How long and how fast to train.
@@ -74,9 +79,9 @@ class Schedule:
     patience : int
         Epochs without a better held-out loss after which training stops.
     blur : float
-        Noise added to every number of an atmosphere, in the standard deviations of the training set (flow
-        only). Atmospheres of a few parameters lie on a thin sheet; without it the flow would spend itself,
-        and learn its examples by heart, on how thin.
+        Most noise that is added to every number of an atmosphere, in units of what the lines leave open of
+        it (`inn.conditional.ConditionalNetwork.fit_statistics`); flow only. Each example gets a share of it,
+        evenly between nothing and all, and the flow is told how much.
     """
 
     epochs: int = 60
@@ -86,7 +91,7 @@ class Schedule:
     weight_decay: float = 1e-2
     average: float = 0.995
     patience: int = 15
-    blur: float = 0.05
+    blur: float = 0.8
 
     def to_json(self) -> dict[str, Any]:
         """The settings, as JSON holds them."""
@@ -429,14 +434,20 @@ class LikelihoodTrainer(AveragingTrainer):
     def loss(self, module: nn.Module, examples: Examples, generator: torch.Generator | None) -> Tensor:
         """Negative log likelihood per component."""
         network = cast(ConditionalNetwork, module)
-        leading = network.components
+        leading, count = network.components, examples.mu.shape[0]
         components = network.to_components(examples.atmosphere)[:, :leading]
-        if generator is None:  # held-out examples are blurred as well, the same way each time
+        if generator is None:  # held-out examples are blurred as well, little, and the same way each time
             generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(components.shape, generator=generator).to(components)
+            blur = torch.full((count,), HELD_OUT_BLUR)
+        else:
+            blur = torch.rand(count, generator=generator)
+        blur, noise = (
+            values.to(components) for values in (blur, torch.randn(components.shape, generator=generator))
+        )
         # The rotation leaves such noise as it is; whitening does not.
-        components = components + self.schedule.blur / network.component_scale[:leading] * noise
-        context = network.context(examples.lines, examples.mu, examples.calibration_error)
+        spread = self.schedule.blur / network.component_scale[:leading]
+        components = components + blur[:, None] * spread * noise
+        context = network.context(examples.lines, examples.mu, examples.calibration_error, blur)
         return -network.components_log_prob(components, context).mean() / leading
 
 

@@ -32,7 +32,7 @@ STATISTICS_EXAMPLES = 20_000
 HELD_OUT_DRAWS = 8
 TEST_DRAWS = 4
 NOVELTY_REFERENCES = 8_192
-PURPOSES = ("statistics", "held out", "test", "novelty")
+PURPOSES = ("statistics", "held out", "test", "novelty", "calibration")
 """Of random numbers. One generator each: more held-out examples must not change what is learned."""
 
 
@@ -101,14 +101,13 @@ class Recipe:
 RECIPES: dict[str, Recipe] = {
     "conditional": Recipe(
         architecture={
-            "components": 48,
+            "components": 64,
             "steps": 8,
             "hidden": 96,
             "context": 32,
-            "tails": True,
             "normal_scores": True,
         },
-        flow_schedule=Schedule(epochs=40, steps=120, weight_decay=0.3, blur=0.07),
+        flow_schedule=Schedule(epochs=40, steps=120, weight_decay=0.42, blur=0.8),
         emulator_schedule=Schedule(epochs=60, steps=100, weight_decay=1e-3),
     ),
     "radynversion": Recipe(
@@ -230,7 +229,7 @@ class Training(abc.ABC):
         )
 
     def conclude(self) -> dict[str, Any]:
-        """Add the novelty measure to the network, whose stages are finished, and score it.
+        """Calibrate the network, whose stages are finished, add the novelty measure, and score it.
 
         Returns
         -------
@@ -238,6 +237,11 @@ class Training(abc.ABC):
             `metrics` on the test part, each of whose samples is observed a few times.
         """
         network = self.network.cpu().eval()
+        if isinstance(network, ConditionalNetwork):
+            generator = self._generator("calibration")
+            drawn = [self._observe(self.parts["validation"], generator) for _ in range(HELD_OUT_DRAWS)]
+            held = Batch(*(torch.cat(columns) for columns in zip(*drawn, strict=True)))
+            network.calibrate(held.atmosphere, held.lines, held.mu, held.calibration_error)
         generator = self._generator("novelty")
         training = self._observe(self.parts["train"], generator, NOVELTY_REFERENCES).lines
         held_out = [self._observe(self.parts["validation"], generator).lines for _ in range(HELD_OUT_DRAWS)]
