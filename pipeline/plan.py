@@ -39,8 +39,8 @@ FRAMES = 4
 """Times from which a sample is taken."""
 SPOTS = 1024
 """Pixels among which the samples' patches are drawn."""
-SIDES = (8, 16, 32, 64)
-"""Pixels along the sides of a sample's patches: the largest of these that the time allows."""
+SIDES = (8, 64)
+"""Pixels along the sides of a sample's patches: they begin small, and grow as the time allows."""
 TILES = 4
 """Whole tiles that a sample comes to, at most."""
 TASKS = 256
@@ -366,29 +366,27 @@ def take_sample(spec: TileSpec, grid: TileGrid, seconds: float, spots: Sequence[
     FlareFieldError
         The run itself could not go on here (`pipeline.tiles.invert_tile`), or no pixel can be inverted.
     """
-    refusal = StoreError("no pixel of a sample can be inverted", where=spec.observation)
-    first = next((spot for spot in spots if _inverted(spec, _patch(grid, spot, SIDES[0])) is not None), None)
-    if first is None:
-        raise refusal
-    spots = [first, *(spot for spot in spots if spot != first)]
-    small = _patch(grid, first, SIDES[0])
-    started = time.monotonic()
-    compute_tile(spec, small)
-    each = (time.monotonic() - started) / small.pixels
-    side = max(side for side in SIDES if side == SIDES[0] or 2 * side**2 * each <= seconds)
-    # What is together is compressed better: as many patches make a tile as have a whole tile's pixels.
-    patch = _patch(grid, first, side)
-    together = max(1, grid.tile[0] * grid.tile[1] // patch.pixels)
-    number = min(max(1, int(seconds / (patch.pixels * each))), TILES * together, len(spots))
-    number -= number % together if number > together else 0
-    started = time.monotonic()
-    found = [_inverted(spec, _patch(grid, spot, side)) for spot in spots[:number]]
-    taken = time.monotonic() - started
-    patches = [values for values in found if values is not None]
-    if not patches:
-        raise refusal
-    sample = {name: np.concatenate([values[name] for values in patches], axis=1) for name in patches[0]}
-    stored, empty, writing = _written(spec, sample, together * patch.shape[1])
+    _inverted(spec, _patch(grid, spots[0], SIDES[0]))  # opens what is needed by all
+    parts: list[dict[str, NDArray[Any]]] = []
+    side, pixels, taken = SIDES[0], 0, 0.0
+    most = TILES * grid.tile[0] * grid.tile[1]
+    for spot in spots:
+        started = time.monotonic()
+        values = _inverted(spec, _patch(grid, spot, side))
+        last = time.monotonic() - started
+        if values is not None:
+            # All patches in a row: their shapes do not matter for the compression.
+            parts.append({name: array.reshape(1, -1, *array.shape[2:]) for name, array in values.items()})
+            pixels += values["quality"].size
+        taken += last
+        if taken >= seconds or pixels >= most:
+            break
+        if 16 * last <= seconds and side < SIDES[-1]:
+            side *= 2
+    if not parts:
+        raise StoreError("no pixel of a sample can be inverted", where=spec.observation)
+    sample = {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}
+    stored, empty, writing = _written(spec, sample, grid.tile[0] * grid.tile[1])
     answerable = (sample["quality"] & (Flag.OUTSIDE_FIELD | Flag.NOT_SELECTED)) == 0
     return Sample(int(np.count_nonzero(answerable)), stored, empty, taken + writing)
 
@@ -404,14 +402,14 @@ def _inverted(spec: TileSpec, patch: Tile) -> dict[str, NDArray[Any]] | None:
 
 
 def _written(spec: TileSpec, sample: Mapping[str, NDArray[Any]], width: int) -> tuple[int, int, float]:
-    """Write a sample in tiles of some width: bytes more than empty ones have, those of one of these, time."""
-    height, whole, _, heights = sample["temperature"].shape
-    tiles = TileGrid((2, height, whole), (height, min(width, whole)))
+    """Write a row of pixels in tiles: bytes more than empty ones have, those of an empty one, time."""
+    _, whole, _, heights = sample["temperature"].shape
+    tiles = TileGrid((2, 1, whole), (1, min(width, whole)))
     with TemporaryDirectory(prefix="flarefield-") as folder:
         store = Path(folder) / "sample.zarr"
         lay_out(
             store,
-            xr.Dataset(coords={"time": range(2), "y": range(height), "x": range(whole)}),
+            xr.Dataset(coords={"time": range(2), "y": range(1), "x": range(whole)}),
             heights=range(heights),
             quantiles=spec.quantiles,
             tile=tiles.tile,

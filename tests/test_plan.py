@@ -65,7 +65,7 @@ def test_a_plan_says_what_it_assumes():
         "map.zarr: 10 tiles (40,000 pixels) to do; 3 tiles (12,000 pixels) are done",
         "  about 30,000 of the pixels lie within both lines' field",
         "  size: about 9.0 MB (225 bytes a pixel); 100.0 MB are free",
-        "  time: about 90.00 s, 400 pixels/s",
+        "  time: about 0:01:30 (h:mm:ss), 400 pixels/s",
         "  assuming 4 tiles at a time, on 2 cores each, at the pace of 500 pixels inverted just now",
     ]
     assert "IT DOES NOT FIT" in plan_of(need(), free=1000).summary()
@@ -117,7 +117,7 @@ def test_the_compression_is_that_of_larger_tiles_too(tmp_path, client, fake_mode
     settings = {"model": fake_model, "draws": 32, "tile": 64, "cluster": client}
     plan = plan_inversion(path, tmp_path / "map.zarr", **settings)
     report = invert(path, tmp_path / "map.zarr", **settings)
-    assert plan.need.stored == pytest.approx(report.stored, rel=0.1)
+    assert plan.need.stored == pytest.approx(report.stored, rel=0.25)
 
 
 def test_pixels_that_cannot_be_read_do_not_keep_from_planning(tmp_path, client, settings, caplog):
@@ -206,7 +206,6 @@ def run(*arguments):
 
 
 def test_the_command_plans_and_inverts_a_part(tmp_path, toy, client, settings, disk, capsys, monkeypatch):
-    monkeypatch.setattr(pipeline.invert, "LocalConfig", lambda: client)
     monkeypatch.setattr("pipeline.cluster.load_config", lambda text: client)
     output = tmp_path / "map.zarr"
     wanted = ["--model", settings["model"], "--draws", 32, "--tile", 8, "--region", "-1:0.4,0:0.2arcsec"]
