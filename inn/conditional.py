@@ -356,7 +356,7 @@ class ConditionalNetwork(nn.Module):
     # The flow on the leading components
 
     def _guess(self, context: Tensor) -> tuple[Tensor, Tensor, Spline]:
-        """Mean, logarithm of the spread (n, components) and shape of each component, given contexts (n, .)."""
+        """Mean and logarithm of the spread (n, components), and shape, of each component."""
         parts = self.guess(context).unflatten(-1, (self.components, -1))
         # Bounded, lest a rare draw lands beyond all numbers.
         return parts[..., 0], 3.0 * torch.tanh(parts[..., 1] / 3.0), Spline.from_parameters(parts[..., 2:])
@@ -550,7 +550,7 @@ def _product_plus(values: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _with_pressure(atmosphere: Tensor) -> Tensor:
-    """Logarithms of electron density and temperature (network units): their sum is the electron pressure's."""
+    """Atmospheres (network units) whose density has become the logarithm of the electron pressure."""
     size = atmosphere.shape[-1] // len(QUANTITIES)
     density, others = atmosphere[..., :size], atmosphere[..., size:]
     return torch.cat((density + others[..., :size], others), dim=-1)
@@ -581,7 +581,8 @@ def _left_open(values: Tensor, conditions: Tensor) -> Tensor:
     normal = regressors.T @ regressors
     normal.diagonal().add_(RIDGE * len(values))
     residual = values - regressors @ torch.linalg.solve(normal, regressors.T @ values)
-    return residual.square().mean(dim=0).sqrt()
+    spread: Tensor = residual.square().mean(dim=0).sqrt()
+    return spread
 
 
 def _log_normal(values: Tensor) -> Tensor:
