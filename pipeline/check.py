@@ -152,7 +152,6 @@ def check_map(path: str | Path) -> CheckReport:
 
 def _checked(store: Place) -> CheckReport:
     started = time.monotonic()
-    dataset = open_map(store.location)
     journal = store.journal
     if not log_at(journal).exists():
         raise StoreError(
@@ -161,13 +160,15 @@ def _checked(store: Place) -> CheckReport:
             remedy="put the journal back beside the map",
         )
     header, records = read_journal(journal)
-    if header["run"] != dataset.attrs.get("run"):
+    group = zarr.open_group(store.zarr, mode="r")
+    if header["run"] != group.attrs.get("run"):
         raise StoreError(
             "map and journal are of different runs",
             where=journal,
             remedy="put the right journal back beside the map",
         )
     check_coordinates(store, read_journal(journal)[1])
+    dataset = open_map(store.location)
     rows, columns = header["fingerprint"]["tile"]
     grid = TileGrid((dataset.sizes["time"], dataset.sizes["y"], dataset.sizes["x"]), (rows, columns))
     receipts = np.zeros((len(grid), 32), dtype=np.uint8)
@@ -184,7 +185,6 @@ def _checked(store: Place) -> CheckReport:
             receipts[index] = np.frombuffer(bytes.fromhex(receipt.zfill(64)), dtype=np.uint8)
     if finished and np.count_nonzero(known) == tiles:
         known[known == 0] = _NOT_SELECTED  # every tile that the run was asked for has a record
-    group = zarr.open_group(store.zarr, mode="r")
 
     def judge(index: int) -> FaultyTile | None:
         tile = grid[index]

@@ -47,6 +47,8 @@ logger = logging.getLogger("flarefield")
 SCHEDULER_SETTINGS = {
     # Worker death is normal: a task may lose many workers before it counts as failed.
     "distributed.scheduler.allowed-failures": 10,
+    # Tasks that wait at a worker are blamed for its death, too: none wait there.
+    "distributed.scheduler.worker-saturation": 1.0,
 }
 WORKER_SETTINGS = {
     # Tasks return a few hundred bytes, so memory is the computation's own: moving results to disk would free

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from itertools import islice
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-from distributed import Client, Future, KilledWorker, as_completed
+from distributed import CancelledError, Client, Future, KilledWorker, as_completed
 
 from pipeline.errors import ClusterError, FlareFieldError
 
@@ -94,32 +94,51 @@ def run_bounded(
     def more(room: int) -> list[Future]:
         return submit((task, 1) for task in islice(queue, room))
 
-    # Results come with their futures, and submissions go out in batches: a message for each task would cost
-    # more than a small task does.
-    in_flight = as_completed(more(window), loop=client.loop, with_results=True, raise_errors=False)
+    # A batch's results are fetched together, and submissions go out in batches: a message for each task would
+    # cost more than a small task does. (`as_completed` could fetch them, but would wait for ever when the
+    # scheduler is lost meanwhile.)
+    in_flight = as_completed(more(window), loop=client.loop, raise_errors=False)
     try:
         for batch in in_flight.batches():
             again: list[tuple[Task, int]] = []
+            results = _gathered(client, [future for future in batch if future.status == "finished"])
             # What is finished comes first: an error may be a reason for the caller to leave.
-            for future, result in sorted(batch, key=lambda pair: bool(pair[0].status != "finished")):
+            for future in sorted(batch, key=lambda future: future.key not in results):
                 task, attempt = pending.pop(future)
-                if future.status == "finished":
-                    yield Outcome(task, result, None, attempt)
+                if future.key in results:
+                    yield Outcome(task, results[future.key], None, attempt)
                 elif future.status == "error":
-                    error: BaseException = result[1]
+                    error: BaseException = future.exception()
                     if attempt < attempts and not isinstance(error, (KilledWorker, FlareFieldError)):
                         again.append((task, attempt + 1))
                     else:
                         yield Outcome(task, None, error, attempt)
+                elif future.status == "cancelled" or client.status != "running":
+                    raise _lost_cluster(client, f"task state {future.status!r}")
                 else:
-                    raise ClusterError(
-                        "the cluster gave up a task without an answer; its scheduler was probably lost",
-                        where=client.scheduler.address if client.scheduler else None,
-                        found=f"task state {future.status!r}",
-                        remedy="run the same command again: it resumes from what is finished",
-                    )
+                    # The result has died with its worker, which is no fault of the task.
+                    again.append((task, attempt))
             # Only now: what the caller learned from these outcomes may be that nothing more is to be done.
             in_flight.update(submit(again) + more(len(batch) - len(again)))
     finally:
         if pending and client.status == "running":
             client.cancel(list(pending), force=True)
+
+
+def _gathered(client: Client, futures: list[Future]) -> dict[str, Any]:
+    """Fetch results of finished tasks, by key; without those that are lost meanwhile."""
+    try:
+        results: dict[str, Any] = client.gather({future.key: future for future in futures}, errors="skip")
+    except (OSError, TimeoutError, CancelledError) as error:
+        raise _lost_cluster(client, f"{type(error).__name__}: {error}") from error
+    bad = {future.key for future in futures if future.status in ("error", "cancelled")}
+    return {key: result for key, result in results.items() if key not in bad}
+
+
+def _lost_cluster(client: Client, found: str) -> ClusterError:
+    return ClusterError(
+        "the cluster gave up a task without an answer; its scheduler was probably lost",
+        where=client.scheduler.address if client.scheduler else None,
+        found=found,
+        remedy="run the same command again: it resumes from what is finished",
+    )

@@ -1,0 +1,308 @@
+"""What can go wrong goes wrong here, and ends in the undisturbed map, bit for bit, or in a refusal."""
+
+import shutil
+import signal
+import threading
+
+import dask
+import disturbed
+import numpy as np
+import pytest
+from distributed import Client, LocalCluster
+from test_invert import PATIENCE, contents, processes, records, wait_until  # noqa: F401
+from toy_observation import toy_observation, write_store
+
+import pipeline.tiles as tiles
+from pipeline.check import check_map
+from pipeline.cluster import SCHEDULER_SETTINGS, WORKER_SETTINGS, AddressConfig
+from pipeline.errors import ClusterError, MisuseError, StoreError
+from pipeline.invert import invert
+from pipeline.journal import journal_path
+from pipeline.results import Flag, flagged, open_map
+from pipeline.tiles import TileGrid, tile_keys
+
+GRID = TileGrid((1, 20, 18), (5, 5))
+MEMORY = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def observation(tmp_path_factory):
+    path = tmp_path_factory.mktemp("faults") / "o.zarr"
+    chunks = {name: {"chunks": (1, 5, 5, n)} for name, n in (("halpha", 15), ("ca8542", 25))}
+    write_store(toy_observation(times=1), path, encoding=chunks)
+    return path
+
+
+@pytest.fixture(scope="module")
+def settings(fake_model):
+    return {"model": fake_model, "draws": 8, "tile": 5}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(observation, settings, client):
+    output = observation.parent / "undisturbed.zarr"
+    assert not invert(observation, output, cluster=client, **settings).failed
+    return contents(output)
+
+
+def sound(output, undisturbed):
+    return check_map(output).sound and contents(output) == undisturbed
+
+
+@pytest.fixture(scope="module")
+def start(processes):  # noqa: F811
+    """Start a function of `disturbed` in a process of its own, which ends with the test at the latest."""
+    started = []
+
+    def start(function, *args, **kwargs):
+        process = processes.Process(target=function, args=args, kwargs=kwargs)
+        process.start()
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
+
+
+# Workers
+
+
+@pytest.mark.usefixtures("processes")
+def test_workers_killed_or_out_of_memory_on_one_tile_again_and_again(
+    tmp_path, observation, settings, client, undisturbed
+):
+    """One tile kills two workers in a row, one fills the memory once, one kills every worker it meets."""
+    ways = {GRID[3]: ("kill", 2), GRID[7]: ("memory", 1), GRID[12]: ("kill", 99)}
+    deaths = disturbed.Deaths(tmp_path, ways, 2 * MEMORY)
+    output = tmp_path / "map.zarr"
+    with (
+        dask.config.set(
+            {
+                "distributed.worker.multiprocessing-method": "forkserver",
+                **WORKER_SETTINGS,
+                **SCHEDULER_SETTINGS,
+                "distributed.scheduler.allowed-failures": 3,
+            }
+        ),
+        LocalCluster(
+            n_workers=2,
+            threads_per_worker=1,
+            memory_limit=MEMORY,
+            host="127.0.0.1",
+            dashboard_address="127.0.0.1:0",
+            silence_logs=50,
+        ) as cluster,
+        Client(cluster, set_as_default=False) as other,
+    ):
+        other.register_plugin(deaths)
+        report = invert(observation, output, cluster=other, **settings)
+    died = sorted(path.name for path in tmp_path.glob("0-*"))
+    assert died == [
+        "0-0-3-kill-0",
+        "0-0-3-kill-1",
+        "0-1-3-memory-0",
+        *(f"0-3-0-kill-{count}" for count in range(4)),
+    ]
+    (failed,) = report.failed
+    assert failed.tile == GRID[12]
+    assert failed.error.startswith("KilledWorker")
+    dataset = open_map(output)
+    assert (dataset["quality"].values[GRID[12].region] == Flag.FAILED).all()
+    assert int(flagged(dataset, "failed").sum()) == GRID[12].pixels
+    assert [(one.tile, one.fault) for one in check_map(output).faults] == [(GRID[12], "failed")]
+    assert invert(observation, output, cluster=client, **settings).resumed == len(GRID) - 1
+    assert sound(output, undisturbed)
+
+
+def test_a_lost_scheduler_is_said_and_the_same_command_goes_on(
+    tmp_path, observation, settings, client, undisturbed, start
+):
+    output = tmp_path / "map.zarr"
+    server = start(disturbed.serve, tmp_path / "address")
+    wait_until((tmp_path / "address").exists)
+    errors = []
+
+    def work():
+        config = AddressConfig(address=(tmp_path / "address").read_text(), timeout=5)
+        try:
+            invert(observation, output, cluster=config, window=1, **settings)
+        except ClusterError as error:
+            errors.append(error)
+
+    timeouts = {"distributed.comm.timeouts.connect": "1s", "distributed.comm.retry.count": 0}
+    with dask.config.set(timeouts), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.journal.BATCH", 1)
+        command = threading.Thread(target=work)
+        command.start()
+        wait_until(lambda: journal_path(output).exists() and len(records(output)) >= 3)
+        server.kill()
+        command.join(PATIENCE)
+    assert not command.is_alive()
+    assert "resumes" in errors[0].remedy
+    assert 3 <= invert(observation, output, cluster=client, **settings).resumed < len(GRID)
+    assert sound(output, undisturbed)
+
+
+# Clients
+
+
+def test_two_clients_on_one_map(tmp_path, observation, settings, client, undisturbed, start):
+    output = tmp_path / "map.zarr"
+    first = start(disturbed.run, observation, output, disturb=(disturbed.hold, tmp_path, 4), **settings)
+    wait_until((tmp_path / "held").exists)
+    for overwrite in (False, True):
+        with pytest.raises(MisuseError, match="another command") as refusal:
+            invert(observation, output, cluster=client, overwrite=overwrite, **settings)
+        assert f"process {first.pid}" in refusal.value.found
+    with pytest.raises(MisuseError, match="another command"):
+        check_map(output)
+    (tmp_path / "go_on").touch()
+    first.join(PATIENCE)
+    assert first.exitcode == 0
+    assert sound(output, undisturbed)
+
+
+def test_a_client_killed_among_its_tiles_is_resumed(
+    tmp_path, observation, settings, client, undisturbed, start
+):
+    output = tmp_path / "map.zarr"
+    first = start(disturbed.run, observation, output, disturb=(disturbed.hold, tmp_path, 6), **settings)
+    wait_until((tmp_path / "held").exists)
+    first.kill()
+    first.join()
+    assert first.exitcode == -signal.SIGKILL
+    assert not check_map(output).finished
+    report = invert(observation, output, cluster=client, **settings)
+    assert 3 <= report.resumed < 6
+    assert sound(output, undisturbed)
+
+
+def test_a_clock_that_jumps_changes_nothing(tmp_path, observation, settings, undisturbed, start):
+    output = tmp_path / "map.zarr"
+    command = start(disturbed.run, observation, output, disturb=(disturbed.shake_clock,), **settings)
+    command.join(PATIENCE)
+    assert command.exitcode == 0
+    assert sound(output, undisturbed)
+    assert all(0 <= record["seconds"] < PATIENCE for record in records(output) if "sha256" in record)
+
+
+# Disks
+
+
+def test_files_that_cannot_grow_end_the_run_with_a_remedy(
+    tmp_path, observation, settings, client, undisturbed, start
+):
+    """The system refuses the write itself, as it does when a disk or a quota is full."""
+    output = tmp_path / "map.zarr"
+    limit = (disturbed.limit_files, 2048, 4)
+    command = start(disturbed.refused, tmp_path / "refusal", observation, output, disturb=limit, **settings)
+    command.join(PATIENCE)
+    problem = (tmp_path / "refusal").read_text().splitlines()[0]
+    assert problem.startswith(str(output))  # it may be a tile, or the journal
+    assert problem.endswith("no space left to write to")
+    assert not list(output.rglob("*.partial"))
+    assert 1 <= invert(observation, output, cluster=client, **settings).resumed <= 3
+    assert sound(output, undisturbed)
+
+
+def disturbed_at(monkeypatch, count, action):
+    """Do something just before the n-th tile is written."""
+    real, calls = tiles.write_tile, []
+
+    def writing(*args):
+        calls.append(1)
+        if len(calls) == count:
+            action()
+        return real(*args)
+
+    monkeypatch.setattr(tiles, "write_tile", writing)
+
+
+@pytest.mark.parametrize("damage", ["emptied", "cut", "gone"])
+def test_a_map_that_loses_tiles_while_it_is_made_is_not_called_finished(
+    tmp_path, observation, settings, client, undisturbed, monkeypatch, damage
+):
+    output = tmp_path / "map.zarr"
+
+    def spoil():
+        files = [output / tile_keys(tile)["velocity"] for tile in GRID]
+        file = next(file for file in files if file.exists())
+        content = file.read_bytes()
+        file.unlink() if damage == "gone" else file.write_bytes(content[: -9 if damage == "cut" else 0])
+
+    disturbed_at(monkeypatch, 12, spoil)
+    with pytest.raises(StoreError, match="1 finished tiles have gone from the map or changed") as refusal:
+        invert(observation, output, cluster=client, window=1, **settings)
+    assert "same command" in refusal.value.remedy
+    assert not check_map(output).finished
+    assert invert(observation, output, cluster=client, **settings).resumed == len(GRID) - 1
+    assert sound(output, undisturbed)
+
+
+def test_a_map_whose_description_is_cut_while_it_is_made_is_refused(
+    tmp_path, observation, settings, client, undisturbed, monkeypatch
+):
+    output = tmp_path / "map.zarr"
+    description = output / "zarr.json"
+    disturbed_at(monkeypatch, 7, lambda: description.write_bytes(description.read_bytes()[:700]))
+    with pytest.raises(StoreError, match="map store"):
+        invert(observation, output, cluster=client, window=1, **settings)
+    with pytest.raises(MisuseError, match="is not a map"):
+        invert(observation, output, cluster=client, **settings)
+    with pytest.raises(StoreError, match="not a FlareField map"):
+        check_map(output)
+
+
+@pytest.mark.parametrize("name", ["longitude/c/0/0", "y/c/0", "height/c/0", "height/zarr.json"])
+@pytest.mark.parametrize("cut", [True, False])
+def test_coordinates_that_are_cut_or_gone_are_noticed(
+    tmp_path, observation, settings, client, undisturbed, name, cut
+):
+    """A chunk that is not there reads as its fill value: nothing but a comparison tells."""
+    output = observation.parent / "undisturbed.zarr"
+    copy = tmp_path / "map.zarr"
+    shutil.copytree(output, copy)
+    shutil.copy(journal_path(output), journal_path(copy))
+    (copy / name).write_bytes((copy / name).read_bytes()[:-3]) if cut else (copy / name).unlink()
+    for action in (check_map, lambda path: invert(observation, path, cluster=client, **settings)):
+        with pytest.raises(StoreError, match="coordinates"):
+            action(copy)
+    invert(observation, copy, cluster=client, overwrite=True, **settings)
+    assert sound(copy, undisturbed)
+
+
+def test_an_observation_that_loses_data_meanwhile_spoils_nothing_silently(
+    tmp_path, observation, settings, client, undisturbed, monkeypatch
+):
+    copy = tmp_path / "o.zarr"
+    shutil.copytree(observation, copy)
+    chunk, content = copy / "halpha/c/0/3/3/0", (copy / "halpha/c/0/3/3/0").read_bytes()
+    disturbed_at(monkeypatch, 2, chunk.unlink)
+    output = tmp_path / "map.zarr"
+    with pytest.raises(StoreError, match="observation has changed"):
+        invert(copy, output, cluster=client, window=1, **settings)
+    with pytest.raises(MisuseError, match="other settings"):
+        invert(copy, output, cluster=client, **settings)
+    chunk.write_bytes(content)
+    invert(copy, output, cluster=client, **settings)
+    assert sound(output, undisturbed)
+
+
+def test_a_chunk_that_cannot_be_decoded_costs_its_tile_and_no_other(
+    tmp_path, observation, settings, client, undisturbed
+):
+    copy = tmp_path / "o.zarr"
+    shutil.copytree(observation, copy)
+    chunk = copy / "ca8542/c/0/1/2/0"
+    content = chunk.read_bytes()
+    chunk.write_bytes(content[:20] + np.random.default_rng(1).bytes(len(content) - 20))
+    output = tmp_path / "map.zarr"
+    report = invert(copy, output, cluster=client, **settings)
+    assert [failed.tile for failed in report.failed] == [GRID[6]]
+    assert [(one.tile, one.fault) for one in check_map(output).faults] == [(GRID[6], "failed")]
+    for tile in GRID:
+        for key in tile_keys(tile).values():
+            same = contents(output)[key] == undisturbed[key]
+            assert same or tile == GRID[6]
