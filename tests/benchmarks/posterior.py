@@ -15,12 +15,14 @@ from the median are left out, and their share is printed. The draws that a netwo
 error is not above that of 128 Gaussian draws, of the reference and of the network itself.
 
 The ceiling is what a machine would reach that did nothing but the matrix products: random matrices of the
-very same sizes, multiplied as often, in the same run.
+very same sizes, multiplied as often, in the same run. Where there is a CUDA device, both networks stand in
+the table once more, on it (those rows have never been filled).
 
 Run with ``make bench``; ``--seconds`` bounds each measurement of speed.
 """
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -348,6 +350,7 @@ def speed(
     draws: int,
     latent: str,
     error: float,
+    device: str = "cpu",
 ) -> Speed:
     """Measure `work` with one thread and with all, and the products it consists of."""
     rates = {
@@ -365,7 +368,7 @@ def speed(
         threads,
         rates[threads],
         operations / len(observed.lines),
-        peak(sizes, torch.device("cpu"), seconds),
+        peak(sizes, torch.device(device), seconds),
     )
 
 
@@ -458,7 +461,13 @@ def main() -> None:
             lambda block: reference(freia, block.lines), 8, draws=DRAWS, latent="gaussian", error=known,
         )
     ]  # fmt: skip
-    for name, model, pixels in (("published", joint, 64), ("recommended", recommended, 512)):
+    places = [("published", joint, 64, "cpu"), ("recommended", recommended, 512, "cpu")]
+    if torch.cuda.is_available():
+        places += [
+            (name, copy.deepcopy(model).to("cuda"), pixels, "cuda")
+            for name, model, pixels in (("published", joint, 4096), ("recommended", recommended, 32768))
+        ]
+    for name, model, pixels, device in places:
         # No worse than the reference, and no worse than its number of draws would be here.
         wanted = min(known, curves[name]["gaussian"][DRAWS])
         chosen = {(DRAWS, "gaussian")}
@@ -469,8 +478,9 @@ def main() -> None:
         for draws, kind in sorted(chosen, reverse=True):
             speeds.append(
                 measured(
-                    f"{name} network", partial(ours, model, draws=draws, latent=kind), pixels,
-                    draws=draws, latent=kind, error=curves[name][kind][draws],
+                    f"{name} network" + (", one GPU" if device == "cuda" else ""),
+                    partial(ours, model, draws=draws, latent=kind), pixels,
+                    draws=draws, latent=kind, error=curves[name][kind][draws], device=device,
                 )
             )  # fmt: skip
     speeds.append(
