@@ -1,0 +1,253 @@
+"""What a pixel of a map takes on the disk, and what the rounding costs in accuracy, against alternatives.
+
+    python -m tests.benchmarks.output_size OBS.zarr [--pixels N]
+
+OBS.zarr is an observation store: the demo's, or the real pair's. Some of its pixels are inverted with the
+default settings, and the quantiles of all three quantities are encoded in every way of the table, in one tile
+as large as the engine's. Beside bytes a pixel: the times to write and to read back the tile, and the error
+that the encoding introduces, root mean square over pixels and heights, over the sampling error of the
+quantiles themselves. The latter is measured: some of the pixels are inverted with
+several seeds, whose standard deviation it is.
+
+Rounding steps are the spread of each pixel's posterior over the root of the draws, divided by 4 to 64; the
+engine's are 1/16 of it (`pipeline.tiles.round_to_sampling_error`). Errors are in the logarithm of what is
+positive, in km/s for velocities, both divided by the posterior's spread; the table has the ratio of that
+quantity and quantile where it is largest.
+"""
+
+import argparse
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from zarr.abc.codec import BytesBytesCodec
+from zarr.codecs import BloscCodec, GzipCodec, TransposeCodec, ZstdCodec
+from zarr.storage import MemoryStore
+
+import inn
+from inn.layout import QUANTITIES
+from inn.posterior import QUANTILES, posterior_quantiles
+from pipeline import tiles
+from pipeline.observation import open_observation
+from pipeline.spectra import network_lines
+from pipeline.tiles import SPREAD, round_to_sampling_error
+
+Quantiles = dict[str, NDArray[np.float32]]
+"""Of each quantity, (pixels, quantiles, heights)."""
+
+DRAWS = 256
+SEEDS = 4
+TILE = 64
+
+
+def blosc(level: int, shuffle: str = "bitshuffle", name: str = "zstd") -> BloscCodec:
+    """Make a Blosc compressor."""
+    return BloscCodec(cname=name, clevel=level, shuffle=shuffle)
+
+
+ENGINE = blosc(5)
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """A way to store a quantity's quantiles.
+
+    Attributes
+    ----------
+    name : str
+        What the table calls it.
+    rounding : float or None
+        Largest step, in spreads over the root of the draws; None for none.
+    codec : zarr codec
+        Compressor of a chunk.
+    together : bool
+        Whether all quantiles are in one chunk; the engine has a chunk for each.
+    heights_first : bool
+        Whether a chunk is ordered height by height; the engine's are pixel by pixel.
+    side : int
+        Pixels along the sides of a tile.
+    """
+
+    name: str
+    rounding: float | None = tiles.ROUNDING
+    codec: BytesBytesCodec = ENGINE
+    together: bool = False
+    heights_first: bool = False
+    side: int = TILE
+
+
+ENCODINGS = (
+    Encoding("as the engine does it"),
+    Encoding("no rounding", rounding=None),
+    *(Encoding(f"steps of 1/{steps}", rounding=1 / steps) for steps in (2, 4, 8, 32, 64)),
+    *(Encoding(f"blosc zstd, level {level}", codec=blosc(level)) for level in (1, 3, 7, 9)),
+    Encoding("byte shuffle", codec=blosc(5, "shuffle")),
+    Encoding("no shuffle", codec=blosc(5, "noshuffle")),
+    Encoding("blosc lz4 5", codec=blosc(5, name="lz4")),
+    Encoding("zstd 3, no blosc", codec=ZstdCodec(level=3)),
+    Encoding("gzip 5", codec=GzipCodec(level=5)),
+    Encoding("quantiles in one chunk", together=True),
+    *(Encoding(f"tiles of {side} x {side}", side=side) for side in (16, 32)),
+    Encoding("heights first", heights_first=True),
+    Encoding("heights first, zstd 3", codec=blosc(3), heights_first=True),
+    Encoding("heights first, byte shuffle", codec=blosc(5, "shuffle"), heights_first=True),
+    *(
+        Encoding(f"heights first, steps of 1/{steps}", rounding=1 / steps, heights_first=True)
+        for steps in (4, 8)
+    ),
+)
+
+
+def pixels_of(path: Path, count: int) -> tuple[NDArray[np.float32], float, inn.ConditionalNetwork]:
+    """Lines of a square of pixels in the middle of the first time, all within the field, and their mu."""
+    model = inn.load_model()
+    dataset = open_observation(path).isel(time=0)
+    valid = dataset["valid"].values
+    side = min(int(count**0.5), *valid.shape)
+    # The square that holds most of the field.
+    total = np.pad(valid.astype(int), ((1, 0), (1, 0))).cumsum(0).cumsum(1)
+    held = total[side:, side:] - total[:-side, side:] - total[side:, :-side] + total[:-side, :-side]
+    y, x = np.unravel_index(int(held.argmax()), held.shape)
+    here = {"y": slice(int(y), int(y) + side), "x": slice(int(x), int(x) + side)}
+    names = [window.name for window in model.layout.lines]
+    inside = dataset["valid"].isel(here).values
+    intensity = [dataset[name].isel(here).transpose("y", "x", ...).values[inside] for name in names]
+    wavelength = [dataset[f"wavelength_{name}"].values for name in names]
+    lines, _ = network_lines(*intensity, *wavelength, model.layout)
+    return lines[np.isfinite(lines).all(axis=1)], float(dataset["mu"]), model
+
+
+def invert(model: inn.ConditionalNetwork, lines: NDArray[np.float32], mu: float, seed: int) -> Quantiles:
+    """Quantiles as the engine asks for them: the default ones, which hold those of the spread."""
+    return posterior_quantiles(model, lines, mu, draws=DRAWS, quantiles=QUANTILES, seed=seed)
+
+
+def scaled(quantity: str, values: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Where errors are additive: the logarithm of what is positive."""
+    exact = values.astype(np.float64)
+    return exact if quantity == "velocity" else np.log(exact)
+
+
+def ends(values: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The quantiles whose half distance is the spread, each (pixels, heights)."""
+    low, high = (values[:, QUANTILES.index(level)] for level in SPREAD)
+    return low, high
+
+
+def spread(quantity: str, values: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Half the distance of the quantiles `SPREAD`, where errors are additive: (pixels, 1, heights)."""
+    low, high = (scaled(quantity, end) for end in ends(values))
+    return 0.5 * (high - low)[:, None]
+
+
+def rounded(quantiles: Quantiles, rounding: float | None) -> Quantiles:
+    """Round as the engine does, with another step."""
+    if rounding is None:
+        return quantiles
+    with mock.patch.object(tiles, "ROUNDING", rounding):
+        return {
+            quantity: round_to_sampling_error(values, *ends(values), DRAWS, positive=quantity != "velocity")
+            for quantity, values in quantiles.items()
+        }
+
+
+def worst_error(quantiles: Quantiles, exact: Quantiles, sampling: dict[str, NDArray[np.float64]]) -> float:
+    """Root mean square error over the sampling error, of the quantity and quantile where it is largest."""
+    worst = 0.0
+    for quantity, values in quantiles.items():
+        truth = exact[quantity]
+        error = (scaled(quantity, values) - scaled(quantity, truth)) / spread(quantity, truth)
+        worst = max(worst, float((np.sqrt(np.mean(error**2, axis=(0, 2))) / sampling[quantity]).max()))
+    return worst
+
+
+def sampling_errors(seeds: list[Quantiles]) -> dict[str, NDArray[np.float64]]:
+    """Standard deviation from seed to seed, in spreads, of each quantity and quantile: the median pixel's."""
+    found = {}
+    for quantity in QUANTITIES:
+        values = np.stack([scaled(quantity, one[quantity]) for one in seeds])
+        deviation = values.std(axis=0, ddof=1) / spread(quantity, seeds[0][quantity])
+        found[quantity] = np.median(deviation, axis=(0, 2))
+    return found
+
+
+def stored(quantiles: Quantiles, encoding: Encoding) -> tuple[float, float, float]:
+    """Bytes a pixel of one encoding, and the seconds to write and to read all of it."""
+    store = MemoryStore()
+    group = zarr.create_group(store)
+    pixels, levels, heights = quantiles["temperature"].shape
+    side = min(encoding.side**2, pixels)
+    whole = pixels - pixels % side  # what is left over is no tile of the engine's
+    for quantity in quantiles:
+        group.create_array(
+            quantity,
+            shape=(whole, levels, heights),
+            dtype="float32",
+            chunks=(side, levels if encoding.together else 1, heights),
+            shards=(side, levels, heights),
+            filters=[TransposeCodec(order=(1, 2, 0))] if encoding.heights_first else None,
+            compressors=encoding.codec,
+            fill_value=np.nan,
+        )
+    started = time.perf_counter()
+    for quantity, values in quantiles.items():
+        group[quantity][:] = values[:whole]
+    written = time.perf_counter()
+    for quantity, values in quantiles.items():
+        np.testing.assert_array_equal(group[quantity][:], values[:whole])
+    read = time.perf_counter()
+    size = sum(len(value) for key, value in store._store_dict.items() if not key.endswith("zarr.json"))
+    return size / whole, written - started, read - written
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("observation", type=Path, help="an observation store")
+    parser.add_argument("--pixels", type=int, default=TILE**2, help="how many to invert, at most")
+    parser.add_argument("--seeds", type=int, default=4, help="seeds that measure the sampling error")
+    given = parser.parse_args()
+    lines, mu, model = pixels_of(given.observation, given.pixels)
+    exact = invert(model, lines, mu, 0)
+    some = lines[:: max(1, len(lines) // 512)]
+    sampling = sampling_errors([invert(model, some, mu, seed) for seed in range(given.seeds)])
+
+    table = Table(title=f"{len(lines)} pixels, {DRAWS} draws: {len(QUANTILES)} quantiles of three quantities")
+    for heading in (
+        "encoding",
+        "bytes a pixel",
+        "over the engine's",
+        "error / sampling error",
+        "write",
+        "read",
+    ):
+        table.add_column(heading, justify="left" if heading == "encoding" else "right")
+    first: tuple[float, float, float] | None = None
+    for encoding in ENCODINGS:
+        quantiles = rounded(exact, encoding.rounding)
+        found = stored(quantiles, encoding)
+        first = first or found
+        table.add_row(
+            encoding.name,
+            f"{found[0]:,.0f}",
+            *(f"{found[0] / first[0]:.2f} x",),
+            f"{worst_error(quantiles, exact, sampling):.3f}",
+            *(f"{one / base:.2f} x" for one, base in zip(found[1:], first[1:], strict=True)),
+        )
+    console = Console()
+    console.print(table)
+    console.print("sampling error of each quantile, in spreads of the posterior (the median pixel's):")
+    for quantity, values in sampling.items():
+        console.print(f"  {quantity.replace('_', ' ')}: {', '.join(f'{value:.3f}' for value in values)}")
+
+
+if __name__ == "__main__":
+    main()
