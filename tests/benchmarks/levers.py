@@ -1,6 +1,6 @@
 """What each way of making the posterior faster pays, against the present one, in one run.
 
-    python -m tests.benchmarks.levers [--seconds N] [--model MODEL]
+    python -m tests.benchmarks.levers [--seconds N] [--model MODEL] [--compile]
 
 Rows per batch, threads, one sort against partitioning or torch's own quantiles, products in bfloat16, and
 torch's compiler. Each is measured on the recommended network (or MODEL) and observations of the bundled
@@ -86,6 +86,7 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=3.0, help="time for each measurement")
     parser.add_argument("--model", type=Path, help="a model directory; the bundled one if left out")
+    parser.add_argument("--compile", action="store_true", help="try torch's compiler, too: takes minutes")
     parser.add_argument("--draws", type=int, default=64)
     parser.add_argument("--pixels", type=int, default=512)
     options = parser.parse_args()
@@ -118,21 +119,22 @@ def main() -> None:
         torch.set_num_threads(cores)
         row(f"{cores} threads", plain)
         torch.set_num_threads(1)
-    # Compiled for the shapes it meets, like the library's fixed batches; compiling itself is not timed.
-    compiled = inn.load_model(options.model)
-    name = "score_draws" if hasattr(compiled, "score_draws") else "inverse"
-    setattr(compiled, name, torch.compile(getattr(compiled, name), dynamic=False))
-    started = time.perf_counter()
-    try:
-        quantiles(compiled, observed, draws=options.draws)
-    except torch._dynamo.exc.BackendCompilerFailed as failure:
-        table.add_row("torch.compile", f"does not work here: {str(failure).splitlines()[0][:60]}")
-    else:
-        spent = time.perf_counter() - started
-        row(
-            f"torch.compile ({spent:.0f} s at first)",
-            partial(quantiles, compiled, observed, draws=options.draws),
-        )
+    if options.compile:
+        # Compiled for the shapes it meets, like the library's fixed batches; compiling itself is not timed.
+        compiled = inn.load_model(options.model)
+        name = "score_draws" if hasattr(compiled, "score_draws") else "inverse"
+        setattr(compiled, name, torch.compile(getattr(compiled, name), dynamic=False))
+        started = time.perf_counter()
+        try:
+            quantiles(compiled, observed, draws=options.draws)
+        except torch._dynamo.exc.BackendCompilerFailed as failure:
+            table.add_row("torch.compile", f"does not work here: {str(failure).splitlines()[0][:60]}")
+        else:
+            spent = time.perf_counter() - started
+            row(
+                f"torch.compile ({spent:.0f} s at first)",
+                partial(quantiles, compiled, observed, draws=options.draws),
+            )
     console = Console(width=120)
     console.print(table)
 
