@@ -1,0 +1,352 @@
+"""Observation, model and map on object stores: in memory, and on a local S3-compatible server."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+
+import fsspec
+import pytest
+import xarray as xr
+from toy_observation import toy_observation, write_store
+
+import pipeline.storage as storage
+import pipeline.tiles as tiles
+from pipeline.check import check_map
+from pipeline.errors import MisuseError, StoreError
+from pipeline.invert import invert
+from pipeline.journal import BATCH, Journal, read_journal
+from pipeline.results import open_map
+from pipeline.storage import ObjectLog, lock, place
+from pipeline.tiles import observation_hash
+
+SETTINGS = {"draws": 8, "tile": 8}
+
+
+@pytest.fixture(scope="module")
+def folder(client, fake_model, tmp_path_factory):
+    """An observation and a map made of it, on disk."""
+    folder = tmp_path_factory.mktemp("local")
+    write_store(toy_observation(times=1), folder / "o.zarr")
+    shutil.copytree(fake_model, folder / "model")
+    invert(folder / "o.zarr", folder / "map.zarr", model=folder / "model", cluster=client, **SETTINGS)
+    return folder
+
+
+@pytest.fixture
+def bucket(folder, request, monkeypatch):
+    """URL of a folder in memory that holds the observation and the model."""
+    monkeypatch.setattr(storage, "BEAT", 0.1)
+    url = f"memory://{request.node.name.replace('[', '-').replace(']', '')}"
+    put(folder, url)
+    yield url
+    fsspec.filesystem("memory").rm(url, recursive=True)
+
+
+def put(folder, url):
+    files, root = fsspec.url_to_fs(url)
+    for name in ("o.zarr", "model"):
+        for file in (folder / name).rglob("*"):
+            if file.is_file():
+                files.pipe_file(f"{root}/{file.relative_to(folder)}", file.read_bytes())
+
+
+def contents(store):
+    """Bytes of every file of a map, but for what tells its run and its call."""
+    there = place(store)
+    keys = sorted(there.sizes())
+    files = dict(zip(keys, there.read(keys), strict=True))
+    root = json.loads(files.pop("zarr.json"))
+    for name in ("run", "call"):
+        root["attributes"].pop(name)
+    root["attributes"]["model"].pop("name")
+    return {**files, "zarr.json": json.dumps(root).encode()}
+
+
+def names(url):
+    files, root = fsspec.url_to_fs(url, use_listings_cache=False)
+    return sorted(path.rpartition("/")[2] for path in files.ls(root, detail=False))
+
+
+def run(url, client, **settings):
+    return invert(
+        f"{url}/o.zarr", f"{url}/map.zarr", model=f"{url}/model", cluster=client, **{**SETTINGS, **settings}
+    )
+
+
+# Maps
+
+
+def test_a_map_in_a_bucket_is_the_map_on_disk(bucket, folder, client):
+    report = run(bucket, client)
+    assert report.output == f"{bucket}/map.zarr"
+    assert report.summary().startswith(f"{bucket}/map.zarr: 9 of 9 tiles done")
+    assert names(bucket) == ["map.zarr", "map.zarr.journal", "model", "o.zarr"]
+    assert contents(report.output) == contents(folder / "map.zarr")
+    assert observation_hash(f"{bucket}/o.zarr") == observation_hash(folder / "o.zarr")
+    assert run(bucket, client).resumed == 9
+    checked = check_map(report.output)
+    assert checked.sound
+    xr.testing.assert_identical(
+        open_map(report.output).drop_attrs(), open_map(folder / "map.zarr").drop_attrs()
+    )
+    with pytest.raises(MisuseError, match="other settings"):
+        run(bucket, client, seed=2)
+
+
+def test_damage_is_found_and_mended(bucket, folder, client):
+    files = fsspec.filesystem("memory")
+    run(bucket, client)
+    store = f"{bucket}/map.zarr"
+    files.rm(f"{store}/temperature/c/0/1/1/0/0")
+    files.pipe_file(f"{store}/quality/c/0/2/0", b"")
+    whole = files.cat_file(f"{store}/velocity/c/0/0/0/0/0")
+    files.pipe_file(f"{store}/velocity/c/0/0/0/0/0", whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert [one.fault for one in check_map(store).faults] == ["damaged", "missing", "damaged"]
+    assert run(bucket, client).resumed == 6
+    assert contents(store) == contents(folder / "map.zarr")
+    files.rm(f"{store}/longitude/c/0/0")
+    with pytest.raises(StoreError, match="coordinates"):
+        check_map(store)
+
+
+@pytest.mark.parametrize("moment", ["put", "pipe_file", "cp_file", "rm"])
+def test_starting_over_can_be_interrupted_anywhere(bucket, folder, client, monkeypatch, moment):
+    """Each request of one kind in turn is the last one before the command ends."""
+    run(bucket, client, draws=4)
+
+    class Killed(BaseException):
+        pass
+
+    calls = []
+    owner, name = (
+        (storage._Objects, "put") if moment == "put" else (type(fsspec.filesystem("memory")), moment)
+    )
+    real = getattr(owner, name)
+
+    def deadly(self, *args, **kwargs):
+        # workers and the lock's renewal are other threads: they live
+        if threading.current_thread() is threading.main_thread():
+            calls.append(1)
+            if len(calls) == die_at:
+                raise Killed
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(owner, name, deadly)
+    for number in (1, 2, 4, 7, 12, 40, 90):
+        die_at, calls[:] = number, []
+        try:
+            run(bucket, client, overwrite=True)
+        except Killed:
+            free_lock(bucket)
+            assert contents_are_of_a_run_or_nothing(f"{bucket}/map.zarr")
+            continue
+        break
+    monkeypatch.setattr(owner, name, real)
+    run(bucket, client, overwrite=True)
+    assert contents(f"{bucket}/map.zarr") == contents(folder / "map.zarr")
+    assert names(bucket) == ["map.zarr", "map.zarr.journal", "model", "o.zarr"]
+    assert check_map(f"{bucket}/map.zarr").sound
+
+
+def free_lock(bucket):
+    files = fsspec.filesystem("memory")
+    if files.exists(f"{bucket}/map.zarr.lock"):
+        files.rm_file(f"{bucket}/map.zarr.lock")
+
+
+def contents_are_of_a_run_or_nothing(store):
+    """A map that can be opened is a whole one: the old, or the new."""
+    if "zarr.json" not in place(store).sizes():
+        return True
+    dataset = open_map(store)
+    return dataset.attrs["settings"]["draws"] in (4, 8) and dataset["time"].size == 1
+
+
+# Locks and journals
+
+
+def test_two_clients_exclude_each_other_and_a_dead_one_is_followed(bucket, monkeypatch, caplog):
+    store = f"{bucket}/map.zarr"
+    files = fsspec.filesystem("memory")
+    with lock(store):
+        with pytest.raises(MisuseError, match="another command") as refusal, lock(store):
+            pass
+        assert f"process {os.getpid()}" in refusal.value.found
+        held = files.cat_file(f"{store}.lock")
+    assert not files.exists(f"{store}.lock")
+    files.pipe_file(f"{store}.lock", held)  # its holder is dead
+    with caplog.at_level("INFO", logger="flarefield"), lock(store):
+        assert files.cat_file(f"{store}.lock") != held
+    assert "taken over" in caplog.text
+    assert not files.exists(f"{store}.lock")
+
+
+def test_a_client_that_was_thought_dead_can_do_no_harm(bucket, client, monkeypatch):
+    """Another one has taken over and written to the journal: the first one's next record is refused."""
+    store = f"{bucket}/map.zarr"
+    monkeypatch.setattr("pipeline.journal.BATCH", 1)
+    real, calls = tiles.write_tile, []
+
+    def slow(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            location = place(store).journal
+            parts = place(location).names()
+            number = f"{int(parts[-1]) + 1:08d}"
+            fsspec.filesystem("memory").pipe_file(f"{location}/{number}", b'{"tile":8,"error":"x"}\n')
+        return real(*args)
+
+    monkeypatch.setattr(tiles, "write_tile", slow)
+    with pytest.raises(StoreError, match="another command has written to this journal"):
+        run(bucket, client, window=1)
+    monkeypatch.setattr(tiles, "write_tile", real)
+    run(bucket, client)
+    assert check_map(store).sound
+
+
+def test_a_store_that_excludes_nobody_is_worked_on_with_a_warning(bucket, monkeypatch, caplog):
+    kind = type(fsspec.filesystem("memory"))
+    real = kind.pipe_file
+    monkeypatch.setattr(kind, "pipe_file", lambda self, path, value, mode="": real(self, path, value))
+    with lock(f"{bucket}/map.zarr"), pytest.raises(MisuseError), lock(f"{bucket}/map.zarr"):
+        pass
+    assert "cannot exclude each other" in caplog.text
+
+
+def test_a_journal_in_objects_is_a_journal(bucket, monkeypatch):
+    monkeypatch.setattr(ObjectLog, "interval", 1e9)
+    location = f"{bucket}/map.zarr.journal"
+    with Journal.create(location, "0" * 32, {"draws": 4}) as journal:
+        for tile in range(BATCH + 3):
+            journal.append({"tile": tile})
+    assert place(location).names() == ["00000000", "00000001", "00000002"]
+    with Journal.open(location) as journal:
+        assert journal.fingerprint == {"draws": 4}
+        journal.append({"finished": True})
+    header, records = read_journal(location)
+    assert header["run"] == "0" * 32
+    assert list(records) == [*({"tile": tile} for tile in range(BATCH + 3)), {"finished": True}]
+    Journal.create(location, "1" * 32, {"draws": 4}).close()
+    assert list(read_journal(location)[1]) == []
+    with pytest.raises(StoreError, match="not a journal"):
+        read_journal(f"{bucket}/other.journal")
+
+
+def test_what_cannot_be_used_is_said(client):
+    with pytest.raises(MisuseError, match="URLs of this kind"):
+        place("nonsense://bucket/map.zarr")
+    with pytest.raises(StoreError, match="no such observation"):
+        invert("memory://nowhere/o.zarr", "memory://nowhere/map.zarr", cluster=client)
+
+
+# A server
+
+
+SERVER = """
+import sys
+from moto.server import main
+main(["-H", "127.0.0.1", "-p", sys.argv[1]])
+"""
+
+
+@pytest.fixture(scope="module")
+def s3(folder, tmp_path_factory):
+    """URL of a bucket on an S3-compatible server on this machine, with the observation and the model."""
+    pytest.importorskip("s3fs", reason="needs s3fs (flarefield[s3])")
+    pytest.importorskip("moto", reason="needs moto, an S3-compatible server")
+    pytest.importorskip("flask", reason="needs moto's server")
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER, str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+            "AWS_ACCESS_KEY_ID": "someone",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "NO_PROXY": "127.0.0.1",
+        }.items():
+            patch.setenv(name, value)
+        try:
+            files = fsspec.filesystem("s3", use_listings_cache=False)
+            deadline = time.monotonic() + 120
+            while True:
+                try:
+                    files.mkdir("bucket")
+                    break
+                except Exception:
+                    assert server.poll() is None, "the server ended"
+                    assert time.monotonic() < deadline, "no server"
+                    time.sleep(0.2)
+            put(folder, "s3://bucket/here")
+            yield "s3://bucket/here"
+        finally:
+            server.kill()
+            server.wait()
+
+
+def test_a_map_on_an_s3_server_is_the_map_on_disk(s3, folder, client):
+    report = run(s3, client)
+    assert contents(report.output) == contents(folder / "map.zarr")
+    assert names(s3) == ["map.zarr", "map.zarr.journal", "model", "o.zarr"]
+    assert check_map(report.output).sound
+    assert run(s3, client).resumed == 9
+    report = run(s3, client, draws=4, overwrite=True)
+    assert open_map(report.output).attrs["settings"]["draws"] == 4
+    assert check_map(report.output).sound
+    assert names(s3) == ["map.zarr", "map.zarr.journal", "model", "o.zarr"]
+
+
+def test_an_s3_server_excludes_a_second_client(s3, monkeypatch, caplog):
+    monkeypatch.setattr(storage, "BEAT", 0.2)
+    with (
+        lock(f"{s3}/locked.zarr"),
+        pytest.raises(MisuseError, match="another command"),
+        lock(f"{s3}/locked.zarr"),
+    ):
+        pass
+    assert "cannot exclude" not in caplog.text
+    assert "locked.zarr.lock" not in names(s3)
+
+
+def test_workers_in_processes_of_their_own_and_a_killed_command(s3, folder, client, monkeypatch):
+    """The command line, as it would be typed; killed when some tiles are recorded, and gone on with."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(storage, "BEAT", 0.5)
+    output = f"{s3}/killed.zarr"
+    command = [sys.executable, "-c", KILLABLE, f"{s3}/o.zarr", output]
+    settings = ["--model", f"{s3}/model", "--draws", "8", "--tile", "8"]
+    first = subprocess.Popen([*command, *settings], stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 240
+        while len(place(f"{output}.journal").names()) < 4 and first.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        first.kill()
+        first.wait()
+    assert "killed.zarr.lock" in names(s3)
+    report = invert(f"{s3}/o.zarr", output, model=f"{s3}/model", cluster=client, **SETTINGS)
+    assert report.resumed >= 2
+    assert contents(output) == contents(folder / "map.zarr")
+    assert check_map(output).sound
+
+
+KILLABLE = """
+import sys
+import pipeline.journal, pipeline.storage
+pipeline.journal.BATCH, pipeline.storage.BEAT = 1, 0.5
+from pipeline.cli import main
+if __name__ == "__main__":
+    main(["invert", *sys.argv[1:]])
+"""
