@@ -208,13 +208,14 @@ def run(*arguments):
 def test_the_command_plans_and_inverts_a_part(tmp_path, toy, client, settings, disk, capsys, monkeypatch):
     monkeypatch.setattr("pipeline.cluster.load_config", lambda text: client)
     output = tmp_path / "map.zarr"
-    wanted = ["--model", settings["model"], "--draws", 32, "--tile", 8, "--region", "-1:0.4,0:0.2arcsec"]
+    always = ["--model", settings["model"], "--draws", 32, "--tile", 8, "--cluster", "local"]
+    wanted = [*always, "--region", "-1:0.4,0:0.2arcsec"]
     assert run("invert", toy, output, *wanted, "--dry-run") == 0
     assert f"{output}: 2 tiles (64 pixels) to do" in capsys.readouterr().out
     assert not output.exists()
     assert run("invert", toy, output, *wanted) == 0
     later = ["--skip", "not_finite,outside_field", "--skip", "not_selected", "--skip-from", output]
-    assert run("invert", toy, tmp_path / "b.zarr", *wanted[:6], *later, "--times", "0") == 0
+    assert run("invert", toy, tmp_path / "b.zarr", *always, *later, "--times", "0") == 0
     part = open_map(tmp_path / "b.zarr").load()
     answered = np.isfinite(part["temperature"]).all(("quantile", "height"))
     assert int(answered.sum()) == 32 - 6
@@ -225,4 +226,4 @@ def test_the_command_plans_and_inverts_a_part(tmp_path, toy, client, settings, d
     assert "IT DOES NOT FIT" in capsys.readouterr().out
     assert run("invert", toy, tmp_path / "c.zarr", *wanted) == 1
     assert "does not fit on the disk" in capsys.readouterr().err
-    assert run("invert", toy, output, *wanted[:6], "--region", "all") == 2
+    assert run("invert", toy, output, *always, "--region", "all") == 2
