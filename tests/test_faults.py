@@ -203,7 +203,7 @@ def test_files_that_cannot_grow_end_the_run_with_a_remedy(
     assert problem.startswith(str(output))  # it may be a tile, or the journal
     assert problem.endswith("no space left to write to")
     assert not list(output.rglob("*.partial"))
-    assert 1 <= invert(observation, output, cluster=client, **settings).resumed <= 3
+    assert 1 <= invert(observation, output, cluster=client, **settings).resumed < len(GRID)
     assert sound(output, undisturbed)
 
 
