@@ -298,8 +298,8 @@ def test_displacements_are_found_to_a_tenth_of_a_pixel(grid, tmp_path, shift, dr
 
 @pytest.fixture(scope="module")
 def demo(client, tmp_path_factory):
-    """A whole run of the demo with the bundled grid and network, a scan and half of the draws left out."""
-    return run_demo(tmp_path_factory.mktemp("demo") / "demo", client=client, scans=2, draws=128)
+    """A whole run of the demo with the bundled grid and network, a scan left out."""
+    return run_demo(tmp_path_factory.mktemp("demo") / "demo", client=client, scans=2)
 
 
 def test_the_bundled_network_finds_held_out_physics_in_the_ribbons(demo):
