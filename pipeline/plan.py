@@ -370,9 +370,14 @@ def take_sample(spec: TileSpec, grid: TileGrid, seconds: float, spots: Sequence[
     parts: list[dict[str, NDArray[Any]]] = []
     side, pixels, taken = SIDES[0], 0, 0.0
     most = TILES * grid.tile[0] * grid.tile[1]
+    patches: list[Tile] = []
     for spot in spots:
+        patch = _patch(grid, spot, side)
+        if any(_overlap(patch, other) for other in patches):
+            continue  # the same pixels again would compress to nothing
+        patches.append(patch)
         started = time.monotonic()
-        values = _inverted(spec, _patch(grid, spot, side))
+        values = _inverted(spec, patch)
         last = time.monotonic() - started
         if values is not None:
             # All patches in a row: their shapes do not matter for the compression.
@@ -442,3 +447,10 @@ def _patch(grid: TileGrid, spot: Spot, side: int) -> Tile:
     ]
     y, x = ((begin, begin + size) for begin, size in zip(first, sizes, strict=True))
     return Tile(when, 0, 0, y, x)
+
+
+def _overlap(one: Tile, other: Tile) -> bool:
+    return one.time == other.time and all(
+        max(first[0], second[0]) < min(first[1], second[1])
+        for first, second in ((one.y, other.y), (one.x, other.x))
+    )

@@ -16,8 +16,9 @@ from pipeline.cli import main
 from pipeline.errors import InputError, MisuseError, StoreError
 from pipeline.invert import invert, plan_inversion
 from pipeline.journal import journal_path
-from pipeline.plan import Need, Plan
+from pipeline.plan import Need, Plan, take_sample
 from pipeline.results import open_map
+from pipeline.tiles import TileGrid
 
 SETTINGS = {"draws": 32, "tile": 8, "seed": 3}
 
@@ -118,6 +119,23 @@ def test_the_compression_is_that_of_larger_tiles_too(tmp_path, client, fake_mode
     plan = plan_inversion(path, tmp_path / "map.zarr", **settings)
     report = invert(path, tmp_path / "map.zarr", **settings)
     assert plan.need.stored == pytest.approx(report.stored, rel=0.25)
+
+
+def test_no_pixel_is_sampled_twice(monkeypatch):
+    # Of a field of 20 x 20 pixels, squares around many spots: the same numbers again compress to nothing.
+    seen = np.zeros((2, 20, 20), dtype=int)
+
+    def inverted(spec, patch):
+        seen[patch.region] += 1
+
+    monkeypatch.setattr(pipeline.plan, "_inverted", inverted)
+    spots = [(when, y, x) for when in (0, 1) for y in (3, 9, 15) for x in (3, 9, 15)]
+    with pytest.raises(StoreError, match="no pixel"):
+        take_sample(SimpleNamespace(observation="a test"), TileGrid((2, 20, 20), (20, 20)), 3600.0, spots)
+    first = pipeline.plan._patch(TileGrid((2, 20, 20), (20, 20)), spots[0], pipeline.plan.SIDES[0])
+    seen[first.region] -= 1  # what opens the model
+    assert seen.max() == 1
+    assert seen[1].sum() > 0
 
 
 def test_pixels_that_cannot_be_read_do_not_keep_from_planning(tmp_path, client, settings, caplog):
