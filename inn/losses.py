@@ -124,13 +124,13 @@ def turning_point(
     searched : sequence of float
         Bandwidths to try.
     otherwise : float
-        The answer if the discrepancy only ever rises on the way down.
+        The answer if the discrepancy only ever rises or falls on the way down.
 
     Returns
     -------
     float
-        One of `searched`: the first, from above, whose lower neighbour has a smaller discrepancy. That is the
-        largest if the discrepancy falls from there at once.
+        One of `searched`: the first peak from above, a bandwidth at which the discrepancy is larger than at
+        the wider and the narrower one beside it.
     """
     # In double precision: for wide kernels the discrepancy is a difference of numbers that are almost equal,
     # and rounding would make turning points of its own. Each pair counts once; a vector's with itself is
@@ -143,12 +143,13 @@ def turning_point(
         [torch.full_like(pair, 1.0 / count) for pair, count in zip(pairs, counts, strict=True)]
     )
     itself = 1.0 / len(x) + 1.0 / len(y)
-    wider, wider_discrepancy = 0.0, math.inf
+    wider, wider_discrepancy, rose = 0.0, math.inf, False
     for bandwidth in sorted((float(value) for value in searched), reverse=True):
         kernel = (distances + bandwidth**2).reciprocal_()
         discrepancy = itself + bandwidth**2 * float(kernel @ shares)
-        if discrepancy < wider_discrepancy < math.inf:
+        if rose and discrepancy < wider_discrepancy:
             return wider
+        rose = discrepancy > wider_discrepancy
         wider, wider_discrepancy = bandwidth, discrepancy
     return otherwise
 

@@ -24,7 +24,8 @@ from pipeline.provenance import flarefield_version
 if TYPE_CHECKING:
     from pipeline.validation import Scores
 
-console = Console()
+# In a pipe or a file there is no width to keep to: tables there are not cut short.
+console = Console(width=None if sys.stdout.isatty() else 140)
 errors = Console(stderr=True)
 
 

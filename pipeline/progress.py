@@ -82,11 +82,18 @@ class Progress:
         """Units a second since this run began."""
         return (self.done - self._first) / max(time.monotonic() - self._started, 1e-9)
 
+    @property
+    def pace(self) -> str:
+        """The rate as people read it: units a second, or a minute where that is less than one."""
+        if self.rate >= 1.0:
+            return f"{self.rate:,.1f} {self.unit}/s"
+        return f"{60.0 * self.rate:,.1f} {self.unit}/min"
+
     def line(self) -> str:
         """State of the job in one line: done, rate, remaining time."""
         share = 100.0 * self.done / self.total if self.total else 100.0
         text = f"{self.title}: {self.done}/{self.total} {self.unit} ({share:.0f} %)"
-        text += f", {self.rate:,.1f} {self.unit}/s"
+        text += f", {self.pace}"
         if 0 < self.done < self.total and self.rate > 0:
             text += f", ETA {(self.total - self.done) / self.rate:,.0f} s"
         return text
@@ -95,7 +102,7 @@ class Progress:
         """Count `amount` more units as done."""
         self.done += amount
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, rate=f"{self.rate:,.1f} {self.unit}/s")
+            self._bar.update(self._task, completed=self.done, rate=self.pace)
         elif time.monotonic() - self._logged >= LOG_INTERVAL:
             self._logged, self._said = time.monotonic(), self.done
             logger.info(self.line())

@@ -23,6 +23,13 @@ def test_done_rate_and_remaining_time_are_said(clock):
         assert progress.line() == "inverting: 250/1000 pixels (25 %), 25.0 pixels/s, ETA 30 s"
 
 
+def test_slow_work_is_counted_by_the_minute(clock):
+    with Progress("synthesising", 4, "atmospheres") as progress:
+        clock[0] += 90.0
+        progress.advance(1)
+        assert progress.line() == "synthesising: 1/4 atmospheres (25 %), 0.7 atmospheres/min, ETA 270 s"
+
+
 def test_what_an_earlier_run_did_does_not_count_for_the_rate(clock):
     with Progress("inverting", 1000, "pixels", done=500) as progress:
         clock[0] += 10.0
