@@ -255,6 +255,31 @@ def test_a_training_stopped_in_its_second_stage_goes_on_bit_for_bit(grid, undist
     assert_same(tmp_path / "model", undisturbed)
 
 
+@pytest.mark.parametrize("killed_at", [9, 30, 5 * STEPS - 1])
+def test_a_kill_costs_one_checkpoint_interval_at_most(grid, tmp_path, monkeypatch, killed_at):
+    # A step takes a second of this clock, and a checkpoint is due every seven.
+    clock, taken = [0.0], 0
+    monkeypatch.setattr(
+        training_run, "time", SimpleNamespace(monotonic=lambda: clock[0], time=time.time, sleep=time.sleep)
+    )
+
+    def killed() -> bool:
+        nonlocal taken
+        taken, clock[0] = taken + 1, clock[0] + 1.0
+        if taken == killed_at:
+            raise KeyboardInterrupt  # as sudden as a kill: nothing is saved any more
+        return True
+
+    original = training_run.run
+    monkeypatch.setattr("pipeline.train_job.run", lambda order, _: original(order, killed))
+    with threads(1), pytest.raises(KeyboardInterrupt):
+        train(grid, tmp_path / "model", recipe=TINY, seed=SEED, checkpoint_seconds=7.0)
+    found = TrainingFolder(tmp_path / "model").load_checkpoint()
+    assert found is not None
+    kept = STEPS * len(found["trainer"]["history"]) + found["trainer"]["steps"]
+    assert 0 < killed_at - kept <= 7
+
+
 def test_a_torn_checkpoint_is_replaced_by_the_one_before(grid, undisturbed, tmp_path, caplog):
     with threads(1):
         folder = stopped_after(STEPS + 6, grid, tmp_path / "model", checkpoint_seconds=0.0)
