@@ -375,16 +375,16 @@ def take_sample(spec: TileSpec, grid: TileGrid, seconds: float, spots: Sequence[
         patch = _patch(grid, spot, side)
         if any(_overlap(patch, other) for other in patches):
             continue  # the same pixels again would compress to nothing
-        patches.append(patch)
         started = time.monotonic()
         values = _inverted(spec, patch)
         last = time.monotonic() - started
         if values is not None:
+            patches.append(patch)
             # All patches in a row: their shapes do not matter for the compression.
             parts.append({name: array.reshape(1, -1, *array.shape[2:]) for name, array in values.items()})
             pixels += values["quality"].size
         taken += last
-        if taken >= seconds or pixels >= most:
+        if parts and (taken >= seconds or pixels >= most):
             break
         if 16 * last <= seconds and side < SIDES[-1]:
             side *= 2

@@ -17,7 +17,7 @@ from pipeline.errors import InputError, MisuseError, StoreError
 from pipeline.invert import invert, plan_inversion
 from pipeline.journal import journal_path
 from pipeline.plan import Need, Plan, take_sample
-from pipeline.results import open_map
+from pipeline.results import VARIABLES, open_map
 from pipeline.tiles import TileGrid
 
 SETTINGS = {"draws": 32, "tile": 8, "seed": 3}
@@ -127,15 +127,21 @@ def test_no_pixel_is_sampled_twice(monkeypatch):
 
     def inverted(spec, patch):
         seen[patch.region] += 1
+        shape = patch.shape
+        return {
+            variable.name: np.zeros((*shape, 5, 50) if variable.profile else shape, variable.dtype)
+            for variable in VARIABLES
+        }
 
     monkeypatch.setattr(pipeline.plan, "_inverted", inverted)
     spots = [(when, y, x) for when in (0, 1) for y in (3, 9, 15) for x in (3, 9, 15)]
-    with pytest.raises(StoreError, match="no pixel"):
-        take_sample(SimpleNamespace(observation="a test"), TileGrid((2, 20, 20), (20, 20)), 3600.0, spots)
+    spec = SimpleNamespace(quantiles=(0.05, 0.16, 0.5, 0.84, 0.95), run="a test")
+    sample = take_sample(spec, TileGrid((2, 20, 20), (20, 20)), 3600.0, spots)
     first = pipeline.plan._patch(TileGrid((2, 20, 20), (20, 20)), spots[0], pipeline.plan.SIDES[0])
     seen[first.region] -= 1  # what opens the model
     assert seen.max() == 1
     assert seen[1].sum() > 0
+    assert sample.pixels == seen.sum()
 
 
 def test_pixels_that_cannot_be_read_do_not_keep_from_planning(tmp_path, client, settings, caplog):
