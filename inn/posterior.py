@@ -264,8 +264,8 @@ def posterior_quantiles(
         Levels between 0 and 1.
     seed : int
         Seed of the latent draws, which all pixels share.
-    latent : {"sobol", "gaussian"}
-        Scrambled Sobol points or independent Gaussian ones.
+    latent : {"sobol", "gaussian", "balanced"}
+        How they are drawn: `inn.latent.draw_latent`.
     batch_rows : int, optional
         Pixels times draws computed at once; `BATCH_ROWS` or `DEVICE_BATCH_ROWS` if left out.
 

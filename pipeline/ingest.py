@@ -32,7 +32,7 @@ from pipeline.cluster import ClusterConfig, opened
 from pipeline.crisp import LINES, Scan, find_scans, open_intensity
 from pipeline.driver import Outcome, run_bounded
 from pipeline.errors import FlareFieldError, InputError, MisuseError, StoreError
-from pipeline.journal import Journal, journal_path, lock, out_of_space, sync_directory
+from pipeline.journal import Journal
 from pipeline.observation import SHARD, finish, is_observation, lay_out
 from pipeline.progress import Progress
 from pipeline.provenance import flarefield_version, provenance, sha256_file
@@ -47,6 +47,7 @@ from pipeline.registration import (
     resample,
 )
 from pipeline.spectra import shortfall
+from pipeline.storage import Directory, lock, out_of_space, sync_directory
 
 logger = logging.getLogger("flarefield")
 
@@ -201,7 +202,7 @@ def ingest(
     with lock(output):
         if output.exists() and not overwrite:
             _check_same(output, pairs, tolerance, cluster)
-            journal_path(output).unlink(missing_ok=True)
+            Directory(output).journal.unlink(missing_ok=True)
             return IngestReport(output, pairs, (), unpaired, passed_over, complete_before=True)
         try:
             return _make(output, pairs, unpaired, passed_over, cluster, call, tolerance)
@@ -432,7 +433,7 @@ def _make(
                 )
         _finish(store, shifts, records, unpaired, passed_over, call, tolerance)
     _put_in_place(store, output)
-    journal_path(output).unlink(missing_ok=True)
+    Directory(output).journal.unlink(missing_ok=True)
     return IngestReport(output, pairs, shifts, unpaired, passed_over, resumed)
 
 
@@ -456,7 +457,7 @@ def _begin(
     output: Path, store: Path, run: str, fingerprint: dict[str, Any], pairs: tuple[Pair, ...]
 ) -> Journal:
     """Open the journal of an interrupted run of the same files, or lay out a new store and begin one."""
-    path = journal_path(output)
+    path = Directory(output).journal
     if path.exists() and store.is_dir():
         try:
             journal = Journal.open(path)

@@ -185,8 +185,8 @@ def invert(
         Draws from each pixel's posterior.
     seed : int
         Seed of the latent draws, which all pixels share.
-    latent : {"sobol", "gaussian"}
-        Kind of latent draws.
+    latent : {"sobol", "gaussian", "balanced"}
+        Kind of latent draws: `inn.latent.draw_latent`.
     quantiles : sequence of float
         Levels between 0 and 1, increasing.
     tile : int

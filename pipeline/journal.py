@@ -19,21 +19,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from pipeline.errors import StoreError
-from pipeline.storage import Log, lock, log_at, out_of_space, sync_directory
-
-__all__ = [
-    "BATCH",
-    "FORMAT",
-    "INTERVAL",
-    "Fingerprint",
-    "Journal",
-    "changes",
-    "journal_path",
-    "lock",
-    "out_of_space",
-    "read_journal",
-    "sync_directory",
-]
+from pipeline.storage import Log, log_at
 
 FORMAT = 1
 BATCH = 64
@@ -42,11 +28,6 @@ INTERVAL = 1.0
 """Seconds after which a record is written with the next one, however few there are; a log may want more."""
 
 Fingerprint = Mapping[str, Any]
-
-
-def journal_path(store: Path) -> Path:
-    """Where the journal of a map store lies: beside it, ``map.zarr.journal``."""
-    return store.with_name(store.name + ".journal")
 
 
 def changes(recorded: Fingerprint, wanted: Fingerprint) -> dict[str, tuple[Any, Any]]:

@@ -65,8 +65,7 @@ class Skip:
             The earlier map cannot be read.
         """
         try:
-            group = zarr.open_group(place(self.earlier).zarr, mode="r")
-            quality = np.asarray(group["quality"][pixels])  # type: ignore[index]
+            quality = np.asarray(zarr.open_array(place(self.earlier).zarr, path="quality", mode="r")[pixels])
         except (OSError, KeyError, ValueError) as error:
             raise StoreError(
                 "the earlier map, whose flags say what to skip, cannot be read",

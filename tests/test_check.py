@@ -14,8 +14,8 @@ from pipeline.check import check_map
 from pipeline.cli import main
 from pipeline.errors import MisuseError, StoreError
 from pipeline.invert import invert
-from pipeline.journal import journal_path, lock
 from pipeline.results import VARIABLES
+from pipeline.storage import Directory, lock
 from pipeline.tiles import TileGrid, tile_keys
 
 GRID = TileGrid((1, 20, 18), (8, 8))
@@ -36,7 +36,7 @@ def whole(client, fake_model, tmp_path_factory):
 def copy(whole, tmp_path):
     """A copy of it, to be damaged."""
     shutil.copytree(whole, tmp_path / "map.zarr")
-    shutil.copy(journal_path(whole), journal_path(tmp_path / "map.zarr"))
+    shutil.copy(Directory(whole).journal, Directory(tmp_path / "map.zarr").journal)
     return tmp_path / "map.zarr"
 
 
@@ -90,9 +90,9 @@ def test_values_that_were_changed_are_damage(copy):
 
 
 def test_what_the_journal_does_not_know_is_not_recorded(copy):
-    lines = journal_path(copy).read_text().splitlines(keepends=True)
+    lines = Directory(copy).journal.read_text().splitlines(keepends=True)
     unknown = json.loads(lines[3])["tile"]
-    journal_path(copy).write_text("".join(lines[:3] + lines[4:]))
+    Directory(copy).journal.write_text("".join(lines[:3] + lines[4:]))
     report = check_map(copy)
     assert report.of("not recorded") == (GRID[unknown],)
     assert report.finished
@@ -100,8 +100,8 @@ def test_what_the_journal_does_not_know_is_not_recorded(copy):
 
 
 def test_a_map_that_is_not_finished_is_not_sound(copy):
-    lines = journal_path(copy).read_text().splitlines(keepends=True)
-    journal_path(copy).write_text("".join(lines[:-1]))
+    lines = Directory(copy).journal.read_text().splitlines(keepends=True)
+    Directory(copy).journal.write_text("".join(lines[:-1]))
     report = check_map(copy)
     assert (report.finished, report.faults, report.sound) == (False, (), False)
     assert "has not come to its end" in report.summary()
@@ -156,7 +156,7 @@ def test_a_map_that_cannot_be_written_to_is_judged_all_the_same(copy, monkeypatc
 
 
 def test_without_its_journal_there_is_nothing_to_check_a_map_against(copy, whole):
-    journal = journal_path(copy)
+    journal = Directory(copy).journal
     journal.write_text(journal.read_text().replace(zarr.open_group(copy).attrs["run"], "0" * 32))
     with pytest.raises(StoreError, match="different runs"):
         check_map(copy)

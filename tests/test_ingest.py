@@ -24,10 +24,10 @@ from pipeline.crisp.fchroma import write_fchroma
 from pipeline.crisp.scan import cosine_of_pointing
 from pipeline.errors import FlareFieldError, InputError, MisuseError, StoreError
 from pipeline.ingest import ingest, pair_scans
-from pipeline.journal import journal_path
 from pipeline.observation import CONTRACT, chunks_and_shards, fits_headers, open_observation, validate
 from pipeline.provenance import sha256_file
 from pipeline.registration import Shift, move_mask, resample
+from pipeline.storage import Directory
 from tests.fchroma_files import (
     CADENCE,
     START,
@@ -539,7 +539,7 @@ class TestInterruption:
 
     def test_damaged_journal_starts_over(self, pair, tmp_path):
         output = tmp_path / "obs.zarr"
-        journal_path(output).write_text("not a journal\n")
+        Directory(output).journal.write_text("not a journal\n")
         ingest(pair, output, call="")
         assert open_observation(output).sizes["time"] == 1
         assert leftovers(output) == []

@@ -11,7 +11,8 @@ import sys
 import pytest
 
 from pipeline.errors import MisuseError, StoreError
-from pipeline.journal import BATCH, Journal, changes, journal_path, lock
+from pipeline.journal import BATCH, Journal, changes
+from pipeline.storage import Directory, lock
 
 SETTINGS = {"draws": 256, "quantiles": [0.05, 0.5], "model": "ab" * 32, "calibration_error": None}
 
@@ -21,7 +22,7 @@ def lines(path):
 
 
 def test_it_lies_beside_its_store(tmp_path):
-    assert journal_path(tmp_path / "map.zarr") == tmp_path / "map.zarr.journal"
+    assert Directory(tmp_path / "map.zarr").journal == tmp_path / "map.zarr.journal"
 
 
 def test_what_is_appended_is_read_back_in_order(tmp_path):
@@ -145,7 +146,7 @@ def test_changes_names_what_differs():
 HOLDER = """
 import sys, time
 from pathlib import Path
-from pipeline.journal import lock
+from pipeline.storage import lock
 with lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

@@ -15,9 +15,9 @@ import pipeline.plan
 from pipeline.cli import main
 from pipeline.errors import InputError, MisuseError, StoreError
 from pipeline.invert import invert, plan_inversion
-from pipeline.journal import journal_path
 from pipeline.plan import Need, Plan, take_sample
 from pipeline.results import VARIABLES, open_map
+from pipeline.storage import Directory
 from pipeline.tiles import TileGrid
 
 SETTINGS = {"draws": 32, "tile": 8, "seed": 3}
@@ -203,7 +203,7 @@ def test_only_what_is_left_has_to_fit(tmp_path, toy, client, settings, disk):
     with pytest.raises(StoreError, match="does not fit"):
         invert(toy, output, cluster=client, **settings)
     assert open_map(output).attrs["run"]
-    assert journal_path(output).exists()
+    assert Directory(output).journal.exists()
 
 
 def test_object_stores_have_no_such_limit(toy, client, settings, disk):
