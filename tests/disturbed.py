@@ -19,19 +19,24 @@ from pipeline.errors import FlareFieldError
 from pipeline.invert import invert
 
 
-def replaced(name, before):
-    """Replace ``module:attribute`` by itself, after a call of a function with the number of the call."""
-    module, _, attribute = name.partition(":")
-    *path, last = attribute.split(".")
-    owner = resolve_name(f"{module}:{'.'.join(path)}" if path else module)
-    real, calls = getattr(owner, last), []
+def counted(function, before):
+    """The same function, after a call of another one with the number of the call."""
+    calls = []
 
     def disturbed(*args, **kwargs):
         calls.append(1)
         before(len(calls))
-        return real(*args, **kwargs)
+        return function(*args, **kwargs)
 
-    setattr(owner, last, disturbed)
+    return disturbed
+
+
+def replaced(name, before):
+    """Replace ``module:attribute`` by itself, `counted`."""
+    module, _, attribute = name.partition(":")
+    *path, last = attribute.split(".")
+    owner = resolve_name(f"{module}:{'.'.join(path)}" if path else module)
+    setattr(owner, last, counted(getattr(owner, last), before))
 
 
 def kill_before(name, count):

@@ -17,8 +17,8 @@ from pipeline.check import check_map
 from pipeline.cluster import SCHEDULER_SETTINGS, WORKER_SETTINGS, AddressConfig
 from pipeline.errors import ClusterError, MisuseError, StoreError
 from pipeline.invert import invert
-from pipeline.journal import journal_path
 from pipeline.results import Flag, flagged, open_map
+from pipeline.storage import Directory
 from pipeline.tiles import TileGrid, tile_keys
 
 GRID = TileGrid((1, 20, 18), (5, 5))
@@ -136,7 +136,7 @@ def test_a_lost_scheduler_is_said_and_the_same_command_goes_on(
         patch.setattr("pipeline.journal.BATCH", 1)
         command = threading.Thread(target=work)
         command.start()
-        wait_until(lambda: journal_path(output).exists() and len(records(output)) >= 3)
+        wait_until(lambda: Directory(output).journal.exists() and len(records(output)) >= 3)
         server.kill()
         command.join(PATIENCE)
     assert not command.is_alive()
@@ -209,15 +209,12 @@ def test_files_that_cannot_grow_end_the_run_with_a_remedy(
 
 def disturbed_at(monkeypatch, count, action):
     """Do something just before the n-th tile is written."""
-    real, calls = tiles.write_tile, []
 
-    def writing(*args):
-        calls.append(1)
-        if len(calls) == count:
+    def act(number):
+        if number == count:
             action()
-        return real(*args)
 
-    monkeypatch.setattr(tiles, "write_tile", writing)
+    monkeypatch.setattr(tiles, "write_tile", disturbed.counted(tiles.write_tile, act))
 
 
 @pytest.mark.parametrize("damage", ["emptied", "cut", "gone"])
@@ -264,7 +261,7 @@ def test_coordinates_that_are_cut_or_gone_are_noticed(
     output = observation.parent / "undisturbed.zarr"
     copy = tmp_path / "map.zarr"
     shutil.copytree(output, copy)
-    shutil.copy(journal_path(output), journal_path(copy))
+    shutil.copy(Directory(output).journal, Directory(copy).journal)
     (copy / name).write_bytes((copy / name).read_bytes()[:-3]) if cut else (copy / name).unlink()
     for action in (check_map, lambda path: invert(observation, path, cluster=client, **settings)):
         with pytest.raises(StoreError, match="coordinates"):

@@ -25,8 +25,9 @@ import pipeline.tiles as tiles
 from inn.checkpoint import model_hash
 from pipeline.errors import InputError, MisuseError, ModelError, StoreError
 from pipeline.invert import invert
-from pipeline.journal import journal_path, lock, read_journal
+from pipeline.journal import read_journal
 from pipeline.results import VARIABLES, Flag, flagged, open_map
+from pipeline.storage import Directory, lock
 
 PATIENCE = 240  # seconds that another process may take on a busy machine
 SETTINGS = {"draws": 32, "tile": 8, "seed": 3}
@@ -60,7 +61,7 @@ def contents(store):
 
 def records(output):
     """What the journal says of tiles, and of the end."""
-    found = [json.loads(line) for line in journal_path(output).read_text().splitlines()[1:]]
+    found = [json.loads(line) for line in Directory(output).journal.read_text().splitlines()[1:]]
     return [record for record in found if "coordinates" not in record]
 
 
@@ -131,6 +132,15 @@ def test_a_finished_map_needs_no_cluster(undisturbed, toy, settings, monkeypatch
 # The same map, whatever way it is made
 
 
+def assert_quantiles_alike(one, two, draws):
+    """Quantiles of two maps differ by no more than their rounding."""
+    for name in QUANTITIES:
+        a, b = (np.log(m[name]) if name != "velocity" else m[name] for m in (one, two))
+        spread = 0.5 * (a.sel(quantile=0.84) - a.sel(quantile=0.16))
+        step = spread / 16 / np.sqrt(draws)
+        assert (np.abs(a - b) <= 1.01 * step + 1e-3 * spread).where(np.isfinite(a), True).all()
+
+
 @pytest.mark.parametrize(
     "way",
     [
@@ -159,11 +169,7 @@ def test_the_map_is_the_same_to_a_step_of_its_rounding(
     assert (one["quality"] == two["quality"]).all()
     np.testing.assert_allclose(one["novelty"], two["novelty"], atol=5e-3)
     np.testing.assert_allclose(one["misfit"], two["misfit"], rtol=1e-4)
-    for name in QUANTITIES:
-        a, b = (np.log(m[name]) if name != "velocity" else m[name] for m in (one, two))
-        spread = 0.5 * (a.sel(quantile=0.84) - a.sel(quantile=0.16))
-        step = spread / 16 / np.sqrt(SETTINGS["draws"])
-        assert (np.abs(a - b) <= 1.01 * step + 1e-3 * spread).where(np.isfinite(a), True).all()
+    assert_quantiles_alike(one, two, SETTINGS["draws"])
 
 
 # Death and resumption
@@ -213,8 +219,8 @@ def test_killed_at_any_moment_the_same_command_makes_the_same_map(
     done = []
     for moment in MOMENTS:
         assert run(processes, toy, output, moment, **settings) == -signal.SIGKILL, moment
-        if journal_path(output).exists():
-            done.append(sum("tile" in record for record in read_journal(journal_path(output))[1]))
+        if Directory(output).journal.exists():
+            done.append(sum("tile" in record for record in read_journal(Directory(output).journal)[1]))
     assert done == sorted(done)
     assert 3 < done[-1] < 18
     assert run(processes, toy, output, **settings) == 0
@@ -233,7 +239,7 @@ def test_a_killed_worker_and_a_killed_command_change_nothing(
     command = processes.Process(target=disturbed.run, args=(toy, output), kwargs={"workers": 2, **settings})
     command.start()
     try:
-        wait_until(lambda: journal_path(output).exists() and len(records(output)) >= 2)
+        wait_until(lambda: Directory(output).journal.exists() and len(records(output)) >= 2)
         children = psutil.Process(command.pid).children(recursive=True)
         workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
         assert len(workers) >= 2
@@ -256,7 +262,7 @@ def test_a_killed_worker_and_a_killed_command_change_nothing(
 def test_tiles_that_are_gone_or_damaged_are_done_again(tmp_path, toy, client, undisturbed, settings):
     output = tmp_path / "map.zarr"
     shutil.copytree(undisturbed, output)
-    shutil.copy(journal_path(undisturbed), journal_path(output))
+    shutil.copy(Directory(undisturbed).journal, Directory(output).journal)
     (output / "temperature/c/0/1/1/0/0").unlink()
     (output / "quality/c/1/2/0").write_bytes(b"")
     assert invert(toy, output, cluster=client, **settings).resumed == 16
@@ -358,8 +364,8 @@ def test_a_map_without_its_journal_is_refused(tmp_path, undisturbed, toy, client
     shutil.copytree(undisturbed, tmp_path / "map.zarr")
     with pytest.raises(StoreError, match="journal is missing"):
         invert(toy, tmp_path / "map.zarr", cluster=client, **settings)
-    journal_path(tmp_path / "map.zarr").write_text(
-        journal_path(undisturbed).read_text().replace(open_map(undisturbed).attrs["run"], "0" * 32)
+    Directory(tmp_path / "map.zarr").journal.write_text(
+        Directory(undisturbed).journal.read_text().replace(open_map(undisturbed).attrs["run"], "0" * 32)
     )
     with pytest.raises(StoreError, match="different runs"):
         invert(toy, tmp_path / "map.zarr", cluster=client, **settings)
@@ -435,15 +441,13 @@ def test_a_failed_tile_is_tried_again_by_the_same_command(
 def test_an_error_that_concerns_the_run_ends_it_and_keeps_what_is_done(
     tmp_path, toy, client, undisturbed, settings, monkeypatch
 ):
-    real, calls = tiles.write_tile, []
+    real = tiles.write_tile
 
-    def limited(*args):
-        calls.append(1)
-        if len(calls) > 5:
+    def five_only(number):
+        if number > 5:
             raise StoreError("no more")
-        return real(*args)
 
-    monkeypatch.setattr(tiles, "write_tile", limited)
+    monkeypatch.setattr(tiles, "write_tile", disturbed.counted(real, five_only))
     output = tmp_path / "map.zarr"
     with pytest.raises(StoreError, match="no more"):
         invert(toy, output, cluster=client, window=4, **settings)
@@ -599,16 +603,13 @@ def test_a_full_disk_ends_the_run_with_a_remedy_and_loses_nothing(tmp_path, toy,
 
 def test_an_unfinished_map_can_be_looked_at(tmp_path, toy, client, settings, monkeypatch):
     reached, go_on = threading.Event(), threading.Event()
-    real, calls = tiles.write_tile, []
 
-    def waiting(*args):
-        calls.append(1)
-        if len(calls) == 6:
+    def wait(number):
+        if number == 6:
             reached.set()
             go_on.wait(PATIENCE)
-        return real(*args)
 
-    monkeypatch.setattr(tiles, "write_tile", waiting)
+    monkeypatch.setattr(tiles, "write_tile", disturbed.counted(tiles.write_tile, wait))
     output = tmp_path / "map.zarr"
     arguments = {"cluster": client, "window": 1, **settings}
     work = threading.Thread(target=invert, args=(toy, output), kwargs=arguments)

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 
+import disturbed
 import fsspec
 import pytest
 import xarray as xr
@@ -189,18 +190,16 @@ def test_a_client_that_was_thought_dead_can_do_no_harm(bucket, client, monkeypat
     """Another one has taken over and written to the journal: the first one's next record is refused."""
     store = f"{bucket}/map.zarr"
     monkeypatch.setattr("pipeline.journal.BATCH", 1)
-    real, calls = tiles.write_tile, []
+    real = tiles.write_tile
 
-    def slow(*args):
-        calls.append(1)
-        if len(calls) == 4:
+    def write_between(number):
+        if number == 4:
             location = place(store).journal
             parts = place(location).names()
-            number = f"{int(parts[-1]) + 1:08d}"
-            fsspec.filesystem("memory").pipe_file(f"{location}/{number}", b'{"tile":8,"error":"x"}\n')
-        return real(*args)
+            part = f"{int(parts[-1]) + 1:08d}"
+            fsspec.filesystem("memory").pipe_file(f"{location}/{part}", b'{"tile":8,"error":"x"}\n')
 
-    monkeypatch.setattr(tiles, "write_tile", slow)
+    monkeypatch.setattr(tiles, "write_tile", disturbed.counted(real, write_between))
     with pytest.raises(StoreError, match="another command has written to this journal"):
         run(bucket, client, window=1)
     monkeypatch.setattr(tiles, "write_tile", real)

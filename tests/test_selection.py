@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import disturbed
 import numpy as np
 import pytest
 import xarray as xr
@@ -14,9 +15,9 @@ import pipeline.tiles as tiles
 from pipeline.check import check_map
 from pipeline.errors import MisuseError, StoreError
 from pipeline.invert import invert
-from pipeline.journal import journal_path
 from pipeline.results import VARIABLES, Flag, flagged, open_map
 from pipeline.selection import EVERYTHING, Selection, Skip, select
+from pipeline.storage import Directory
 from pipeline.tiles import TileGrid
 
 SETTINGS = {"draws": 32, "tile": 8, "seed": 3}
@@ -217,15 +218,13 @@ def test_tiles_without_any_pixel_left_are_no_tasks(tmp_path, toy, client, earlie
 
 
 def test_until_it_is_finished_a_part_says_that_it_is_not(tmp_path, toy, client, whole, settings, monkeypatch):
-    real, calls = tiles.write_tile, []
+    real = tiles.write_tile
 
-    def limited(*given):
-        calls.append(1)
-        if len(calls) > 2:
+    def two_only(number):
+        if number > 2:
             raise StoreError("no more")
-        return real(*given)
 
-    monkeypatch.setattr(tiles, "write_tile", limited)
+    monkeypatch.setattr(tiles, "write_tile", disturbed.counted(real, two_only))
     output = tmp_path / "map.zarr"
     wanted = {"cluster": client, "region": "0:20,0:6", "window": 1, **settings}
     with pytest.raises(StoreError, match="no more"):
@@ -306,11 +305,11 @@ def test_another_selection_is_refused_by_name(part, toy, client, settings, whole
 def test_a_map_from_before_selections_is_gone_on_with(tmp_path, toy, client, whole, settings):
     output = tmp_path / "map.zarr"
     shutil.copytree(whole, output)
-    first, *rest = journal_path(whole).read_text().splitlines()
+    first, *rest = Directory(whole).journal.read_text().splitlines()
     header = json.loads(first)
     for name in ("region", "times", "skip", "skip_from"):
         del header["fingerprint"][name]
-    journal_path(output).write_text("\n".join([json.dumps(header), *rest]) + "\n")
+    Directory(output).journal.write_text("\n".join([json.dumps(header), *rest]) + "\n")
     assert invert(toy, output, cluster=client, **settings).resumed == 18
 
 
