@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -393,6 +394,23 @@ def test_killed_job_goes_on_where_it_stopped(made, runs, tmp_path, client, monke
     assert [run.state for run in report.runs].count("read") == 2
     assert same(path, made[2])
     assert not list(tmp_path.glob("grid.zarr.*"))
+
+
+def test_a_worker_reads_one_run_at_a_time(runs, tmp_path, client, monkeypatch):
+    # The workers are threads of this process, as several threads of one worker would be.
+    onto, reading, together = radyn._onto, [], []
+
+    def watched(*args):
+        reading.append(1)
+        together.append(len(reading))
+        time.sleep(0.2)
+        reading.pop()
+        return onto(*args)
+
+    monkeypatch.setattr(radyn, "_onto", watched)
+    make(runs, tmp_path / "grid.zarr", client)
+    assert len(together) >= 2
+    assert max(together) == 1
 
 
 def test_file_that_changed_is_noticed(runs, tmp_path, client):
