@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
+from torch.nn import functional
 
 from inn.errors import ModelError
 from inn.layout import Layout
@@ -25,7 +26,14 @@ NOVEL = 0.01
 NEIGHBOURS = 4
 """Training profiles whose mean distance is taken: one alone may be an oddity itself."""
 
-BATCH = 512
+BATCH = 32
+"""Profiles whose distances to all references are held at once: what stays in a core's cache."""
+
+DEVICE_BATCH = 4096
+"""The same on any device but the CPU (not measured)."""
+
+GROUPS = 256
+"""Groups of references, of each of which the nearest is found first."""
 
 
 class Novelty(nn.Module):
@@ -138,11 +146,16 @@ class Novelty(nn.Module):
         points = self.coordinates(lines)
         references = self.references.to(points)
         square = references.square().sum(dim=-1)
+        # Whole groups: what is added to the last ones is infinitely far away.
+        missing = -references.shape[0] % GROUPS
+        references = functional.pad(references, (0, 0, 0, missing))
+        square = functional.pad(square, (0, missing), value=torch.inf)
+        batch = BATCH if points.device.type == "cpu" else DEVICE_BATCH
         parts = []
-        for start in range(0, points.shape[0], BATCH):
-            some = points[start : start + BATCH]
+        for start in range(0, points.shape[0], batch):
+            some = points[start : start + batch]
             separation = torch.addmm(square, some, references.T, alpha=-2.0)
-            nearest = separation.topk(NEIGHBOURS, dim=-1, largest=False).values
+            nearest = _smallest(separation.reshape(some.shape[0], -1, GROUPS), NEIGHBOURS)
             nearest = nearest + some.square().sum(dim=-1, keepdim=True)
             parts.append(nearest.clamp_min(0.0).sqrt().mean(dim=-1))
         return torch.cat(parts)
@@ -181,3 +194,14 @@ class Novelty(nn.Module):
             if good.any():
                 result[good] = self(tensor[good])
         return result.float().cpu().numpy()
+
+
+def _smallest(values: Tensor, count: int) -> Tensor:
+    """Smallest `count` numbers of each row (n, members, groups), ascending.
+
+    They lie in the groups whose smallest members are the smallest: to look at these alone takes a fifth of
+    the time of looking at all, and finds the same.
+    """
+    groups = values.amin(dim=1).topk(count, dim=-1, largest=False).indices
+    few = values.gather(2, groups[:, None].expand(-1, values.shape[1], -1)).flatten(1)
+    return few.topk(count, dim=-1, largest=False).values

@@ -72,6 +72,16 @@ def test_the_distance_is_that_of_a_brute_force_search(novelty):
     np.testing.assert_allclose(novelty.distance(lines).numpy(), expected, rtol=5e-3)
 
 
+@pytest.mark.parametrize("references", [13, 300, 1024])
+def test_the_nearest_are_found_however_many_references_there_are(references):
+    measure = Novelty.fitted(LAYOUT, family(references, 11), family(100, 12))
+    lines = family(70, 13)
+    points, known = measure.coordinates(lines), measure.references.float()
+    distance = torch.cdist(points.double(), known.double())
+    expected = distance.sort(dim=1).values[:, :4].mean(dim=1)
+    torch.testing.assert_close(measure.distance(lines).double(), expected, rtol=1e-2, atol=1e-3)
+
+
 def test_bad_pixels_are_nan(novelty):
     lines = family(4, 9).numpy()
     clean = novelty.tail_probability(lines)
