@@ -87,12 +87,18 @@ ClusterOption = Annotated[
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Start over where the output exists.")]
 
 
-@app.command("ingest", epilog="Example: [bold]flarefield ingest '2014-09-06/crisp_l2_*.fits' obs.zarr[/]")
+@app.command(
+    "ingest",
+    epilog="Example: [bold]flarefield ingest '2014-09-06/crisp_l2_*.fits' obs.zarr[/]"
+    "\n\nTo an object store: [bold]flarefield ingest 2014-09-06 s3://bucket/obs.zarr[/]",
+)
 def ingest_command(
     sources: Annotated[
         list[str], typer.Argument(metavar="FITS...", help="Files, directories or globs, in any order.")
     ],
-    output: Annotated[Path, typer.Argument(metavar="OBS.zarr", help="The observation store to write.")],
+    output: Annotated[
+        str, typer.Argument(metavar="OBS.zarr", help="The observation store to write, or its URL (s3://...).")
+    ],
     tolerance: Annotated[
         float, typer.Option(help="Largest time between the scans of a pair, in seconds.", min=0.0)
     ] = 15.0,

@@ -2,8 +2,8 @@
 
 One task handles one pair of scans and writes one time of the store, so that the series is never in memory:
 a task maps its two files and goes through them shard by shard. The store is made beside its final name, and
-renamed when it is whole; a journal says which times are done, so that the same command resumes what was
-interrupted.
+put there when it is whole (`pipeline.replacement`); a journal says which times are done, so that the same
+command resumes what was interrupted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import itertools
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -26,6 +25,7 @@ import zarr
 from distributed import Client
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
+from zarr.core.sync import sync
 
 from inn.layout import LineWindow
 from pipeline.cluster import ClusterConfig, opened
@@ -46,12 +46,13 @@ from pipeline.registration import (
     move_mask,
     resample,
 )
+from pipeline.replacement import discard, finish_swaps, replacement, replacements, swap
 from pipeline.spectra import shortfall
-from pipeline.storage import Directory, lock, out_of_space, sync_directory
+from pipeline.storage import Place, is_url, log_at, out_of_space, place
 
 logger = logging.getLogger("flarefield")
 
-KERNEL = 1
+KERNEL = 2
 """Version of what an observation's numbers depend on in this package; raised whenever they change."""
 
 TOLERANCE = 15.0
@@ -90,8 +91,8 @@ class IngestReport:
 
     Attributes
     ----------
-    path : Path
-        The observation store.
+    path : Path or str
+        The observation store, or its URL.
     pairs : tuple of Pair
         The scans of each time.
     shifts : tuple of Shift
@@ -106,7 +107,7 @@ class IngestReport:
         The store was there already, made from the same files: nothing was done.
     """
 
-    path: Path
+    path: Path | str
     pairs: tuple[Pair, ...]
     shifts: tuple[Shift, ...]
     unpaired: tuple[Scan, ...]
@@ -155,9 +156,10 @@ def ingest(
     Parameters
     ----------
     sources : sequence of str or Path
-        Files, directories and patterns, in any order; scans are known by their content.
+        Files, directories and patterns of this machine, in any order; scans are known by their content.
     output : str or Path
-        The store. If it was made from the same files nothing is done; an interrupted ingest is resumed.
+        The store, or its URL (`pipeline.storage.place`). If it was made from the same files nothing is done;
+        an interrupted ingest is resumed.
     cluster : configuration or distributed.Client, optional
         Where to run; without one the work is done in this process. A configured cluster is started only when
         there is something to do.
@@ -166,7 +168,9 @@ def ingest(
     tolerance : float
         Seconds between the mean times of a pair at most.
     overwrite : bool
-        Replace an observation made from other files. Anything else than an observation is never replaced.
+        Replace an observation made from other files. It stays as it is until the new one is finished; on an
+        object store, which cannot rename, there is no observation for as long as it takes to copy the new
+        one to its place. Anything else than an observation is never replaced.
 
     Returns
     -------
@@ -177,12 +181,50 @@ def ingest(
     InputError
         Scans cannot be used, do not fit together, or are of one line only.
     MisuseError
-        The output exists and is something else.
+        The output exists and is something else, another command is working on it, or a source is a URL.
     StoreError
-        There is no space left. What is finished is kept for the next run.
+        There is no space left, or the store cannot be used. What is finished is kept for the next run.
     """
-    output = Path(output).absolute()
-    _check_output(output)
+    for source in sources:
+        if is_url(source):
+            raise MisuseError(
+                "scans are read from files of this machine, not from URLs",
+                where=source,
+                remedy="fetch the files first, or mount the store; only the output may be a URL",
+            )
+    target = place(output)
+    if not target.can_hold():
+        raise MisuseError(
+            "the output's directory does not exist",
+            where=Path(target.location).parent,
+            remedy="make it first",
+        )
+    with target.lock():
+        finish_swaps(target)
+        if target.exists() and not is_observation(target.location):
+            raise MisuseError(
+                "the output exists and is not an observation",
+                where=target,
+                expected="a new name, or an observation store",
+                remedy="choose another name",
+            )
+        pairs, unpaired, passed_over = _find_pairs(sources, tolerance)
+        if target.exists() and not overwrite:
+            _check_same(target, pairs, tolerance, cluster)
+            log_at(target.journal).remove()
+            return IngestReport(target.location, pairs, (), unpaired, passed_over, complete_before=True)
+        try:
+            return _make(target, pairs, unpaired, passed_over, cluster, call, tolerance)
+        except OSError as failure:
+            if (refusal := out_of_space(failure, target)) is not None:
+                raise refusal from failure
+            raise
+
+
+def _find_pairs(
+    sources: Sequence[str | Path], tolerance: float
+) -> tuple[tuple[Pair, ...], tuple[Scan, ...], tuple[str, ...]]:
+    """Find the scans' pairs, the scans without a partner, and what is not a scan; say what is left out."""
     scans, refusals = find_scans(sources)
     passed_over = tuple(f"{refusal.where}: {refusal.problem}" for refusal in refusals)
     if not scans:
@@ -199,17 +241,7 @@ def ingest(
         logger.warning("%s: %s has no partner within %g s, left out", scan.path, _label(scan), tolerance)
     for text in passed_over:
         logger.warning("%s, passed over", text)
-    with lock(output):
-        if output.exists() and not overwrite:
-            _check_same(output, pairs, tolerance, cluster)
-            Directory(output).journal.unlink(missing_ok=True)
-            return IngestReport(output, pairs, (), unpaired, passed_over, complete_before=True)
-        try:
-            return _make(output, pairs, unpaired, passed_over, cluster, call, tolerance)
-        except OSError as failure:
-            if (refusal := out_of_space(failure, output)) is not None:
-                raise refusal from failure
-            raise
+    return pairs, unpaired, passed_over
 
 
 def pair_scans(scans: Sequence[Scan], tolerance: float) -> tuple[tuple[Pair, ...], tuple[Scan, ...]]:
@@ -288,11 +320,17 @@ def ingest_pair(task: PairTask) -> dict[str, Any] | FlareFieldError:
     Returns
     -------
     dict or FlareFieldError
-        The journal's record: displacement, confidence, and the SHA-256 of both files. What a user has to mend
-        comes back as a value: trying again would not help, and the worker has nothing to say about it.
+        The journal's record: displacement, confidence, the bytes written, and the SHA-256 of both files. What
+        a user has to mend comes back as a value: trying again would not help, and the worker has nothing to
+        say about it.
     """
     pair = task.pair
+    store = place(task.store)
     try:
+        group = _opened(store)
+        for folder in _folders(task.time):
+            # What an earlier attempt left behind would be read and merged, whatever state it is in.
+            sync(group.store.delete_dir(folder))
         cubes = (open_intensity(pair.halpha), open_intensity(pair.ca8542))
         fields = (field_of_view(cubes[0]), field_of_view(cubes[1]))
         shift = find_shift(
@@ -302,9 +340,9 @@ def ingest_pair(task: PairTask) -> dict[str, Any] | FlareFieldError:
             (pair.halpha.window.rest_wavelength, pair.ca8542.window.rest_wavelength),
             fields,
         )
-        _write(task, cubes, fields, shift)
-        for name in (*LINES, "valid"):
-            _bring_to_disk(Path(task.store, name, "c", str(task.time)))
+        _write(task, group, cubes, fields, shift)
+        for folder in _folders(task.time):
+            store.bring_to_disk(folder)
     except FlareFieldError as refusal:
         return refusal
     except OSError as failure:
@@ -316,17 +354,43 @@ def ingest_pair(task: PairTask) -> dict[str, Any] | FlareFieldError:
         "shift_y": shift.y,
         "shift_x": shift.x,
         "confidence": shift.confidence,
+        "stored": _stored(store, task.time),
         "sha256": {scan.path: sha256_file(scan.path) for scan in (pair.halpha, pair.ca8542)},
     }
 
 
+def _folders(time: int) -> list[str]:
+    """Folders of a store that hold one time, and nothing else."""
+    return [f"{name}/c/{time}" for name in (*LINES, "valid")]
+
+
+def _stored(store: Place, time: int) -> int:
+    """Bytes of one time's files."""
+    return sum(sum(store.sizes(folder).values()) for folder in _folders(time))
+
+
+def _opened(store: Place) -> zarr.Group:
+    try:
+        return zarr.open_group(store.zarr, mode="r+", use_consolidated=False)
+    except (FileNotFoundError, ValueError, KeyError) as failure:
+        raise StoreError(
+            "a worker cannot open the store that is being made",
+            where=store,
+            found=failure,
+            remedy="use a place that all workers see under the same name",
+        ) from failure
+
+
 def _write(
-    task: PairTask, cubes: tuple[NDArray[Any], NDArray[Any]], fields: tuple[Mask, Mask], shift: Shift
+    task: PairTask,
+    group: zarr.Group,
+    cubes: tuple[NDArray[Any], NDArray[Any]],
+    fields: tuple[Mask, Mask],
+    shift: Shift,
 ) -> None:
     pair = task.pair
     # Where the displacement is not known Ca II stays as it is: a shift of zero resamples nothing.
     moved = shift if shift.applied else Shift(0.0, 0.0, shift.confidence)
-    group = zarr.open_group(task.store, mode="r+", use_consolidated=False)
     halpha, ca8542, valid = (_array(group, name) for name in (*LINES, "valid"))
     overlap = fields[0] & move_mask(fields[1], moved)
     usable = dict.fromkeys(LINES, False)
@@ -372,19 +436,8 @@ def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
     return array
 
 
-def _bring_to_disk(folder: Path) -> None:
-    """Before the journal says that a time is done its files have to survive a crash of the machine."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-
-
 def _make(
-    output: Path,
+    output: Place,
     pairs: tuple[Pair, ...],
     unpaired: tuple[Scan, ...],
     passed_over: tuple[str, ...],
@@ -392,12 +445,9 @@ def _make(
     call: str,
     tolerance: float,
 ) -> IngestReport:
-    fingerprint = _fingerprint(pairs, tolerance)
-    run = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:12]
-    # A worker that outlives a killed run of other files writes to that run's own store.
-    store = output.with_name(f"{output.name}.partial-{run}")
-    with _begin(output, store, run, fingerprint, pairs) as journal:
-        done = {record["time"]: record for record in journal.records() if "time" in record}
+    store, journal = _begun(output, _fingerprint(pairs, tolerance), pairs)
+    with journal:
+        done = _taken_up(store, journal)
         resumed = len(done)
         waiting = (
             PairTask(str(store), time, _light(pair)) for time, pair in enumerate(pairs) if time not in done
@@ -432,9 +482,45 @@ def _make(
                     shift.confidence,
                 )
         _finish(store, shifts, records, unpaired, passed_over, call, tolerance)
-    _put_in_place(store, output)
-    Directory(output).journal.unlink(missing_ok=True)
-    return IngestReport(output, pairs, shifts, unpaired, passed_over, resumed)
+        journal.append({"finished": True})
+    swap(output, store)
+    log_at(output.journal).remove()
+    return IngestReport(output.location, pairs, shifts, unpaired, passed_over, resumed)
+
+
+def _begun(output: Place, fingerprint: dict[str, Any], pairs: tuple[Pair, ...]) -> tuple[Place, Journal]:
+    """Find the unfinished store of an interrupted run of the same files, or lay out a new one."""
+    # A worker that outlives a killed run of other files writes to that run's own store.
+    run = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:32]
+    store = replacement(output, run)
+    if is_observation(store.location) and log_at(store.journal).exists():
+        try:
+            return store, Journal.open(store.journal)
+        except StoreError as failure:
+            logger.warning("%s: %s, starting over", failure.where, failure.problem)
+    for stale in replacements(output):
+        discard(stale)
+    journal = Journal.create(store.journal, run, fingerprint)
+    try:
+        halpha, ca8542 = ([getattr(pair, line) for pair in pairs] for line in LINES)
+        lay_out(store.location, halpha, ca8542, {})
+        if any(np.isnan(zarr.open_array(store.zarr, path="mu", mode="r")[:])):
+            logger.warning("%s: the frame's middle is off the disc at some times; mu is not defined", output)
+    except BaseException:
+        journal.close()
+        raise
+    return store, journal
+
+
+def _taken_up(store: Place, journal: Journal) -> dict[int, dict[str, Any]]:
+    """Records of the times that earlier runs have finished, and that are still there."""
+    records = {record["time"]: record for record in journal.records() if "time" in record}
+    done = {time: record for time, record in records.items() if _stored(store, time) == record["stored"]}
+    if len(done) < len(records):
+        logger.warning(
+            "%d finished times are missing or damaged, and are done again", len(records) - len(done)
+        )
+    return done
 
 
 def _fingerprint(pairs: tuple[Pair, ...], tolerance: float) -> dict[str, Any]:
@@ -453,32 +539,8 @@ def _fingerprint(pairs: tuple[Pair, ...], tolerance: float) -> dict[str, Any]:
     }
 
 
-def _begin(
-    output: Path, store: Path, run: str, fingerprint: dict[str, Any], pairs: tuple[Pair, ...]
-) -> Journal:
-    """Open the journal of an interrupted run of the same files, or lay out a new store and begin one."""
-    path = Directory(output).journal
-    if path.exists() and store.is_dir():
-        try:
-            journal = Journal.open(path)
-        except StoreError:
-            logger.warning("%s: not readable, starting over", path)
-        else:
-            if journal.fingerprint == fingerprint:
-                return journal
-            journal.close()
-    for stale in output.parent.glob(f"{output.name}.partial-*"):
-        shutil.rmtree(stale)
-    path.unlink(missing_ok=True)
-    halpha, ca8542 = ([getattr(pair, line) for pair in pairs] for line in LINES)
-    lay_out(store, halpha, ca8542, {})
-    if any(np.isnan(zarr.open_array(store, path="mu", mode="r")[:])):
-        logger.warning("%s: the frame's middle is off the disc at some times; mu is not defined", output)
-    return Journal.create(path, run, fingerprint)
-
-
 def _finish(
-    store: Path,
+    store: Place,
     shifts: tuple[Shift, ...],
     records: list[dict[str, Any]],
     unpaired: tuple[Scan, ...],
@@ -488,7 +550,7 @@ def _finish(
 ) -> None:
     hashes = {path: digest for record in records for path, digest in record["sha256"].items()}
     finish(
-        store,
+        store.location,
         {
             "shift_y": [shift.y for shift in shifts],
             "shift_x": [shift.x for shift in shifts],
@@ -511,19 +573,6 @@ def _finish(
             },
         },
     )
-
-
-def _put_in_place(store: Path, output: Path) -> None:
-    """Give the finished store its name; an observation that had it goes only then."""
-    old = output.with_name(f"{output.name}.old")
-    if output.exists():
-        if old.exists():
-            shutil.rmtree(old)
-        output.rename(old)
-    store.rename(output)
-    sync_directory(output.parent)
-    if old.exists():
-        shutil.rmtree(old)
 
 
 def _failed(failures: list[tuple[Pair, BaseException]], count: int) -> FlareFieldError:
@@ -568,23 +617,9 @@ def _light(pair: Pair) -> Pair:
     return Pair(dataclasses.replace(pair.halpha, headers=()), dataclasses.replace(pair.ca8542, headers=()))
 
 
-def _check_output(output: Path) -> None:
-    if not output.parent.is_dir():
-        raise MisuseError(
-            "the output's directory does not exist", where=output.parent, remedy="make it first"
-        )
-    if os.path.lexists(output) and not is_observation(output):
-        raise MisuseError(
-            "the output exists and is not an observation",
-            where=output,
-            expected="a new name, or an observation store",
-            remedy="choose another name",
-        )
-
-
-def _check_same(output: Path, pairs: tuple[Pair, ...], tolerance: float, cluster: Cluster) -> None:
+def _check_same(output: Place, pairs: tuple[Pair, ...], tolerance: float, cluster: Cluster) -> None:
     """Accept an existing observation only if it was made from the same files in the same way."""
-    attrs: dict[str, Any] = dict(zarr.open_group(output, mode="r").attrs.asdict())
+    attrs: dict[str, Any] = dict(zarr.open_group(output.zarr, mode="r").attrs.asdict())
     recorded = list(attrs.get("made_from", {}).values())
     paths = [scan.path for pair in pairs for scan in (pair.halpha, pair.ca8542)]
     differs = None

@@ -38,6 +38,7 @@ from pipeline.observation import open_observation
 from pipeline.plan import Plan, make_plan, see_that_it_fits
 from pipeline.progress import Progress
 from pipeline.provenance import provenance
+from pipeline.replacement import discard, finish_swaps, replacement, replacements, swap
 from pipeline.results import (
     Flag,
     check_coordinates,
@@ -266,7 +267,7 @@ def invert(
                 mark_unwritten(store.location, Flag.NOT_SELECTED)
             journal.append({"finished": True, "tiles": work.tiles})
         if store is not target:
-            _swap(target, store)
+            swap(target, store)
     pixels = int(request.asked.sum())
     flags = work.flags | ({"not_selected": grid.pixels - pixels} if pixels < grid.pixels else {})
     return InvertReport(
@@ -565,7 +566,7 @@ def _coordinates(dataset: xr.Dataset) -> xr.Dataset:
 
 def _begun(output: Place, fingerprint: Mapping[str, Any], *, overwrite: bool) -> tuple[Place, Journal] | None:
     """Find the store to go on with, the output itself or what is to replace it; None if it is to be made."""
-    _finish_swaps(output)
+    finish_swaps(output)
     exists = output.exists()
     if exists and not is_map(output.location):
         raise MisuseError(
@@ -574,17 +575,17 @@ def _begun(output: Place, fingerprint: Mapping[str, Any], *, overwrite: bool) ->
             expected="nothing, or a map store made by `flarefield invert`",
             remedy="choose another output, or remove it yourself",
         )
-    replacements = _replacements(output)
+    unfinished = replacements(output)
     if overwrite:
-        for store in replacements:
+        for store in unfinished:
             try:
                 return store, _resume(store, fingerprint)
             except FlareFieldError as error:
                 logger.debug("%s is of no use: %s", store, error)
         return None
-    if replacements:
+    if unfinished:
         logger.warning(
-            "%s holds an unfinished replacement of the map; --overwrite goes on with it", replacements[0]
+            "%s holds an unfinished replacement of the map; --overwrite goes on with it", unfinished[0]
         )
     return (output, _resume(output, fingerprint)) if exists else None
 
@@ -599,15 +600,10 @@ def _begin(
 ) -> tuple[Place, Journal]:
     """Make the store to work on: the output itself, or what is to replace it."""
     if overwrite:
-        for store in _replacements(output):
-            store.remove()
-            log_at(store.journal).remove()
-    store = output.beside(f".{run}.new") if output.exists() else output
+        for store in replacements(output):
+            discard(store)
+    store = replacement(output, run) if output.exists() else output
     return store, _fresh(store, run, fingerprint, make_store)
-
-
-def _replacements(output: Place) -> list[Place]:
-    return [output.beside(f".{other}.new") for other in output.runs(".new")]
 
 
 def _fresh(
@@ -664,29 +660,6 @@ def _resume(store: Place, fingerprint: Mapping[str, Any]) -> Journal:
 def _short(value: object) -> str:
     text = "none" if value is None else str(value)
     return f"{text[:12]}..." if len(text) == 64 else text
-
-
-def _finish_swaps(output: Place) -> None:
-    """Complete what a run that was killed between its last tile and its end left undone."""
-    for run in output.runs(".new.journal"):
-        store = output.beside(f".{run}.new")
-        try:
-            with Journal.open(store.journal) as journal:
-                finished = journal.finished
-        except StoreError:
-            finished = False
-        if finished:
-            _swap(output, store)
-        elif not store.exists():
-            log_at(store.journal).remove()
-    for run in output.runs(".old"):
-        output.beside(f".{run}.old").remove()
-
-
-def _swap(output: Place, store: Place) -> None:
-    """Put a finished replacement in the output's place."""
-    run = store.name.removeprefix(f"{output.name}.").removesuffix(".new")
-    output.replace_with(store, output.beside(f".{run}.old"))
 
 
 # The run

@@ -98,7 +98,7 @@ def chunks_and_shards(shape: tuple[int, int], points: int | None) -> tuple[tuple
 
 
 def lay_out(
-    path: Path,
+    path: str | Path,
     halpha: Sequence[Scan],
     ca8542: Sequence[Scan],
     attrs: Mapping[str, Any],
@@ -107,8 +107,8 @@ def lay_out(
 
     Parameters
     ----------
-    path : Path
-        Where; there must be nothing.
+    path : str or Path
+        Where, or its URL; there must be nothing, and it appears whole or not at all.
     halpha, ca8542 : sequence of Scan
         The scans of each time, in order: frames, axes and times come from them.
     attrs : mapping
@@ -116,8 +116,12 @@ def lay_out(
     """
     template = coordinates(halpha, ca8542).assign(_empty_shifts(len(halpha)))
     template.attrs = {"Conventions": "CF-1.11", "kind": KIND, "schema": SCHEMA, **attrs}
-    template.to_zarr(path, mode="w-", zarr_format=3, consolidated=False)
-    group = zarr.open_group(path, mode="r+")
+    with place(path).appearing() as store:
+        template.to_zarr(store, mode="w", zarr_format=3, consolidated=False)
+        _lay_out_variables(zarr.open_group(store, mode="r+"), halpha, ca8542)
+
+
+def _lay_out_variables(group: zarr.Group, halpha: Sequence[Scan], ca8542: Sequence[Scan]) -> None:
     frame = (len(halpha), *halpha[0].shape)
     for scans in (halpha, ca8542):
         scan = scans[0]
@@ -269,7 +273,7 @@ def coordinates(halpha: Sequence[Scan], ca8542: Sequence[Scan]) -> xr.Dataset:
 
 
 def finish(
-    path: Path,
+    path: str | Path,
     shifts: Mapping[str, Sequence[float] | Sequence[bool]],
     attrs: Mapping[str, Any],
 ) -> None:
@@ -277,14 +281,14 @@ def finish(
 
     Parameters
     ----------
-    path : Path
-        A store that `lay_out` made.
+    path : str or Path
+        A store that `lay_out` made, or its URL.
     shifts : mapping
         ``shift_y``, ``shift_x``, ``shift_confidence``, ``shift_applied``, one value for each time.
     attrs : mapping
         More attributes of the store.
     """
-    group = zarr.open_group(path, mode="r+")
+    group = zarr.open_group(place(path).zarr, mode="r+")
     for name, values in shifts.items():
         array = group[name]
         assert isinstance(array, zarr.Array)
@@ -293,7 +297,7 @@ def finish(
     with warnings.catch_warnings():
         # Not yet in Zarr's specification; xarray reads it, and every reader may ignore it.
         warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
-        zarr.consolidate_metadata(path)
+        zarr.consolidate_metadata(group.store)
 
 
 def is_observation(path: str | Path) -> bool:

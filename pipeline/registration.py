@@ -304,7 +304,11 @@ def _estimate(reference: Image, moving: Image, reference_mask: Mask, moving_mask
     # The window stays in place and pulls the result towards no shift: the second time there is none left.
     for order in (0, 3):
         moved = ndimage.shift(moving, shift, order=order)
-        apodised = [(image - np.average(image, weights=window)) * window for image in (reference, moved)]
+        # In double precision: on a grid as fine as this, single precision lets the number of threads decide.
+        apodised = [
+            (image - np.average(image, weights=window)) * window.astype(np.float64)
+            for image in (reference, moved)
+        ]
         if not all(image.any() for image in apodised):
             return _Estimate(shift, 0.0, 0.0)
         fraction, _, _ = phase_cross_correlation(*apodised, upsample_factor=UPSAMPLING, normalization=None)

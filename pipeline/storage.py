@@ -24,7 +24,7 @@ import socket
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -150,6 +150,10 @@ class Place(ABC):
     @abstractmethod
     def appearing(self) -> AbstractContextManager[Store]:
         """Context that yields an empty Zarr store; what is put into it appears here whole, or not at all."""
+
+    @abstractmethod
+    def bring_to_disk(self, prefix: str) -> None:
+        """See that its files below a folder survive a crash of the machine."""
 
     @abstractmethod
     def remove(self) -> None:
@@ -293,6 +297,14 @@ class Directory(Place):
         beginning.remove()
         yield beginning.zarr
         beginning.location.rename(self.location)
+
+    def bring_to_disk(self, prefix: str) -> None:
+        for key in self.sizes(prefix):
+            descriptor = os.open(self.location / key, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
     def remove(self) -> None:
         shutil.rmtree(self.location, ignore_errors=True)
@@ -507,10 +519,15 @@ class _Objects:
         keys = source.sizes()
         if last in keys:
             self.remove(self.sizes())
-            for key in [*(key for key in keys if key != last), last]:
-                self.files.cp_file(source.path(key), self.path(key))
+            self._copy(source, [key for key in keys if key != last])
+            self._copy(source, [last])
             source.remove([last])
         source.remove([key for key in keys if key != last])
+
+    def _copy(self, source: _Objects, keys: Sequence[str]) -> None:
+        for first in range(0, len(keys), AT_ONCE):
+            some = keys[first : first + AT_ONCE]
+            self.files.copy([source.path(key) for key in some], [self.path(key) for key in some])
 
 
 class ObjectStore(Place):
@@ -574,6 +591,9 @@ class ObjectStore(Place):
         for key, value in content.items():
             self.objects.put(key, value.to_bytes())
         self.objects.put(ROOT, root.to_bytes())
+
+    def bring_to_disk(self, prefix: str) -> None:
+        """Do nothing: an object that has been put is safe."""
 
     def remove(self) -> None:
         keys = self.sizes()

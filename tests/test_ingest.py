@@ -27,7 +27,7 @@ from pipeline.ingest import ingest, pair_scans
 from pipeline.observation import CONTRACT, chunks_and_shards, fits_headers, open_observation, validate
 from pipeline.provenance import sha256_file
 from pipeline.registration import Shift, move_mask, resample
-from pipeline.storage import Directory
+from pipeline.storage import Directory, lock
 from tests.fchroma_files import (
     CADENCE,
     START,
@@ -537,37 +537,75 @@ class TestInterruption:
         np.testing.assert_array_equal(stored, fits.getdata(changed))
         assert leftovers(output) == []
 
-    def test_damaged_journal_starts_over(self, pair, tmp_path):
+    def interrupted(self, sources, output):
+        """Leave an ingest whose times are all done; return its store and its journal."""
+
+        def stop(*arguments):
+            raise KeyboardInterrupt
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("pipeline.ingest.finish", stop)
+            with pytest.raises(KeyboardInterrupt):
+                ingest(sources, output, call="")
+        assert not output.exists()
+        (store,) = output.parent.glob(f"{output.name}.*.new")
+        return store, Directory(store).journal
+
+    def test_damaged_journal_starts_over(self, pair, tmp_path, caplog):
         output = tmp_path / "obs.zarr"
-        Directory(output).journal.write_text("not a journal\n")
-        ingest(pair, output, call="")
+        _, journal = self.interrupted(pair, output)
+        journal.write_text("not a journal\n")
+        assert ingest(pair, output, call="").resumed == 0
+        assert "starting over" in caplog.text
         assert open_observation(output).sizes["time"] == 1
+        assert leftovers(output) == []
+
+    def test_what_is_damaged_meanwhile_is_done_again(self, series, observation, tmp_path, caplog):
+        output = tmp_path / "obs.zarr"
+        store, _ = self.interrupted([series[0]], output)
+        os.truncate(store / "ca8542/c/1/0/0/0", 1000)
+        (store / "valid/c/2/0/0").unlink()
+        report = ingest([series[0]], output, call="flarefield ingest series obs.zarr")
+        assert report.resumed == 1
+        assert "2 finished times are missing or damaged" in caplog.text
+        assert contents(output) == contents(observation[0])
+
+    def test_a_second_command_is_refused(self, pair, tmp_path):
+        output = tmp_path / "obs.zarr"
+        with lock(output), pytest.raises(MisuseError, match="another command"):
+            ingest(pair, output, call="")
+        ingest(pair, output, call="")
         assert leftovers(output) == []
 
     def test_killed_at_any_moment(self, series, observation, tmp_path):
         """SIGKILL in the middle of a slice, before the end, in the renaming: then the same bytes."""
         output = tmp_path / "obs.zarr"
         script = (
-            "import os, signal, sys, pipeline.ingest as i\n"
-            "name, left = sys.argv[3], int(sys.argv[4])\n"
-            "original = getattr(i, name)\n"
-            "def fatal(*arguments):\n"
+            "import os, signal, sys, pathlib, pipeline.ingest as i, pipeline.storage as s\n"
+            "owner, name, left = eval(sys.argv[3]), sys.argv[4], int(sys.argv[5])\n"
+            "original = getattr(owner, name)\n"
+            "def fatal(*arguments, **keywords):\n"
             "    global left\n"
             "    left -= 1\n"
             "    if not left:\n"
             "        os.kill(os.getpid(), signal.SIGKILL)\n"
-            "    return original(*arguments)\n"
-            "setattr(i, name, fatal)\n"
+            "    return original(*arguments, **keywords)\n"
+            "setattr(owner, name, fatal)\n"
             "i.ingest([sys.argv[1]], sys.argv[2], call='flarefield ingest series obs.zarr')\n"
         )
-        for name, call in (("_bring_to_disk", 5), ("finish", 1), ("_put_in_place", 1), ("sync_directory", 1)):
+        for owner, name, call in (
+            ("s.Directory", "bring_to_disk", 5),  # the second time is written, not recorded
+            ("i", "finish", 1),
+            ("i", "swap", 1),
+            ("os", "replace", 1),  # the store has its name, the journal has not
+        ):
             process = subprocess.run(
-                [sys.executable, "-c", script, str(series[0]), str(output), name, str(call)],
+                [sys.executable, "-c", script, str(series[0]), str(output), owner, name, str(call)],
                 capture_output=True,
                 check=False,
             )
             assert process.returncode == -signal.SIGKILL, process.stderr.decode()
-            assert output.exists() == (name == "sync_directory")
+            assert output.exists() == (owner == "os")
         report = ingest([series[0]], output, call="flarefield ingest series obs.zarr")
         assert report.complete_before
         assert contents(output) == contents(observation[0])

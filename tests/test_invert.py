@@ -489,7 +489,7 @@ def test_starting_over_keeps_the_old_map_until_the_new_one_is_finished(
 
 SWAP_MOMENTS = [
     ("pipeline.tiles:write_tile", 4),  # the new map is begun
-    ("pipeline.invert:_swap", 1),  # it is finished
+    ("pipeline.invert:swap", 1),  # it is finished
     ("pathlib:Path.rename", 1),  # the old map is still there
     ("pathlib:Path.rename", 1),  # it has been moved away: nothing is at its place
     ("os:replace", 1),  # the new map is there, the old journal beside it

@@ -1,4 +1,7 @@
-"""Observation, model and map on object stores: in memory, and on a local S3-compatible server."""
+"""Observation, model and map on object stores: in memory, and on a local S3-compatible server.
+
+Ingest writes there, inversion reads and writes there; what they leave is what they leave in a directory.
+"""
 
 import json
 import os
@@ -17,12 +20,15 @@ from toy_observation import toy_observation, write_store
 import pipeline.storage as storage
 import pipeline.tiles as tiles
 from pipeline.check import check_map
-from pipeline.errors import MisuseError, StoreError
+from pipeline.errors import InputError, MisuseError, StoreError
+from pipeline.ingest import ingest
 from pipeline.invert import invert
 from pipeline.journal import BATCH, Journal, read_journal
+from pipeline.observation import is_observation, open_observation
 from pipeline.results import open_map
 from pipeline.storage import ObjectLog, lock, place
 from pipeline.tiles import observation_hash
+from tests.fchroma_files import write_pair
 
 SETTINGS = {"draws": 8, "tile": 8}
 
@@ -119,44 +125,49 @@ def test_starting_over_can_be_interrupted_anywhere(bucket, folder, client, monke
     """Each request of one kind in turn is the last one before the command ends."""
     run(bucket, client, draws=4)
 
-    class Killed(BaseException):
-        pass
-
-    calls = []
-    owner, name = (
-        (storage._Objects, "put") if moment == "put" else (type(fsspec.filesystem("memory")), moment)
-    )
-    real = getattr(owner, name)
-
-    def deadly(self, *args, **kwargs):
-        # workers and the lock's renewal are other threads: they live
-        if threading.current_thread() is threading.main_thread():
-            calls.append(1)
-            if len(calls) == die_at:
-                raise Killed
-        return real(self, *args, **kwargs)
-
-    monkeypatch.setattr(owner, name, deadly)
+    kind = type(fsspec.filesystem("memory"))
+    owner, name = (storage._Objects, "put") if moment == "put" else (kind, moment)
     for number in (1, 2, 4, 7, 12, 40, 90):
-        die_at, calls[:] = number, []
-        try:
-            run(bucket, client, overwrite=True)
-        except Killed:
-            free_lock(bucket)
-            assert contents_are_of_a_run_or_nothing(f"{bucket}/map.zarr")
-            continue
+        with monkeypatch.context() as patch:
+            dying(patch, owner, name, number)
+            try:
+                run(bucket, client, overwrite=True)
+            except Killed:
+                free_lock(f"{bucket}/map.zarr")
+                assert contents_are_of_a_run_or_nothing(f"{bucket}/map.zarr")
+                continue
         break
-    monkeypatch.setattr(owner, name, real)
     run(bucket, client, overwrite=True)
     assert contents(f"{bucket}/map.zarr") == contents(folder / "map.zarr")
     assert names(bucket) == ["map.zarr", "map.zarr.journal", "model", "o.zarr"]
     assert check_map(f"{bucket}/map.zarr").sound
 
 
-def free_lock(bucket):
+class Killed(BaseException):
+    """What ends a command at a request."""
+
+
+def dying(patch, owner, name, number):
+    """Let the request of a number be the last one; return a list that grows with every request."""
+    calls = []
+    real = getattr(owner, name)
+
+    def deadly(self, *args, **kwargs):
+        # workers and the lock's renewal are other threads: they live
+        if threading.current_thread() is threading.main_thread():
+            calls.append(1)
+            if len(calls) == number:
+                raise Killed
+        return real(self, *args, **kwargs)
+
+    patch.setattr(owner, name, deadly)
+    return calls
+
+
+def free_lock(store):
     files = fsspec.filesystem("memory")
-    if files.exists(f"{bucket}/map.zarr.lock"):
-        files.rm_file(f"{bucket}/map.zarr.lock")
+    if files.exists(f"{store}.lock"):
+        files.rm_file(f"{store}.lock")
 
 
 def contents_are_of_a_run_or_nothing(store):
@@ -165,6 +176,93 @@ def contents_are_of_a_run_or_nothing(store):
         return True
     dataset = open_map(store)
     return dataset.attrs["settings"]["draws"] in (4, 8) and dataset["time"].size == 1
+
+
+# Observations
+
+
+@pytest.fixture(scope="module")
+def series(tmp_path_factory):
+    """Files of two scans of both lines, and the observation made of them on disk."""
+    folder = tmp_path_factory.mktemp("series")
+    for number in range(2):
+        write_pair(folder, shape=(40, 50), angle=None, number=number, seed=number)
+    observation = tmp_path_factory.mktemp("observation") / "obs.zarr"
+    ingest([folder], observation, call="a test")
+    return folder, stored(observation)
+
+
+def stored(store):
+    """Bytes of every file of an observation."""
+    there = place(store)
+    keys = sorted(there.sizes())
+    return dict(zip(keys, there.read(keys), strict=True))
+
+
+def test_an_observation_in_a_bucket_is_the_observation_on_disk(bucket, series):
+    output = f"{bucket}/obs.zarr"
+    report = ingest([series[0]], output, call="a test")
+    assert report.path == output
+    assert report.summary().startswith(f"{output}: 2 x 40 x 50 pixels")
+    assert stored(output) == series[1]
+    assert names(bucket) == ["model", "o.zarr", "obs.zarr"]
+    assert ingest([series[0]], output, call="again").complete_before
+    assert open_observation(output).sizes["time"] == 2
+    files = sorted(series[0].glob("*_r00000.fits"))
+    with pytest.raises(MisuseError, match="made from other files"):
+        ingest(files, output, call="others")
+    ingest(files, output, call="others", overwrite=True)
+    assert open_observation(output).sizes["time"] == 1
+    with pytest.raises(MisuseError, match="not an observation"):
+        ingest(files, f"{bucket}/model", call="a test", overwrite=True)
+    with pytest.raises(MisuseError, match="not from URLs"):
+        ingest([f"{bucket}/scan.fits"], output, call="a test")
+
+
+@pytest.mark.parametrize("moment", ["put", "pipe_file", "copy", "rm"])
+def test_an_interrupted_ingest_goes_on_in_a_bucket(bucket, series, monkeypatch, moment):
+    """Each request of one kind in turn is the last one before the command ends; nothing half appears."""
+    output = f"{bucket}/obs.zarr"
+    kind = type(fsspec.filesystem("memory"))
+    owner, name = (storage._Objects, "put") if moment == "put" else (kind, moment)
+    for number in (1, 2, 3, 5, 8, 13, 30, 100):
+        with monkeypatch.context() as patch:
+            calls = dying(patch, owner, name, number)
+            try:
+                ingest([series[0]], output, call="a test")
+            except Killed:
+                free_lock(output)
+                assert not is_observation(output) or stored(output).items() >= series[1].items()
+                continue
+        break
+    assert calls
+    ingest([series[0]], output, call="a test")
+    assert stored(output) == series[1]
+    assert names(bucket) == ["model", "o.zarr", "obs.zarr"]
+
+
+def test_an_ingest_into_a_bucket_resumes(bucket, series, monkeypatch, caplog):
+    output = f"{bucket}/obs.zarr"
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.ingest.finish", disturbed.counted(lambda *_: None, interrupt))
+        with pytest.raises(KeyboardInterrupt):
+            ingest([series[0]], output, call="a test")
+    (unfinished,) = (name for name in names(bucket) if name.endswith(".new"))
+    fsspec.filesystem("memory").rm(f"{bucket}/{unfinished}/valid/c/1", recursive=True)
+    report = ingest([series[0]], output, call="a test")
+    assert report.resumed == 1
+    assert "1 finished times are missing or damaged" in caplog.text
+    assert stored(output) == series[1]
+
+
+def interrupt(number):
+    raise KeyboardInterrupt
+
+
+def test_bad_scans_leave_no_observation_in_a_bucket(bucket, series):
+    with pytest.raises(InputError, match="only one line"):
+        ingest([str(series[0] / "*6563*.fits")], f"{bucket}/obs.zarr", call="a test")
+    assert names(bucket) == ["model", "o.zarr"]
 
 
 # Locks and journals
@@ -303,6 +401,14 @@ def test_a_map_on_an_s3_server_is_the_map_on_disk(s3, folder, client):
     assert open_map(report.output).attrs["settings"]["draws"] == 4
     assert check_map(report.output).sound
     assert names(s3) == ["map.zarr", "map.zarr.journal", "model", "o.zarr"]
+
+
+def test_an_observation_on_an_s3_server_is_the_observation_on_disk(s3, series):
+    output = f"{s3}/obs.zarr"
+    ingest([series[0]], output, call="a test")
+    assert stored(output) == series[1]
+    assert not [name for name in names(s3) if name.startswith("obs.zarr.")]
+    assert ingest([series[0]], output, call="again").complete_before
 
 
 def test_an_s3_server_excludes_a_second_client(s3, monkeypatch, caplog):

@@ -1,0 +1,60 @@
+"""A store that is made beside its name, ``<store>.<run>.new`` with its journal, and put there when whole.
+
+Who does this holds the store's lock, and ends the journal with a record that says ``finished``. A command
+that is killed at any moment leaves something that the next one goes on with (`replacements`), or completes
+(`finish_swaps`).
+"""
+
+from __future__ import annotations
+
+from pipeline.errors import StoreError
+from pipeline.journal import Journal
+from pipeline.storage import Place, log_at
+
+
+def replacement(output: Place, run: str) -> Place:
+    """Where a run makes what is to take a store's place.
+
+    Parameters
+    ----------
+    output : Place
+        The store.
+    run : str
+        Identity of the run, 32 hexadecimal digits.
+    """
+    return output.beside(f".{run}.new")
+
+
+def replacements(output: Place) -> list[Place]:
+    """List what runs have made, or begun to make, to take a store's place."""
+    return [replacement(output, run) for run in output.runs(".new")]
+
+
+def discard(store: Place) -> None:
+    """Remove a replacement and its journal."""
+    store.remove()
+    log_at(store.journal).remove()
+
+
+def finish_swaps(output: Place) -> None:
+    """Complete what a run that was killed between its last record and its end left undone."""
+    for run in output.runs(".new.journal"):
+        store = replacement(output, run)
+        try:
+            with Journal.open(store.journal) as journal:
+                finished = journal.finished
+        except StoreError:
+            finished = False
+        if finished:
+            swap(output, store)
+        elif not store.exists():
+            log_at(store.journal).remove()
+    for ending in (".old", ".new.layout"):
+        for run in output.runs(ending):
+            output.beside(f".{run}{ending}").remove()
+
+
+def swap(output: Place, store: Place) -> None:
+    """Put a finished replacement and its journal in the store's place."""
+    run = store.name.removeprefix(f"{output.name}.").removesuffix(".new")
+    output.replace_with(store, output.beside(f".{run}.old"))
