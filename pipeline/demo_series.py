@@ -520,7 +520,7 @@ def make_series(
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    mu = cosine_of_pointing(POINTING, START)
+    mu = float(cosine_of_pointing(POINTING, START))
     atmospheres = held_out(grid).isel(sample=slice(MOST_ATMOSPHERES))
     profiles = line_profiles(atmospheres, mu)
     canvas = Canvas.around(field, angle)

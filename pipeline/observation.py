@@ -39,6 +39,7 @@ from astropy.io import fits
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec
 
+import pipeline.geometry  # noqa: F401  (gives datasets the accessor `flarefield`)
 from pipeline.crisp.scan import Scan, cosine_of_pointing
 from pipeline.errors import MisuseError, StoreError
 from pipeline.storage import place
@@ -223,6 +224,7 @@ def coordinates(halpha: Sequence[Scan], ca8542: Sequence[Scan]) -> xr.Dataset:
                     "units": "arcsec",
                     "long_name": "helioprojective longitude",
                     "comment": "at the first time; at another add the difference in pointing_longitude",
+                    "pointing": float(pointing[0, 0]),
                 },
             ),
             "latitude": (
@@ -232,6 +234,7 @@ def coordinates(halpha: Sequence[Scan], ca8542: Sequence[Scan]) -> xr.Dataset:
                     "units": "arcsec",
                     "long_name": "helioprojective latitude",
                     "comment": "at the first time; at another add the difference in pointing_latitude",
+                    "pointing": float(pointing[0, 1]),
                 },
             ),
             "pointing_longitude": (

@@ -36,6 +36,7 @@ from zarr.codecs import BloscCodec, TransposeCodec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
+import pipeline.geometry  # noqa: F401  (gives datasets the accessor `flarefield`)
 from pipeline.errors import MisuseError, StoreError
 from pipeline.storage import ROOT, Place, place
 

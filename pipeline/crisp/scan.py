@@ -9,7 +9,7 @@ import numpy as np
 from astropy.coordinates import get_sun
 from astropy.time import Time
 from astropy.wcs import WCS
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from inn.layout import CA8542, HALPHA, LineWindow
 from pipeline.errors import InputError
@@ -167,29 +167,29 @@ class Scan:
         return LINES[self.line]
 
 
-def cosine_of_pointing(pointing: tuple[float, float], time: np.datetime64) -> float:
-    """Cosine of the heliocentric angle, mu, of a point on the disc as seen from the Earth.
+def cosine_of_pointing(pointing: tuple[ArrayLike, ArrayLike], time: np.datetime64) -> NDArray[np.float64]:
+    """Cosine of the heliocentric angle, mu, of points on the disc as seen from the Earth.
 
     The line of sight that leaves the disc's centre by the angle rho meets the surface at the angle whose sine
     is D sin(rho) / R, where D is the Sun's distance at that time and R its radius.
 
     Parameters
     ----------
-    pointing : tuple of float
-        Helioprojective longitude and latitude, arcsec.
+    pointing : tuple of array_like
+        Helioprojective longitude and latitude, arcsec, of one shape.
     time : numpy.datetime64
         UTC.
 
     Returns
     -------
-    float
-        Between 0 and 1; NaN off the disc.
+    ndarray
+        Of that shape, between 0 and 1; NaN off the disc.
     """
-    longitude, latitude = np.deg2rad(np.asarray(pointing) / ARCSEC_PER_DEGREE)
+    longitude, latitude = (np.deg2rad(np.asarray(angle) / ARCSEC_PER_DEGREE) for angle in pointing)
     away = 1.0 - (np.cos(latitude) * np.cos(longitude)) ** 2  # sin^2 of the elongation
     distance = float(get_sun(Time(time, scale="utc")).distance.to_value(u.m))
     squared = 1.0 - away * (distance / SOLAR_RADIUS) ** 2
-    return float(np.sqrt(squared)) if squared >= 0.0 else float("nan")
+    return np.asarray(np.sqrt(np.where(squared >= 0.0, squared, np.nan)))
 
 
 def identify_line(wavelength: NDArray[np.float64], where: str) -> str:
