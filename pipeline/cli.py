@@ -102,6 +102,12 @@ def ingest_command(
     tolerance: Annotated[
         float, typer.Option(help="Largest time between the scans of a pair, in seconds.", min=0.0)
     ] = 15.0,
+    medium: Annotated[
+        Literal["air", "vacuum"] | None,
+        typer.Option(
+            help="What the files' wavelengths are measured in, where they do not say.", show_default=False
+        ),
+    ] = None,
     cluster: ClusterOption = "local",
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -114,6 +120,7 @@ def ingest_command(
         output,
         cluster=load_config(cluster),
         tolerance=tolerance,
+        medium=medium,
         overwrite=overwrite,
         call=_call(),
     )

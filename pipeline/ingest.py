@@ -8,7 +8,6 @@ command resumes what was interrupted.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -27,9 +26,9 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from zarr.core.sync import sync
 
-from inn.layout import LineWindow
 from pipeline.cluster import ClusterConfig, opened
-from pipeline.crisp import LINES, Scan, find_scans, open_intensity
+from pipeline.crisp import LINES, Cube, Medium, Scan, find_scans, open_intensity
+from pipeline.crisp.wavelengths import air_to_vacuum, vacuum_to_air
 from pipeline.driver import Outcome, run_bounded
 from pipeline.errors import FlareFieldError, InputError, MisuseError, StoreError
 from pipeline.journal import Journal
@@ -60,7 +59,6 @@ TOLERANCE = 15.0
 
 SAME_WAVELENGTH = 1e-3  # Angstrom by which the axes of a series may differ
 SAME_SCALE = 1e-3  # relative difference of pixel sizes, and difference of rotation matrices
-AIR_INDEX = 1.000275  # of refraction, at both lines to a hundredth of an Angstrom
 LISTED = 10  # files that an error names one by one
 
 Task = TypeVar("Task")
@@ -78,11 +76,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class PairTask:
-    """What a worker needs to write one time of a store."""
+    """What a worker needs to write one time of a store; `unhashed` are the files whose SHA-256 it finds."""
 
     store: str
     time: int
     pair: Pair
+    unhashed: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -146,6 +145,7 @@ def ingest(
     cluster: Cluster = None,
     call: str,
     tolerance: float = TOLERANCE,
+    medium: Medium | None = None,
     overwrite: bool = False,
 ) -> IngestReport:
     """Make an observation store from CRISP scans of both lines.
@@ -167,6 +167,8 @@ def ingest(
         The command line or Python call, for the record.
     tolerance : float
         Seconds between the mean times of a pair at most.
+    medium : {"vacuum", "air"}, optional
+        What the caller says of the files' wavelengths, where they leave it open; recorded.
     overwrite : bool
         Replace an observation made from other files. It stays as it is until the new one is finished; on an
         object store, which cannot rename, there is no observation for as long as it takes to copy the new
@@ -208,7 +210,7 @@ def ingest(
                 expected="a new name, or an observation store",
                 remedy="choose another name",
             )
-        pairs, unpaired, passed_over = _find_pairs(sources, tolerance)
+        pairs, unpaired, passed_over = _find_pairs(sources, tolerance, medium)
         if target.exists() and not overwrite:
             _check_same(target, pairs, tolerance, cluster)
             log_at(target.journal).remove()
@@ -222,23 +224,23 @@ def ingest(
 
 
 def _find_pairs(
-    sources: Sequence[str | Path], tolerance: float
+    sources: Sequence[str | Path], tolerance: float, medium: Medium | None
 ) -> tuple[tuple[Pair, ...], tuple[Scan, ...], tuple[str, ...]]:
     """Find the scans' pairs, the scans without a partner, and what is not a scan; say what is left out."""
-    scans, refusals = find_scans(sources)
+    scans, refusals = find_scans(sources, medium)
     passed_over = tuple(f"{refusal.where}: {refusal.problem}" for refusal in refusals)
     if not scans:
         raise InputError(
             "no scans found",
             where=", ".join(str(source) for source in sources),
-            found="\n    ".join(["", *passed_over[:LISTED]]) if passed_over else "no FITS files",
+            found="\n    ".join(["", *passed_over[:LISTED]]) if passed_over else "no files of a known format",
             expected="CRISP scans in H-alpha and Ca II 8542",
             remedy="check the names",
         )
     pairs, unpaired = pair_scans(scans, tolerance)
     _check_alike(pairs)
     for scan in unpaired:
-        logger.warning("%s: %s has no partner within %g s, left out", scan.path, _label(scan), tolerance)
+        logger.warning("%s: %s has no partner within %g s, left out", scan.name, _label(scan), tolerance)
     for text in passed_over:
         logger.warning("%s, passed over", text)
     return pairs, unpaired, passed_over
@@ -284,8 +286,8 @@ def pair_scans(scans: Sequence[Scan], tolerance: float) -> tuple[tuple[Pair, ...
             if earlier.time == later.time:
                 raise InputError(
                     "two files hold the same scan",
-                    where=later.path,
-                    found=f"{_label(later)}, as {earlier.path}",
+                    where=later.name,
+                    found=f"{_label(later)}, as {earlier.name}",
                     remedy="leave one of them out",
                 )
     halpha, ca8542 = by_line["halpha"], by_line["ca8542"]
@@ -305,8 +307,8 @@ def pair_scans(scans: Sequence[Scan], tolerance: float) -> tuple[tuple[Pair, ...
             remedy="give scans of the same time, or a larger --tolerance",
         )
     pairs = tuple(Pair(halpha[i], ca8542[j]) for i, j in chosen)
-    taken = {scan.path for pair in pairs for scan in (pair.halpha, pair.ca8542)}
-    return pairs, tuple(scan for scan in (*halpha, *ca8542) if scan.path not in taken)
+    taken = {(scan.path, scan.index) for pair in pairs for scan in (pair.halpha, pair.ca8542)}
+    return pairs, tuple(scan for scan in (*halpha, *ca8542) if (scan.path, scan.index) not in taken)
 
 
 def ingest_pair(task: PairTask) -> dict[str, Any] | FlareFieldError:
@@ -320,9 +322,9 @@ def ingest_pair(task: PairTask) -> dict[str, Any] | FlareFieldError:
     Returns
     -------
     dict or FlareFieldError
-        The journal's record: displacement, confidence, the bytes written, and the SHA-256 of both files. What
-        a user has to mend comes back as a value: trying again would not help, and the worker has nothing to
-        say about it.
+        The journal's record: displacement, confidence, the bytes written, and the SHA-256 of the task's
+        files. What a user has to mend comes back as a value: trying again would not help, and the worker has
+        nothing to say about it.
     """
     pair = task.pair
     store = place(task.store)
@@ -355,7 +357,7 @@ def ingest_pair(task: PairTask) -> dict[str, Any] | FlareFieldError:
         "shift_x": shift.x,
         "confidence": shift.confidence,
         "stored": _stored(store, task.time),
-        "sha256": {scan.path: sha256_file(scan.path) for scan in (pair.halpha, pair.ca8542)},
+        "sha256": {path: sha256_file(path) for path in task.unhashed},
     }
 
 
@@ -384,7 +386,7 @@ def _opened(store: Place) -> zarr.Group:
 def _write(
     task: PairTask,
     group: zarr.Group,
-    cubes: tuple[NDArray[Any], NDArray[Any]],
+    cubes: tuple[Cube, Cube],
     fields: tuple[Mask, Mask],
     shift: Shift,
 ) -> None:
@@ -412,7 +414,7 @@ def _write(
         if not usable[scan.line]:
             raise InputError(
                 "the scan holds no intensities",
-                where=scan.path,
+                where=scan.name,
                 found="nothing but zeros, values that are not finite, or one constant value",
                 expected="positive intensities",
                 remedy="fetch the file again, or leave the scan out",
@@ -426,7 +428,7 @@ def _write(
         )
 
 
-def _as_it_is(cube: NDArray[Any], field: Mask, rows: slice, columns: slice) -> NDArray[np.float32]:
+def _as_it_is(cube: Cube, field: Mask, rows: slice, columns: slice) -> NDArray[np.float32]:
     return np.where(field[rows, columns], cube[:, rows, columns].astype(np.float32), np.float32(np.nan))
 
 
@@ -449,8 +451,11 @@ def _make(
     with journal:
         done = _taken_up(store, journal)
         resumed = len(done)
+        files = _files_of_times(pairs)
         waiting = (
-            PairTask(str(store), time, _light(pair)) for time, pair in enumerate(pairs) if time not in done
+            PairTask(str(store), time, pair, files[time])
+            for time, pair in enumerate(pairs)
+            if time not in done
         )
         failures: list[tuple[Pair, BaseException]] = []
         with Progress("ingesting", len(pairs), "scan pairs", done=resumed) as progress:
@@ -529,7 +534,7 @@ def _fingerprint(pairs: tuple[Pair, ...], tolerance: float) -> dict[str, Any]:
     for pair in pairs:
         for scan in (pair.halpha, pair.ca8542):
             status = os.stat(scan.path)
-            files.append([scan.path, status.st_size, status.st_mtime_ns])
+            files.append([scan.path, scan.index, scan.medium, status.st_size, status.st_mtime_ns])
     return {
         "files": files,
         "tolerance": tolerance,
@@ -612,16 +617,22 @@ def _run(
             yield Outcome(task, result, None, 1)
 
 
-def _light(pair: Pair) -> Pair:
-    """Leave out the headers, which workers do not need."""
-    return Pair(dataclasses.replace(pair.halpha, headers=()), dataclasses.replace(pair.ca8542, headers=()))
+def _files_of_times(pairs: tuple[Pair, ...]) -> list[tuple[str, ...]]:
+    """Files of each time that no earlier one came from: a file may hold many scans."""
+    seen: set[str] = set()
+    files = []
+    for pair in pairs:
+        new = dict.fromkeys(scan.path for scan in (pair.halpha, pair.ca8542) if scan.path not in seen)
+        seen |= set(new)
+        files.append(tuple(new))
+    return files
 
 
 def _check_same(output: Place, pairs: tuple[Pair, ...], tolerance: float, cluster: Cluster) -> None:
     """Accept an existing observation only if it was made from the same files in the same way."""
     attrs: dict[str, Any] = dict(zarr.open_group(output.zarr, mode="r").attrs.asdict())
     recorded = list(attrs.get("made_from", {}).values())
-    paths = [scan.path for pair in pairs for scan in (pair.halpha, pair.ca8542)]
+    paths = [path for files in _files_of_times(pairs) for path in files]
     differs = None
     if attrs.get("pairing_tolerance_seconds") != tolerance:
         differs = f"made with a tolerance of {attrs.get('pairing_tolerance_seconds')} s, now {tolerance} s"
@@ -656,7 +667,7 @@ def _check_alike(pairs: tuple[Pair, ...]) -> None:
             if scan.shape != reference.shape:
                 raise InputError(
                     "the scans are of different size",
-                    where=scan.path,
+                    where=scan.name,
                     found=f"{scan.shape} pixels (y, x)",
                     expected=f"{reference.shape}, as {reference.path}",
                     remedy="ingest scans of different size separately",
@@ -666,7 +677,7 @@ def _check_alike(pairs: tuple[Pair, ...]) -> None:
             if max(scale, rotation) > SAME_SCALE:
                 raise InputError(
                     "the scans' pixels are of different size or orientation",
-                    where=scan.path,
+                    where=scan.name,
                     found=f"{scan.frame.scale} arcsec, PC {scan.frame.rotation}",
                     expected=f"{reference.frame.scale} arcsec, PC {reference.frame.rotation}, "
                     f"as {reference.path}",
@@ -678,7 +689,7 @@ def _check_alike(pairs: tuple[Pair, ...]) -> None:
             ):
                 raise InputError(
                     "the scans of one line have different wavelengths",
-                    where=scan.path,
+                    where=scan.name,
                     found=_range(scan),
                     expected=f"{_range(like)}, as {like.path}",
                     remedy="ingest them separately",
@@ -686,7 +697,7 @@ def _check_alike(pairs: tuple[Pair, ...]) -> None:
             if (scan.units, scan.saturation) != (like.units, like.saturation):
                 raise InputError(
                     "the scans of one line have different number formats",
-                    where=scan.path,
+                    where=scan.name,
                     found=f"{scan.units}, largest {scan.saturation:g}",
                     expected=f"{like.units}, largest {like.saturation:g}, as {like.path}",
                     remedy="ingest them separately",
@@ -701,15 +712,21 @@ def _check_window(scan: Scan) -> None:
     if missing == 0.0:
         return
     wanted = window.wavelengths
-    in_air = LineWindow(window.name, window.rest_wavelength / AIR_INDEX, window.half_width, window.points)
-    air = shortfall(scan.wavelength, in_air) == 0.0
+    other, as_other = (
+        ("air", air_to_vacuum(scan.wavelength))
+        if scan.medium == "vacuum"
+        else ("vacuum", vacuum_to_air(scan.wavelength))
+    )
+    mistaken = shortfall(as_other, window) == 0.0
     raise InputError(
-        "the wavelengths seem to be those in air" if air else "the wavelength range is too short",
-        where=scan.path,
+        f"the wavelengths seem to be those in {other}" if mistaken else "the wavelength range is too short",
+        where=scan.name,
         found=_range(scan),
         expected=f"{wanted[0]:.2f} to {wanted[-1]:.2f} Angstrom in vacuum, less half a sampling step "
         f"({missing:.2f} Angstrom are missing)",
-        remedy="convert the wavelength axis to vacuum" if air else "use scans that cover the line's window",
+        remedy=f"say --medium {other}, or mend the file"
+        if mistaken
+        else "use scans that cover the line's window",
     )
 
 

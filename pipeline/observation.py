@@ -20,8 +20,9 @@ variable                                           dimensions   meaning
 ``wavelength_halpha``, ``wavelength_ca8542``       themselves   vacuum wavelengths, Angstrom
 =================================================  ===========  ==============================================
 
-H-alpha's frame and time are the reference: Ca II is brought onto it. The FITS headers of every scan are in
-the ``fits_headers`` attribute of the line's variable, which the function `fits_headers` reads.
+H-alpha's frame and time are the reference: Ca II is brought onto it. What every file says of itself is in the
+``headers`` attribute of the line's variable, once for each file, and ``header_of_time`` says which of them a
+time came from; the function `fits_headers` reads both.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec
 
 import pipeline.geometry  # noqa: F401  (gives datasets the accessor `flarefield`)
+from pipeline.crisp import read_headers
 from pipeline.crisp.scan import Scan, cosine_of_pointing
 from pipeline.errors import MisuseError, StoreError
 from pipeline.storage import place
@@ -131,7 +133,9 @@ def _lay_out_variables(group: zarr.Group, halpha: Sequence[Scan], ca8542: Sequen
             "units": scan.units,
             "long_name": f"{LONG_NAMES[scan.line]} intensity",
             "rest_wavelength": scan.window.rest_wavelength,
-            "fits_headers": [HEADER_END.join([*one.headers, ""]) for one in scans],
+            "units_of_files": scan.units_of_file,
+            "format": scan.format,
+            **_headers(scans),
         }
         if np.isfinite(scan.saturation):
             attributes["saturation"] = scan.saturation
@@ -264,6 +268,8 @@ def coordinates(halpha: Sequence[Scan], ca8542: Sequence[Scan]) -> xr.Dataset:
                         "units": "Angstrom",
                         "long_name": f"vacuum wavelength, {LONG_NAMES[scan.line]}",
                         "rest_wavelength": scan.window.rest_wavelength,
+                        "medium_of_files": scan.medium,
+                        "medium_stated_by": scan.medium_stated_by,
                     },
                 )
                 for scan in (halpha[0], ca8542[0])
@@ -409,14 +415,26 @@ def fits_headers(dataset: xr.Dataset, line: str, time: int) -> list[fits.Header]
     MisuseError
         There is no such line or time.
     """
-    texts = dataset[line].attrs.get("fits_headers", []) if line in dataset else []
-    if not 0 <= time < len(texts):
+    of_time = dataset[line].attrs.get("header_of_time", []) if line in dataset else []
+    if not 0 <= time < len(of_time):
         raise MisuseError(
             "no headers of this line and time",
             found=f"{line}, {time}",
             expected=f"halpha or ca8542, and a time of 0 to {dataset.sizes['time'] - 1}",
         )
-    return [fits.Header.fromstring(text, sep="\n") for text in texts[time].split(HEADER_END) if text]
+    text = dataset[line].attrs["headers"][of_time[time]]
+    return [fits.Header.fromstring(part, sep="\n") for part in text.split(HEADER_END) if part]
+
+
+def _headers(scans: Sequence[Scan]) -> dict[str, Any]:
+    """Attributes of a line's variable that hold its files' headers, each file's once."""
+    place_of: dict[str, int] = {}
+    texts: list[str] = []
+    for scan in scans:
+        if scan.path not in place_of:
+            place_of[scan.path] = len(texts)
+            texts.append(HEADER_END.join([*read_headers(scan), ""]))
+    return {"headers": texts, "header_of_time": [place_of[scan.path] for scan in scans]}
 
 
 def _same_unit(found: object, expected: str) -> bool:

@@ -19,6 +19,8 @@ from scipy import ndimage
 from scipy.fft import fftfreq, irfft2, next_fast_len, rfft2, rfftfreq
 from skimage.registration import phase_cross_correlation
 
+from pipeline.crisp.cube import Cube
+
 Image = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 
@@ -75,7 +77,7 @@ class Shift:
         return self.confidence >= CONFIDENT
 
 
-def field_of_view(cube: NDArray[np.generic]) -> Mask:
+def field_of_view(cube: Cube) -> Mask:
     """Pixels of a frame that show the Sun, not the pad around a rotated field.
 
     The pad is the region at the frame's edge that has one and the same spectrum. A pixel of the Sun that
@@ -84,7 +86,7 @@ def field_of_view(cube: NDArray[np.generic]) -> Mask:
 
     Parameters
     ----------
-    cube : ndarray, shape (wavelength, y, x)
+    cube : Cube, shape (wavelength, y, x)
         Intensities; NaN is a value like others here.
 
     Returns
@@ -108,12 +110,12 @@ def field_of_view(cube: NDArray[np.generic]) -> Mask:
     return np.asarray(~np.isin(labels, touching), dtype=np.bool_)
 
 
-def band_images(cube: NDArray[np.generic], wavelength: ArrayLike, rest_wavelength: float) -> dict[str, Image]:
+def band_images(cube: Cube, wavelength: ArrayLike, rest_wavelength: float) -> dict[str, Image]:
     """Images in `BANDS`: means over the same shares of a line's range, whichever the line.
 
     Parameters
     ----------
-    cube : ndarray, shape (wavelength, y, x)
+    cube : Cube, shape (wavelength, y, x)
         Intensities of one line.
     wavelength : array_like, shape (wavelength,)
         Angstrom, increasing.
@@ -138,8 +140,8 @@ def band_images(cube: NDArray[np.generic], wavelength: ArrayLike, rest_wavelengt
 
 
 def find_shift(
-    halpha: NDArray[np.generic],
-    ca8542: NDArray[np.generic],
+    halpha: Cube,
+    ca8542: Cube,
     wavelengths: tuple[ArrayLike, ArrayLike],
     rest_wavelengths: tuple[float, float],
     fields: tuple[Mask, Mask],
@@ -148,7 +150,7 @@ def find_shift(
 
     Parameters
     ----------
-    halpha, ca8542 : ndarray, shape (wavelength, y, x)
+    halpha, ca8542 : Cube, shape (wavelength, y, x)
         One scan of each line, frames of one size; may be memory-mapped, of a large frame the middle is read.
     wavelengths : tuple of array_like
         Wavelength axis of each line, Angstrom.
@@ -208,7 +210,7 @@ def move_mask(mask: Mask, shift: Shift) -> Mask:
 
 
 def resample(
-    cube: NDArray[np.generic],
+    cube: Cube,
     field: Mask,
     shift: Shift,
     rows: slice,
@@ -223,7 +225,7 @@ def resample(
 
     Parameters
     ----------
-    cube : ndarray, shape (wavelength, y, x)
+    cube : Cube, shape (wavelength, y, x)
         The whole scan of Ca II, perhaps memory-mapped; the block and a margin are read.
     field : ndarray of bool, shape (y, x)
         Ca II's field of view in its own frame.

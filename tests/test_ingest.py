@@ -22,6 +22,7 @@ import pipeline.ingest
 from pipeline.crisp import find_scans
 from pipeline.crisp.fchroma import write_fchroma
 from pipeline.crisp.scan import cosine_of_pointing
+from pipeline.crisp.wavelengths import vacuum_to_air
 from pipeline.errors import FlareFieldError, InputError, MisuseError, StoreError
 from pipeline.ingest import ingest, pair_scans
 from pipeline.observation import CONTRACT, chunks_and_shards, fits_headers, open_observation, validate
@@ -292,6 +293,37 @@ class TestPointing:
         np.testing.assert_allclose(dataset.latitude, 300.0 + offset[1], atol=0.01)
         np.testing.assert_allclose(dataset.pointing_longitude, [200.0, 203.5], atol=1e-6)
         np.testing.assert_allclose(dataset.pointing_latitude, [300.0, 299.0], atol=1e-6)
+
+
+class TestMedium:
+    @pytest.fixture
+    def in_air(self, tmp_path):
+        """A pair whose axes are in air, as a copy of the database's layout may be."""
+        folder, vacuum = tmp_path / "air", tmp_path / "vacuum"
+        folder.mkdir()
+        vacuum.mkdir()
+        for path in write_pair(vacuum, shape=(40, 50), angle=None)[:2]:
+            with fits.open(path) as hdus:
+                axis = vacuum_to_air(hdus[1].data)
+                cube = hdus[0].data.copy()
+                moment = hdus[0].header["DATE-AVG"]
+            write_fchroma(folder / path.name, cube, axis, moment)
+        return folder
+
+    def test_a_mistaken_medium_is_told(self, in_air, pair, tmp_path):
+        with pytest.raises(InputError, match=r"(?s)seem to be those in air.*--medium air"):
+            ingest([in_air], tmp_path / "obs.zarr", call="")
+        with pytest.raises(InputError, match=r"(?s)seem to be those in vacuum.*--medium vacuum"):
+            ingest(pair, tmp_path / "obs.zarr", medium="air", call="")
+
+    def test_the_statement_is_recorded(self, in_air, tmp_path):
+        ingest([in_air], tmp_path / "obs.zarr", medium="air", call="")
+        dataset = open_observation(tmp_path / "obs.zarr")
+        for line, axis in (("halpha", WAVELENGTH_HALPHA), ("ca8542", WAVELENGTH_CA8542)):
+            wavelength = dataset[f"wavelength_{line}"]
+            np.testing.assert_allclose(wavelength, axis, rtol=0, atol=1e-9)
+            assert wavelength.attrs["medium_of_files"] == "air"
+            assert wavelength.attrs["medium_stated_by"] == "caller"
 
 
 class TestPairing:

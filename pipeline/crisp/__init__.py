@@ -3,47 +3,79 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.crisp import fchroma
-from pipeline.crisp.scan import LINES, ForeignFileError, Frame, Scan
+from pipeline.crisp.cube import Cube
+from pipeline.crisp.scan import LINES, ForeignFileError, Frame, OtherLineError, Scan
+from pipeline.crisp.wavelengths import Medium
 from pipeline.errors import InputError
 
-__all__ = ["LINES", "ForeignFileError", "Frame", "Scan", "find_scans", "open_intensity", "read_scans"]
+__all__ = [
+    "LINES",
+    "Cube",
+    "ForeignFileError",
+    "Frame",
+    "Medium",
+    "Scan",
+    "find_scans",
+    "open_intensity",
+    "open_wavelength_shift",
+    "read_headers",
+    "read_scans",
+]
 
 
 class Reader(Protocol):
-    """What a reader module offers."""
+    """What a reader module offers: one file format, known by content."""
 
-    def read_scans(self, path: str | Path) -> tuple[Scan, ...]:
-        """Describe the scans of a file; `ForeignFileError` if it is not of the module's format."""
+    @property
+    def SUFFIXES(self) -> tuple[str, ...]:
+        """Names, in lower case, that are looked into when a directory is given; a named file always is."""
         ...
 
-    def open_intensity(self, scan: Scan) -> NDArray[Any]:
-        """Intensities of a scan that the module described, (wavelength, y, x), read as they are indexed."""
+    def read_scans(self, path: str | Path, medium: Medium | None = None) -> tuple[Scan, ...]:
+        """Describe a file's scans of the lines wanted, reading no intensities.
+
+        `ForeignFileError` if the file is not of the module's format, `OtherLineError` if it is, but without
+        such a scan; any other `InputError` if it should be usable and is not.
+        """
+        ...
+
+    def read_headers(self, path: str | Path) -> tuple[str, ...]:
+        """What the file says of itself, whole, as text: of FITS every HDU's header, one card a line."""
+        ...
+
+    def open_intensity(self, scan: Scan) -> Cube:
+        """Intensities of a scan that the module described, in its `units`, read as they are indexed."""
+        ...
+
+    def open_wavelength_shift(self, scan: Scan) -> NDArray[np.float64] | None:
+        """Angstrom (y, x) to be added to each pixel's wavelengths in vacuum; None if all have the same."""
         ...
 
 
 READERS: dict[str, Reader] = {fchroma.FORMAT: fchroma}
 """The readers, by the name that a `Scan` carries as its `format`."""
 
-SUFFIXES = (".fits", ".fit", ".fts")
-"""Names that are looked into when a directory is given (a file given by name is always looked into)."""
-
 LISTED = 10  # files that an error names one by one
 
 
-def read_scans(path: str | Path) -> tuple[Scan, ...]:
+def read_scans(path: str | Path, medium: Medium | None = None) -> tuple[Scan, ...]:
     """Describe the scans that a file holds, whatever its format.
 
     Parameters
     ----------
     path : str or Path
-        The file. Its content decides what it is.
+        The file, or the directory of a format that is one. Its content decides what it is.
+    medium : {"vacuum", "air"}, optional
+        What the caller says of wavelengths, where file and format leave it open.
 
     Returns
     -------
@@ -54,18 +86,46 @@ def read_scans(path: str | Path) -> tuple[Scan, ...]:
     ForeignFileError
         The file is of no format known here, or of other lines.
     InputError
-        It is a scan, but cannot be used.
+        It holds scans, but cannot be used.
     """
-    refusals = []
-    for reader in READERS.values():
+    refusals: dict[str, ForeignFileError] = {}
+    for name, reader in READERS.items():
         try:
-            return reader.read_scans(path)
+            return reader.read_scans(path, medium)
+        except OtherLineError:
+            raise
         except ForeignFileError as refusal:
-            refusals.append(refusal)
-    raise refusals[-1]
+            refusals[name] = refusal
+    if len({refusal.problem for refusal in refusals.values()}) == 1:
+        raise next(iter(refusals.values()))
+    raise ForeignFileError(
+        "a file of no format that is known",
+        where=path,
+        found="".join(
+            f"\n    not {name}: {refusal.problem}" + (f" ({refusal.found})" if refusal.found else "")
+            for name, refusal in refusals.items()
+        ),
+        remedy="leave this file out",
+    )
 
 
-def open_intensity(scan: Scan) -> NDArray[Any]:
+def read_headers(scan: Scan) -> tuple[str, ...]:
+    """What a scan's file says of itself, whole, as text: of FITS every HDU's header, one card a line.
+
+    Parameters
+    ----------
+    scan : Scan
+        Any of the file's scans.
+
+    Raises
+    ------
+    InputError
+        The file has changed or gone since it was described.
+    """
+    return READERS[scan.format].read_headers(scan.path)
+
+
+def open_intensity(scan: Scan) -> Cube:
     """Intensities of a scan, shape (wavelength, y, x), in the scan's units; read from disk as it is indexed.
 
     Parameters
@@ -81,17 +141,42 @@ def open_intensity(scan: Scan) -> NDArray[Any]:
     return READERS[scan.format].open_intensity(scan)
 
 
-def find_scans(sources: Sequence[str | Path]) -> tuple[list[Scan], list[ForeignFileError]]:
+def open_wavelength_shift(scan: Scan) -> NDArray[np.float64] | None:
+    """What has to be added to a scan's wavelengths at each pixel: CRISP's cavity errors, if a file has any.
+
+    Parameters
+    ----------
+    scan : Scan
+        The scan.
+
+    Returns
+    -------
+    ndarray, shape (y, x), or None
+        Angstrom, in vacuum; NaN where it is not known. None if all pixels have the axis' own wavelengths.
+
+    Raises
+    ------
+    InputError
+        The file has changed or gone since it was described.
+    """
+    return READERS[scan.format].open_wavelength_shift(scan) if scan.has_wavelength_shift else None
+
+
+def find_scans(
+    sources: Sequence[str | Path], medium: Medium | None = None
+) -> tuple[list[Scan], list[ForeignFileError]]:
     """Find the scans among files, directories and patterns, by the files' content.
 
     A file that is named, or matched by a pattern, has to be a scan. In a directory (looked through with its
     subdirectories) files that are something else are passed over, and reported. A file that is named twice
-    is read once.
+    is read once. Zarr groups count as files, wherever they are.
 
     Parameters
     ----------
     sources : sequence of str or Path
         Files, directories, and patterns such as ``"2014-09-06/*.fits"``, in any order.
+    medium : {"vacuum", "air"}, optional
+        As for `read_scans`; said of all files.
 
     Returns
     -------
@@ -115,7 +200,7 @@ def find_scans(sources: Sequence[str | Path]) -> tuple[list[Scan], list[ForeignF
             found[file] = found.get(file, False) or named
     for file, named in found.items():
         try:
-            scans.extend(read_scans(file))
+            scans.extend(read_scans(file, medium))
         except ForeignFileError as refusal:
             (refused if named else passed_over).append(refusal)
         except InputError as refusal:
@@ -131,30 +216,42 @@ def find_scans(sources: Sequence[str | Path]) -> tuple[list[Scan], list[ForeignF
             found="\n    ".join(["", *listed]),
             remedy="mend these files or leave them out",
         )
-    return sorted(scans, key=lambda scan: (scan.line, scan.time, scan.path)), passed_over
+    return sorted(scans, key=lambda scan: (scan.line, scan.time, scan.path, scan.index)), passed_over
 
 
 def _files(source: str | Path) -> Iterator[tuple[Path, bool]]:
     """Yield the files of one source, each with whether it was named (rather than found in a directory)."""
     path = Path(source)
-    if path.is_dir():
-        for file in sorted(path.rglob("*")):
-            if file.suffix.lower() in SUFFIXES and file.is_file():
-                yield file, False
-    elif path.exists():
-        yield path, True
+    if path.exists():
+        matches = [str(source)]
     else:
         matches = sorted(glob.glob(str(source), recursive=True))
         if not matches:
             raise InputError(
                 "no such file, and no file matches",
                 where=source,
-                expected="FITS files, directories that hold them, or patterns",
+                expected="files of scans, directories that hold them, or patterns",
                 remedy="check the name; put a pattern in quotes if the shell should leave it alone",
             )
-        for match in matches:
-            file = Path(match)
-            if file.is_dir():
-                yield from _files(file)
-            else:
-                yield file, True
+    for match in matches:
+        file = Path(match)
+        if file.is_dir() and not _is_group(file):
+            yield from ((found, False) for found in _inside(file))
+        else:
+            yield file, True
+
+
+def _inside(folder: Path) -> Iterator[Path]:
+    """Yield what may be a scan in a directory and its subdirectories."""
+    suffixes = {suffix for reader in READERS.values() for suffix in reader.SUFFIXES}
+    for parent, folders, files in os.walk(folder):
+        groups = [name for name in folders if _is_group(Path(parent, name))]
+        folders[:] = sorted(set(folders) - set(groups))
+        for name in sorted([*groups, *files]):
+            if Path(name).suffix.lower() in suffixes:
+                yield Path(parent, name)
+
+
+def _is_group(folder: Path) -> bool:
+    """Whether a directory is one thing, a Zarr group, and nothing to look for files in."""
+    return any((folder / name).is_file() for name in ("zarr.json", ".zgroup"))

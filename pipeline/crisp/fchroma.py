@@ -8,38 +8,38 @@ https://star.pst.qub.ac.uk/wiki/doku.php/public/solarflares/start.
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from astropy.io import fits
-from astropy.io.fits.verify import VerifyError
-from astropy.time import ScaleValueError, Time
-from astropy.utils.exceptions import AstropyWarning
 from astropy.wcs import WCS
 from numpy.typing import ArrayLike, NDArray
 
-from pipeline.crisp.scan import ForeignFileError, Frame, Scan, identify_line
+from pipeline.crisp import fits_files
+from pipeline.crisp.cube import Cube, ScaledCube
+from pipeline.crisp.fits_files import FETCH_AGAIN
+from pipeline.crisp.scan import ForeignFileError, Frame, Scan, identify_line, vacuum_axis
+from pipeline.crisp.wavelengths import Medium
 from pipeline.errors import InputError, MisuseError
 
 FORMAT = "fchroma"
 AXIS_HDU = "lambda-coordinate"
-SIGNATURE = b"SIMPLE  ="
 UNITS = "DN"
-FETCH_AGAIN = "fetch the file again, or leave it out"
+SUFFIXES = fits_files.SUFFIXES
 
 # What the database calls the lines: EXTNAME and WDESC1 of the primary header, and the part of a file's name.
 DESIGNATIONS = {"halpha": ("H_I_6563", "H I 6563", "6563"), "ca8542": ("Ca_II_8542", "Ca II 8542", "8542")}
 
 
-def read_scans(path: str | Path) -> tuple[Scan, ...]:
+def read_scans(path: str | Path, medium: Medium | None = None) -> tuple[Scan, ...]:
     """Describe the one scan of an F-CHROMA file, from its headers and wavelength axis alone.
 
     Parameters
     ----------
     path : str or Path
         The file; its name says nothing.
+    medium : {"vacuum", "air"}, optional
+        What the wavelengths are measured in, if the caller knows better than the database's definition.
 
     Returns
     -------
@@ -54,45 +54,15 @@ def read_scans(path: str | Path) -> tuple[Scan, ...]:
         It is an F-CHROMA file, but cannot be read or is incomplete.
     """
     file = Path(path).absolute()
-    try:
-        with file.open("rb") as stream:
-            start = stream.read(len(SIGNATURE))
-    except OSError as failure:
-        raise InputError(
-            "the file cannot be read",
-            where=file,
-            found=failure.strerror,
-            remedy="check the name and the permissions",
-        ) from failure
-    if start != SIGNATURE:
-        raise ForeignFileError(
-            "not a FITS file",
-            where=file,
-            found=f"it begins with {start!r}" if start else "an empty file",
-            expected=f"{SIGNATURE!r}",
-            remedy="unpack it first" if start.startswith(b"\x1f\x8b") else "leave this file out",
-        )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", AstropyWarning)  # what astropy warns of is an error or harmless here
-        try:
-            with fits.open(file, memmap=None) as hdus:
-                return (_describe(hdus, file),)
-        except InputError:
-            raise
-        except (OSError, VerifyError, ValueError, TypeError, KeyError, IndexError, AttributeError) as failure:
-            # astropy reports damage with whichever of these the damaged card leads to
-            raise InputError(
-                "a damaged FITS file",
-                where=file,
-                found=f"{type(failure).__name__}: {failure}",
-                remedy=FETCH_AGAIN,
-            ) from failure
+    with fits_files.opened(file) as hdus:
+        return (_describe(hdus, file, medium),)
 
 
-def open_intensity(scan: Scan) -> NDArray[Any]:
+read_headers = fits_files.read_headers
+
+
+def open_intensity(scan: Scan) -> Cube:
     """Intensities of a scan, shape (wavelength, y, x), memory-mapped: only what is indexed is read.
-
-    Files whose integers are scaled (``BSCALE``, ``BZERO``) cannot be mapped; they are read whole.
 
     Parameters
     ----------
@@ -101,34 +71,26 @@ def open_intensity(scan: Scan) -> NDArray[Any]:
 
     Returns
     -------
-    ndarray
-        In the file's own number type (big-endian; float where scaled), not to be written to.
+    Cube
+        An array of the file's own number type, not to be written to; where its integers are scaled
+        (``BSCALE``, ``BZERO``), floats.
 
     Raises
     ------
     InputError
         The file has changed or gone since it was described.
     """
-    try:
-        # memmap=None maps the file unless its numbers are scaled, which astropy cannot map.
-        data: NDArray[Any] = fits.getdata(scan.path, 0, memmap=None)
-    except (OSError, VerifyError, ValueError, TypeError) as failure:
-        raise InputError(
-            "the file cannot be read any more",
-            where=scan.path,
-            found=f"{type(failure).__name__}: {failure}",
-            remedy=FETCH_AGAIN,
-        ) from failure
-    shape = (len(scan.wavelength), *scan.shape)
-    if data is None or data.shape != shape:
-        raise InputError(
-            "the file has changed since it was looked at",
-            where=scan.path,
-            found=None if data is None else data.shape,
-            expected=shape,
-            remedy="run the command again",
-        )
-    return data
+    points = len(scan.wavelength)
+    data, header = fits_files.open_again(scan.path, (points, *scan.shape))
+    step, zero, blank = fits_files.scaling(header)
+    if (step, zero, blank) == (1.0, 0.0, None):
+        return data
+    return ScaledCube(data, np.full(points, step), np.full(points, zero), blank)
+
+
+def open_wavelength_shift(scan: Scan) -> NDArray[np.float64] | None:
+    """None: the database's files have one wavelength axis for all pixels."""
+    return None
 
 
 def write_fchroma(
@@ -262,7 +224,7 @@ def file_name(line: str, start: np.datetime64 | str, number: int) -> str:
     return f"crisp_l2_{moment}_{DESIGNATIONS[line][2]}_r{number:05d}.fits"
 
 
-def _describe(hdus: fits.HDUList, file: Path) -> Scan:
+def _describe(hdus: fits.HDUList, file: Path, medium: Medium | None) -> Scan:
     header = hdus[0].header
     instrument = str(header.get("INSTRUME", "")).strip()
     if instrument.upper() != "CRISP":
@@ -282,7 +244,6 @@ def _describe(hdus: fits.HDUList, file: Path) -> Scan:
             expected="three: (wavelength, y, x)",
             remedy="leave this file out",
         )
-    _check_length(hdus, file)
     names = [hdu.name.lower() for hdu in hdus]
     if AXIS_HDU not in names:
         raise InputError(
@@ -301,35 +262,21 @@ def _describe(hdus: fits.HDUList, file: Path) -> Scan:
             expected="one wavelength for each image",
             remedy=FETCH_AGAIN,
         )
+    vacuum, medium, stated_by = vacuum_axis(wavelength, ("vacuum", "format"), medium, str(file))
     return Scan(
         path=str(file),
         format=FORMAT,
-        line=identify_line(wavelength, str(file)),
+        line=identify_line(vacuum, str(file)),
         time=_time(header, file),
-        wavelength=tuple(wavelength.tolist()),
+        wavelength=tuple(vacuum.tolist()),
+        medium=medium,
+        medium_stated_by=stated_by,
         shape=(int(axes[1]), int(axes[2])),
         units=UNITS,
+        units_of_file=UNITS,
         saturation=_saturation(header),
         frame=_frame(header, file),
-        headers=tuple(_text(hdu.header) for hdu in hdus),
     )
-
-
-def _check_length(hdus: fits.HDUList, file: Path) -> None:
-    # astropy maps a truncated file without complaint, and the process dies when it touches the missing part.
-    needed = 0
-    for index in range(len(hdus)):
-        place = hdus.fileinfo(index)
-        needed = max(needed, place["datLoc"] + hdus[index].size)
-    present = file.stat().st_size
-    if present < needed:
-        raise InputError(
-            "the file is truncated",
-            where=file,
-            found=f"{present} bytes",
-            expected=f"{needed} bytes or more",
-            remedy=FETCH_AGAIN,
-        )
 
 
 def _time(header: fits.Header, file: Path) -> np.datetime64:
@@ -342,18 +289,7 @@ def _time(header: fits.Header, file: Path) -> np.datetime64:
             expected="DATE-AVG, the mean time of the scan",
             remedy="add the card, or leave the file out",
         )
-    scale = str(header.get("TIMESYS", "UTC")).strip().lower()
-    try:
-        moment = Time(text.removesuffix("Z"), format="fits", scale=scale)
-        return np.datetime64(moment.utc.datetime64, "ns")
-    except (ValueError, ScaleValueError) as failure:
-        raise InputError(
-            "the scan's time cannot be read",
-            where=file,
-            found=f"DATE-AVG = {text!r}, time scale {scale.upper()}",
-            expected="a date and time such as 2014-09-06T16:55:57.057, UTC",
-            remedy="mend the card, or leave the file out",
-        ) from failure
+    return fits_files.utc(text, str(header.get("TIMESYS", "UTC")), file, "DATE-AVG")
 
 
 def _frame(header: fits.Header, file: Path) -> Frame:
@@ -377,8 +313,3 @@ def _saturation(header: fits.Header) -> float:
         return float("inf")
     largest = 2.0 ** (header["BITPIX"] - 1) - 1.0 if header["BITPIX"] > 8 else 255.0
     return float(header.get("BZERO", 0.0)) + float(header.get("BSCALE", 1.0)) * largest
-
-
-def _text(header: fits.Header) -> str:
-    text = str(header.tostring(sep="\n", endcard=False, padding=False))
-    return "\n".join(card.rstrip() for card in text.split("\n"))

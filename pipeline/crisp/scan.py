@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import astropy.units as u
 import numpy as np
@@ -12,6 +13,7 @@ from astropy.wcs import WCS
 from numpy.typing import ArrayLike, NDArray
 
 from inn.layout import CA8542, HALPHA, LineWindow
+from pipeline.crisp.wavelengths import Medium, to_vacuum
 from pipeline.errors import InputError
 
 LINES: dict[str, LineWindow] = {HALPHA.name: HALPHA, CA8542.name: CA8542}
@@ -24,8 +26,19 @@ SOLAR_RADIUS = 695.7e6
 """Nominal solar radius, m (IAU 2015 resolution B3, doi:10.3847/0004-6256/152/2/41)."""
 
 
+Stated = Literal["file", "format", "caller"]
+"""Who says what the wavelengths are measured in: the file itself, its format's definition, or the caller."""
+
+Padding = Literal["none", "nan", "constant"]
+"""What surrounds the field in the frame: nothing, NaN, or one value at each wavelength."""
+
+
 class ForeignFileError(InputError):
     """A file that is not a scan of the lines wanted in a known format; it may still be a sound file."""
+
+
+class OtherLineError(ForeignFileError):
+    """A file of a known format, without a scan of the lines wanted."""
 
 
 @dataclass(frozen=True)
@@ -106,26 +119,39 @@ class Scan:
     Attributes
     ----------
     path : str
-        The file, as an absolute path.
+        The file (or the directory, of formats that are one), as an absolute path.
     format : str
         Name of the reader that made this description, for example ``"fchroma"``.
+    index : int
+        Which of the file's scans it is, from 0, as its reader counts them.
     line : str
         The line's name, a key of `LINES`.
     time : numpy.datetime64
         The scan's mean time, UTC, to the nanosecond.
     wavelength : tuple of float
-        Vacuum wavelengths, Angstrom, increasing.
+        Wavelengths in vacuum, Angstrom, increasing, whatever the file has.
+    medium : {"vacuum", "air"}
+        What the file's own wavelengths are measured in.
+    medium_stated_by : {"file", "format", "caller"}
+        Who says so.
     shape : tuple of int
         Pixels ``(y, x)``.
     units : str
-        Unit of the intensities, as astropy parses it.
+        Unit of the intensities as they are opened, which astropy parses: ``"DN"``, ``""`` (relative), or
+        intensity per Angstrom (`pipeline.crisp.cube.PER_ANGSTROM`).
+    units_of_file : str
+        Unit of the intensities in the file, as it stands there.
     saturation : float
-        Largest intensity that the file can hold; infinite if it has no limit.
+        Largest intensity, in `units`, that the file can hold; infinite if it has no limit.
     frame : Frame
         Where the pixels lie on the sky.
-    headers : tuple of str
-        The header of every HDU, whole, one card a line
-        (``astropy.io.fits.Header.fromstring(text, sep="\\n")`` reads it back).
+    padding : {"none", "nan", "constant"}, optional
+        What surrounds the field; None where the file does not say.
+    begin, end : numpy.datetime64, optional
+        First and last exposure, UTC; None where they are not known.
+    has_wavelength_shift : bool
+        Whether the file has a map of wavelengths that differ from pixel to pixel
+        (`pipeline.crisp.open_wavelength_shift`).
 
     Raises
     ------
@@ -138,11 +164,18 @@ class Scan:
     line: str
     time: np.datetime64
     wavelength: tuple[float, ...]
+    medium: Medium
+    medium_stated_by: Stated
     shape: tuple[int, int]
     units: str
+    units_of_file: str
     saturation: float
     frame: Frame
-    headers: tuple[str, ...]
+    index: int = 0
+    padding: Padding | None = None
+    begin: np.datetime64 | None = None
+    end: np.datetime64 | None = None
+    has_wavelength_shift: bool = False
 
     def __post_init__(self) -> None:
         _check_axis(np.asarray(self.wavelength), self.path)
@@ -152,6 +185,15 @@ class Scan:
             raise InputError("the scan holds no pixels", where=self.path, found=f"{self.shape} (y, x)")
         if np.isnat(self.time):
             raise InputError("the scan has no time", where=self.path)
+        if (self.begin is not None and not self.begin <= self.time) or (
+            self.end is not None and not self.time <= self.end
+        ):
+            raise InputError(
+                "the scan's mean time is not between its beginning and its end",
+                where=self.path,
+                found=f"{self.begin} to {self.end}, mean {self.time}",
+                remedy="mend the times, or leave the file out",
+            )
         numbers = (*self.frame.reference_pixel, *self.frame.reference_value, *self.frame.scale)
         if not np.all(np.isfinite(numbers)) or 0.0 in self.frame.scale:
             raise InputError(
@@ -165,6 +207,66 @@ class Scan:
     def window(self) -> LineWindow:
         """The scan's line, with its laboratory rest wavelength in vacuum."""
         return LINES[self.line]
+
+    @property
+    def name(self) -> str:
+        """What errors call it: the file, with the scan's number where the file may hold several."""
+        return self.path if self.index == 0 else f"{self.path}, scan {self.index}"
+
+
+def vacuum_axis(
+    wavelength: NDArray[np.float64],
+    stated: tuple[Medium, Stated] | None,
+    medium: Medium | None,
+    where: str,
+) -> tuple[NDArray[np.float64], Medium, Stated]:
+    """Bring a file's wavelength axis to vacuum, by what the file, its format or the caller says of it.
+
+    The caller may say what a file leaves open, and may know better than the definition of a format; a file
+    that says so itself is believed, and a caller who says otherwise is refused.
+
+    Parameters
+    ----------
+    wavelength : ndarray
+        As the file has it, Angstrom.
+    stated : tuple, optional
+        The medium, and whether the file or its format says so; None if neither does.
+    medium : {"vacuum", "air"}, optional
+        What the caller says.
+    where : str
+        The file, for the error.
+
+    Returns
+    -------
+    wavelength : ndarray
+        In vacuum, Angstrom.
+    medium, stated_by : str
+        As `Scan` has them.
+
+    Raises
+    ------
+    InputError
+        Nobody says what the wavelengths are measured in, or file and caller say different things.
+    """
+    if medium is not None and stated is not None and stated[1] == "file" and stated[0] != medium:
+        raise InputError(
+            "the file says otherwise of its wavelengths than the caller",
+            where=where,
+            found=f"the file: wavelengths in {stated[0]}",
+            expected=f"the caller: wavelengths in {medium}",
+            remedy="leave --medium out, or mend the file's header",
+        )
+    if medium is not None:
+        stated = stated if stated is not None and stated[0] == medium else (medium, "caller")
+    if stated is None:
+        raise InputError(
+            "the file does not say whether its wavelengths are in air or in vacuum",
+            where=where,
+            found=f"{len(wavelength)} wavelengths, {wavelength[0]:.3f} to {wavelength[-1]:.3f} Angstrom",
+            expected="a statement: at H-alpha the difference is 1.8 Angstrom, or 83 km/s",
+            remedy="say --medium air or --medium vacuum",
+        )
+    return to_vacuum(wavelength, stated[0]), *stated
 
 
 def cosine_of_pointing(pointing: tuple[ArrayLike, ArrayLike], time: np.datetime64) -> NDArray[np.float64]:
@@ -198,13 +300,13 @@ def identify_line(wavelength: NDArray[np.float64], where: str) -> str:
     Parameters
     ----------
     wavelength : ndarray
-        Angstrom.
+        In vacuum, Angstrom.
     where : str
         The file, for the error.
 
     Raises
     ------
-    ForeignFileError
+    OtherLineError
         The axis belongs to neither H-alpha nor Ca II 8542.
     InputError
         It is no wavelength axis at all.
@@ -214,7 +316,7 @@ def identify_line(wavelength: NDArray[np.float64], where: str) -> str:
     for name, window in LINES.items():
         if abs(centre - window.rest_wavelength) <= NEAR:
             return name
-    raise ForeignFileError(
+    raise OtherLineError(
         "a scan of another line",
         where=where,
         found=f"wavelengths centred on {centre:.2f} Angstrom",

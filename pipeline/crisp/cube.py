@@ -1,0 +1,151 @@
+"""Intensities of a scan that are read, and brought to physical units, only where they are indexed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import astropy.units as u
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import InputError
+
+COUNTS = {"dn", "adu", "ct", "count", "counts", "electron", "ph", "photon"}
+"""Units, in lower case, of detectors' counts: no physical unit, and per no wavelength interval."""
+
+PER_ANGSTROM = u.Unit("erg s-1 cm-2 sr-1 Angstrom-1")
+"""Intensity per wavelength interval, as the training grids have it."""
+
+
+class Cube(Protocol):
+    """Intensities (wavelength, y, x): an array, or something that is read as an array is.
+
+    Indices and slices of all three axes may be given, and a mask over (y, x) in place of two: what is not
+    indexed is not read. Iteration gives image by image.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Wavelengths, and pixels along y and x."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of what indexing gives."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: Any, /) -> Any: ...  # noqa: ANN401
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
+class ScaledCube:
+    """A cube whose stored numbers become intensities as they are indexed: ``scale * number + offset``.
+
+    Parameters
+    ----------
+    stored : Cube
+        The numbers in the file (a memory-mapped array, a Zarr array).
+    scale : ndarray, shape (wavelength,)
+        Intensity of a step of one, at each wavelength.
+    offset : ndarray, shape (wavelength,)
+        Intensity of zero, at each wavelength.
+    blank : int, optional
+        The number that stands for no intensity (FITS ``BLANK``); it becomes NaN.
+    """
+
+    def __init__(
+        self,
+        stored: Cube,
+        scale: NDArray[np.float64],
+        offset: NDArray[np.float64],
+        blank: int | None = None,
+    ) -> None:
+        self._stored = stored
+        self._scale = scale.astype(np.float32)
+        self._offset = offset.astype(np.float32)
+        self._blank = blank
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Wavelengths, and pixels along y and x."""
+        return self._stored.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Single precision."""
+        return np.dtype(np.float32)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def __getitem__(self, key: Any, /) -> NDArray[np.float32]:  # noqa: ANN401
+        stored = np.asarray(self._stored[key])
+        along = key[0] if isinstance(key, tuple) else key
+        scale, offset = self._scale[along], self._offset[along]
+        if scale.ndim:
+            axes = (..., *([None] * (stored.ndim - 1)))
+            scale, offset = scale[axes], offset[axes]
+        values = stored.astype(np.float32) * scale + offset
+        if self._blank is not None:
+            values = np.where(stored == self._blank, np.float32(np.nan), values)
+        return np.asarray(values)
+
+    def __iter__(self) -> Iterator[NDArray[np.float32]]:
+        return (self[index] for index in range(len(self)))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:  # noqa: ANN401
+        return np.asarray(self[:], dtype=dtype)
+
+
+def intensity_scale(
+    unit: str, wavelength: NDArray[np.float64], where: str
+) -> tuple[str, NDArray[np.float64]]:
+    """Find what brings intensities to a unit in which two lines can be compared.
+
+    Counts stay counts, dimensionless (relative) intensities stay so; intensities per frequency or per any
+    wavelength interval become those per Angstrom, `PER_ANGSTROM`: per frequency the factor depends on the
+    wavelength, and the ratio of the two lines would be off by 1.69 without it.
+
+    Parameters
+    ----------
+    unit : str
+        What the file says.
+    wavelength : ndarray, shape (wavelength,)
+        In vacuum, Angstrom.
+    where : str
+        The file, for the error.
+
+    Returns
+    -------
+    unit : str
+        ``"DN"``, ``""``, or that of intensities per Angstrom.
+    factors : ndarray, shape (wavelength,)
+        What the file's numbers are multiplied by at each wavelength.
+
+    Raises
+    ------
+    InputError
+        The unit is not understood, or not one of intensity.
+    """
+    same = np.ones(len(wavelength))
+    if unit.strip().lower() in COUNTS:
+        return "DN", same
+    try:
+        found = u.Unit(unit)
+        if found.physical_type == "dimensionless":
+            return "", same * found.to(u.dimensionless_unscaled)
+        factors = (same * found).to_value(PER_ANGSTROM, u.spectral_density(wavelength * u.Angstrom))
+    except (ValueError, TypeError) as failure:
+        raise InputError(
+            "the unit of the intensities is not known",
+            where=where,
+            found=repr(unit),
+            expected="counts (DN), or an intensity per steradian and frequency or wavelength, "
+            "for example W m-2 Hz-1 sr-1",
+            remedy="mend the header",
+        ) from failure
+    return PER_ANGSTROM.to_string(), np.asarray(factors)

@@ -1,0 +1,199 @@
+"""FITS files as readers open them: damage becomes an error that names the file, intensities stay on disk."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from astropy.io import fits
+from astropy.io.fits.verify import VerifyError
+from astropy.time import ScaleValueError, Time
+from astropy.utils.exceptions import AstropyWarning
+from numpy.typing import NDArray
+
+from pipeline.crisp.scan import ForeignFileError
+from pipeline.errors import InputError
+
+SUFFIXES = (".fits", ".fit", ".fts")
+SIGNATURE = b"SIMPLE  ="
+FETCH_AGAIN = "fetch the file again, or leave it out"
+
+# astropy reports damage with whichever of these the damaged card leads to
+DAMAGE = (OSError, VerifyError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError)
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator[fits.HDUList]:
+    """Open a FITS file; its numbers are mapped as they are stored, and stay mapped once it is closed.
+
+    Integers are not scaled: see `scaling`.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file; its name says nothing.
+
+    Yields
+    ------
+    astropy.io.fits.HDUList
+
+    Raises
+    ------
+    ForeignFileError
+        The file is not FITS.
+    InputError
+        It cannot be read, is damaged or truncated; errors of astropy's inside the context become this, too.
+    """
+    file = Path(path)
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(len(SIGNATURE))
+    except OSError as failure:
+        raise InputError(
+            "the file cannot be read",
+            where=file,
+            found=failure.strerror,
+            remedy="check the name and the permissions",
+        ) from failure
+    if start != SIGNATURE:
+        raise ForeignFileError(
+            "not a FITS file",
+            where=file,
+            found=f"it begins with {start!r}" if start else "an empty file",
+            expected=f"{SIGNATURE!r}",
+            remedy="unpack it first" if start.startswith(b"\x1f\x8b") else "leave this file out",
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AstropyWarning)  # what astropy warns of is an error or harmless here
+        try:
+            with fits.open(file, memmap=True, do_not_scale_image_data=True) as hdus:
+                _check_length(hdus, file)
+                yield hdus
+        except InputError:
+            raise
+        except DAMAGE as failure:
+            raise InputError(
+                "a damaged FITS file",
+                where=file,
+                found=f"{type(failure).__name__}: {failure}",
+                remedy=FETCH_AGAIN,
+            ) from failure
+
+
+def _check_length(hdus: fits.HDUList, file: Path) -> None:
+    # astropy maps a truncated file without complaint, and the process dies when it touches the missing part.
+    needed = 0
+    for index in range(len(hdus)):
+        place = hdus.fileinfo(index)
+        needed = max(needed, place["datLoc"] + hdus[index].size)
+    present = file.stat().st_size
+    if present < needed:
+        raise InputError(
+            "the file is truncated",
+            where=file,
+            found=f"{present} bytes",
+            expected=f"{needed} bytes or more",
+            remedy=FETCH_AGAIN,
+        )
+
+
+def read_headers(path: str | Path) -> tuple[str, ...]:
+    """Every HDU's header, whole, one card a line.
+
+    ``astropy.io.fits.Header.fromstring(text, sep="\\n")`` reads one back.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file.
+
+    Raises
+    ------
+    InputError
+        It cannot be read.
+    """
+    with opened(path) as hdus:
+        return tuple(_text(hdu.header) for hdu in hdus)
+
+
+def _text(header: fits.Header) -> str:
+    text = str(header.tostring(sep="\n", endcard=False, padding=False))
+    return "\n".join(card.rstrip() for card in text.split("\n"))
+
+
+def open_again(path: str, shape: tuple[int, ...]) -> tuple[NDArray[Any], fits.Header]:
+    """Primary array of a file that was described before, mapped as it is stored, and its header.
+
+    Parameters
+    ----------
+    path : str
+        The file.
+    shape : tuple of int
+        The array's shape when it was described.
+
+    Raises
+    ------
+    InputError
+        The file has changed or gone since.
+    """
+    try:
+        with opened(path) as hdus:
+            data, header = hdus[0].data, hdus[0].header
+    except InputError as failure:
+        raise InputError(
+            "the file cannot be read any more",
+            where=path,
+            found=failure.found or failure.problem,
+            remedy=FETCH_AGAIN,
+        ) from failure
+    if data is None or data.shape != shape:
+        raise InputError(
+            "the file has changed since it was looked at",
+            where=path,
+            found=None if data is None else data.shape,
+            expected=shape,
+            remedy="run the command again",
+        )
+    return data, header
+
+
+def scaling(header: fits.Header) -> tuple[float, float, int | None]:
+    """``BSCALE``, ``BZERO`` and ``BLANK`` (None where there is none, as in files of floats)."""
+    blank = header.get("BLANK") if header["BITPIX"] > 0 else None
+    return float(header.get("BSCALE", 1.0)), float(header.get("BZERO", 0.0)), blank
+
+
+def utc(text: str, scale: str, where: object, card: str) -> np.datetime64:
+    """A moment that a header states, in UTC, to the nanosecond.
+
+    Parameters
+    ----------
+    text : str
+        Date and time as FITS writes them.
+    scale : str
+        The time scale (``TIMESYS``).
+    where : object
+        The file, for the error.
+    card : str
+        What states it, for the error.
+
+    Raises
+    ------
+    InputError
+        It is no time, or the scale is not known.
+    """
+    try:
+        moment = Time(text.strip().removesuffix("Z"), format="fits", scale=scale.strip().lower())
+        return np.datetime64(moment.utc.datetime64, "ns")
+    except (ValueError, ScaleValueError) as failure:
+        raise InputError(
+            "the scan's time cannot be read",
+            where=where,
+            found=f"{card} = {text!r}, time scale {scale.upper()}",
+            expected="a date and time such as 2014-09-06T16:55:57.057, UTC",
+            remedy="mend the card, or leave the file out",
+        ) from failure
