@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from scipy.optimize import brentq
 
-from pipeline.crisp.instrument import CAVITIES, REACH, REFLECTIVITIES, response_matrix, transmission
+from pipeline.crisp import instrument
+from pipeline.crisp.instrument import (
+    CAVITIES,
+    REACH,
+    REFLECTIVITIES,
+    Prefilter,
+    response_matrix,
+    transmission,
+)
 from pipeline.errors import InputError, MisuseError
 
 REST = {"halpha": 6564.61, "ca8542": 8544.44}
@@ -72,3 +80,27 @@ def test_what_cannot_be_measured_is_refused():
         response_matrix("ca8542", axis, [1.5])
     with pytest.raises(MisuseError, match="not known"):
         transmission("hbeta", 0.0)
+
+
+def test_width_at_6302_is_the_designs(monkeypatch):
+    """60 mA at 630 nm (doi:10.1051/0004-6361/202555819, table 1), with the same plates."""
+    monkeypatch.setitem(REFLECTIVITIES, "fe6302", (0.935, 0.838))
+    monkeypatch.setitem(instrument._REST, "fe6302", 6304.24)
+    assert 2.0 * half_width("fe6302") == pytest.approx(0.060, abs=0.003)
+
+
+def test_prefilter_is_half_at_half_its_width_and_tilts():
+    wide = Prefilter("halpha", centre=6564.61, width=4.9)
+    np.testing.assert_allclose(wide.transmission(6564.61 + np.array([-2.45, 0.0, 2.45])), [0.5, 1.0, 0.5])
+    # A Butterworth curve's flat top: 1 - (2 x / width)^4 near the peak.
+    assert wide.transmission(6564.61 + 0.5) == pytest.approx(1.0 - (1.0 / 4.9) ** 4, abs=1e-5)
+    tilted = Prefilter("ca8542", centre=8544.44, width=9.3, slope=0.02, cubic=-0.001)
+    offset = np.array([-1.0, 1.0])
+    np.testing.assert_allclose(
+        tilted.transmission(8544.44 + offset) * (1.0 + (2.0 / 9.3) ** 4), 1.0 + 0.019 * offset, rtol=1e-12
+    )
+    off = Prefilter("halpha", centre=6565.61, width=4.9).transmission(6564.61 + np.array([-1.4, 1.4]))
+    assert off[1] / off[0] > 1.3
+    for wrong in ({"line": "hbeta"}, {"width": 0.0}, {"cavities": -1.0}):
+        with pytest.raises(MisuseError, match="not a prefilter"):
+            Prefilter(**{"line": "halpha", "centre": 6564.61, "width": 4.9, **wrong})

@@ -5,10 +5,13 @@ doi:10.1086/595744): a high-resolution etalon selects a narrow peak, a low-resol
 neighbouring orders, a prefilter the rest. The profile here is the product of the two etalons' Airy functions
 with the nominal cavities and reflectivities that the instrument's reduction pipeline uses (CRISPRED, de la
 Cruz Rodriguez et al. 2015, A&A 573, A40, doi:10.1051/0004-6361/201424319), averaged over the cone of the
-beam. Cavity errors, which vary over the field, are the data reduction's to remove.
+beam. Cavity errors, which vary over the field, are the data reduction's to remove, and so is the prefilter,
+whose peak is hardly ever at the line: `Prefilter` is for spectra whose reduction has left it in and gives it.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -105,3 +108,66 @@ def response_matrix(line: str, wavelength_from: ArrayLike, wavelength_to: ArrayL
     seen = np.clip(wanted[:, None] + offset, axis[0], axis[-1])
     matrix = sampling_matrix(axis, seen.ravel()).reshape(wanted.size, offset.size, axis.size)
     return np.asarray(np.einsum("k,mkn->mn", weight / weight.sum(), matrix))
+
+
+@dataclass(frozen=True)
+class Prefilter:
+    """Transmission of the interference filter in front of the etalons, in the form that reductions fit.
+
+    ``(1 + slope o + cubic o^3) / (1 + (2 (w - centre) / width)^(2 cavities))``, with the wavelength w and its
+    offset o from the line's rest (de la Cruz Rodriguez et al. 2015, doi:10.1051/0004-6361/201424319). Spectra
+    are divided by it before they are calibrated: across H-alpha's 2.8 Angstrom a filter of 4.9 Angstrom whose
+    peak is 1 Angstrom off changes intensities by a third.
+
+    Attributes
+    ----------
+    line : str
+        ``"halpha"`` or ``"ca8542"``.
+    centre : float
+        Angstrom in vacuum.
+    width : float
+        Full width at half maximum, Angstrom.
+    cavities : float
+        Of the filter; CRISP's have two.
+    slope, cubic : float
+        Asymmetry, per Angstrom and per Angstrom cubed.
+
+    Raises
+    ------
+    MisuseError
+        The line is another one, or width or cavities are not positive.
+    """
+
+    line: str
+    centre: float
+    width: float
+    cavities: float = 2.0
+    slope: float = 0.0
+    cubic: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.line not in _REST or not (self.width > 0.0 and self.cavities > 0.0):
+            raise MisuseError(
+                "not a prefilter of these lines",
+                found=f"{self.line}, {self.width} Angstrom wide, {self.cavities} cavities",
+                expected=f"{' or '.join(_REST)}, a positive width and number of cavities",
+            )
+
+    def transmission(self, wavelength: ArrayLike) -> Array:
+        """Transmission relative to that at the line's rest wavelength.
+
+        Parameters
+        ----------
+        wavelength : array_like
+            Angstrom in vacuum.
+
+        Returns
+        -------
+        ndarray, shape as `wavelength`
+        """
+        return self._curve(np.asarray(wavelength, dtype=np.float64)) / self._curve(np.array(_REST[self.line]))
+
+    def _curve(self, wavelength: Array) -> Array:
+        offset = wavelength - _REST[self.line]
+        away = np.abs(2.0 * (wavelength - self.centre) / self.width) ** (2.0 * self.cavities)
+        return np.asarray((1.0 + self.slope * offset + self.cubic * offset**3) / (1.0 + away))

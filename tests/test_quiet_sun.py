@@ -1,0 +1,170 @@
+"""Calibration by the quiet Sun: published numbers, a model atmosphere, and scenes whose truth is known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from astropy.table import Table
+
+import pipeline
+from pipeline.calibration import calibrate, limb_darkening, quiet_pixels, quiet_sun_profile
+from pipeline.errors import InputError, MisuseError
+from tests.quiet_scene import AXES, CONTINUUM, PIXEL, REST, quiet_scene, quiet_spectrum
+
+COUNTS = {"halpha": 1.1e-3, "ca8542": 1.9e-3}
+
+
+@pytest.fixture(scope="module")
+def table():
+    return Table.read(Path(pipeline.__file__).parent / "data" / "quiet_sun.ecsv", format="ascii.ecsv")
+
+
+class TestTable:
+    def test_atlas(self, table):
+        """Continua of 4.09e-8 and 4.23e-8 W m-2 Hz-1 sr-1, cores of 0.160 and 0.188 of them (Neckel 1999)."""
+        for line, level, core in (("halpha", 4.09e-8, 0.160), ("ca8542", 4.23e-8, 0.188)):
+            # 1 W m-2 = 1e3 erg s-1 cm-2; c / lambda^2 in Hz per Angstrom
+            per_angstrom = level * 1e3 * 2.99792458e18 / REST[line] ** 2
+            assert table.meta["continuum"][line] == pytest.approx(per_angstrom, rel=2e-3)
+            here = table[table["line"] == line]
+            assert np.min(here["intensity"]) == pytest.approx(core, abs=2e-3)
+
+    def test_cores_are_where_the_atlas_has_them(self, table):
+        """At 6562.828 and 8542.132 Angstrom in air, 6564.641 and 8544.479 in vacuum, less 633 m/s."""
+        for line, vacuum in (("halpha", 6564.641), ("ca8542", 8544.479)):
+            here = table[table["line"] == line]
+            near = np.abs(here["offset"]) < 0.15
+            c = np.polynomial.polynomial.polyfit(here["offset"][near], here["intensity"][near], 4)
+            fine = np.linspace(-0.1, 0.1, 2001)
+            found = fine[np.argmin(np.polynomial.polynomial.polyval(fine, c))]
+            expected = vacuum * (1.0 - 0.633 / 299792.458) - REST[line]
+            assert (found - expected) / REST[line] * 299792.458 == pytest.approx(0.0, abs=0.25)
+
+    def test_limb_darkening(self):
+        """1 - u - v + u mu + v mu^2, between 0.6, 0.8 and 1 micron: Allen's Astrophysical Quantities."""
+        mu = np.linspace(0.2, 1.0, 9)
+        for line, u, v in (("halpha", 0.838, -0.228), ("ca8542", 0.706, -0.215)):
+            np.testing.assert_allclose(limb_darkening(line, mu), 1.0 - u - v + u * mu + v * mu**2, rtol=0.02)
+            assert limb_darkening(line, 1.0) == pytest.approx(1.0, abs=1e-4)
+
+    def test_lines_darken_as_in_falc(self, table):
+        """Solved anew, with fewer rays; and FAL-C's own wings and continuum are right, as is claimed."""
+        pytest.importorskip("lightweaver")
+        from tests.quiet_sun_table import darkening
+
+        offsets = np.array([-1.2, -0.9, 0.0, 0.9, 1.2])
+        for line, (ratio, continuum, centre) in darkening(mu=(0.4, 0.7), offsets=offsets, rays=3).items():
+            here = table[table["line"] == line]
+            for number, mu in enumerate((0.4, 0.7)):
+                known = np.interp(offsets, here["offset"], here[f"darkening_{mu}"])
+                np.testing.assert_allclose(ratio[:, number], known, rtol=0.01)
+                assert continuum[number] == pytest.approx(float(limb_darkening(line, mu)), rel=0.01)
+            wings = np.abs(offsets) > 0.5
+            np.testing.assert_allclose(
+                centre[wings], np.interp(offsets, here["offset"], here["intensity"])[wings], rtol=0.05
+            )
+
+    @pytest.mark.parametrize("mu", [1.0, 0.6])
+    def test_profile_is_the_tables_through_the_instrument(self, mu):
+        for line, axis in AXES.items():
+            offset = axis - REST[line]
+            np.testing.assert_allclose(
+                quiet_sun_profile(line, offset, mu), quiet_spectrum(line, axis, mu), rtol=0.012
+            )
+        assert quiet_sun_profile("halpha", 1.2, mu).shape == ()
+        with pytest.raises(InputError, match="not a place on the disc"):
+            quiet_sun_profile("halpha", 0.0, 0.0)
+        with pytest.raises(InputError, match="too short"):
+            quiet_sun_profile("halpha", 3.0, mu)
+        with pytest.raises(MisuseError, match="not known"):
+            quiet_sun_profile("hbeta", 0.0, mu)
+
+
+class TestScenes:
+    @pytest.mark.parametrize(("mu", "darkening"), [(1.0, 1.0), (0.6, 1.0), (0.6, 0.8), (0.3, 1.2)])
+    def test_known_errors_are_found(self, mu, darkening):
+        """A wrong scale and zero of each line, in a field with a ribbon, plage, a spot and a filament.
+
+        Where the Sun darkens otherwise than the table says, the result is off by what it says that it may be.
+        """
+        velocity = {"halpha": 1.5, "ca8542": -0.8}
+        dataset, _ = quiet_scene(counts=COUNTS, velocity=velocity, mu=mu, darkening=darkening)
+        found = calibrate(dataset)
+        assert found.mu == pytest.approx(mu, abs=0.02)
+        scales = {}
+        for line in AXES:
+            calibration = getattr(found, line)
+            scales[line] = calibration.scale * COUNTS[line]
+            assert abs(np.log(scales[line])) < 1.5 * calibration.uncertainty
+            assert calibration.velocity_offset == pytest.approx(velocity[line], abs=0.06)
+            assert calibration.core == pytest.approx(1.0, abs=0.08)
+            assert abs(calibration.slope) < 0.005
+        relative = abs(np.log(scales["halpha"] / scales["ca8542"]))
+        assert relative < 1.5 * found.relative_uncertainty
+        assert found.relative_uncertainty < 0.08
+        if darkening == 1.0:
+            assert relative < 0.005
+
+    def test_quiet_pixels_are_the_quiet_ones(self):
+        dataset, active = quiet_scene()
+        profiles = {line: dataset[line].isel(time=0).to_numpy() for line in AXES}
+        usable = dataset.valid.isel(time=0).to_numpy()
+        quiet = quiet_pixels(profiles, AXES, usable, mu=0.6, pixel=PIXEL)
+        assert quiet[~active].mean() > 0.9
+        assert quiet[active].mean() < 0.05
+        # Whatever the units of either line.
+        others = {"halpha": 7.0 * profiles["halpha"], "ca8542": 0.01 * profiles["ca8542"]}
+        np.testing.assert_array_equal(quiet_pixels(others, AXES, usable, mu=0.6, pixel=PIXEL), quiet)
+
+    def test_an_upflow_is_a_blueshift_is_a_positive_velocity(self):
+        """The quiet Sun's lines moved to the blue by 0.0438 Angstrom at H-alpha: 2 km/s towards us."""
+        shifted = {line: AXES[line] + REST[line] * 2.0 / 299792.458 for line in AXES}
+        dataset, _ = quiet_scene(active=False, times=1)
+        for line, axis in shifted.items():
+            spectrum = quiet_spectrum(line, axis, 0.6)
+            # the core, at fixed wavelengths: the blue flank is darker, the red one brighter
+            at_rest = quiet_spectrum(line, AXES[line], 0.6)
+            blue, red = (np.argmin(np.abs(AXES[line] - REST[line] - side * 0.4)) for side in (-1, 1))
+            assert spectrum[blue] < at_rest[blue]
+            assert spectrum[red] > at_rest[red]
+            dataset[line] = dataset[line] * (spectrum / at_rest).astype(np.float32)
+        found = calibrate(dataset)
+        assert found.halpha.velocity_offset == pytest.approx(2.0, abs=0.06)
+        assert found.ca8542.velocity_offset == pytest.approx(2.0, abs=0.06)
+        # Wavelengths times (1 + v / c) put the lines back.
+        corrected = dataset.assign_coords(
+            {f"wavelength_{line}": AXES[line] * (1.0 + 2.0 / 299792.458) for line in AXES}
+        )
+        assert calibrate(corrected).halpha.velocity_offset == pytest.approx(0.0, abs=0.06)
+
+    def test_a_prefilter_left_in_shows_as_a_slope(self):
+        dataset, _ = quiet_scene(slope=0.05)
+        found = calibrate(dataset)
+        assert found.halpha.slope == pytest.approx(0.05, abs=0.005)
+        assert found.ca8542.slope == pytest.approx(0.0, abs=0.005)
+
+    def test_intensities_in_physical_units_have_a_scale_of_one(self):
+        dataset, _ = quiet_scene(counts={"halpha": 1.0, "ca8542": 1.0}, times=1)
+        found = calibrate(dataset)
+        assert found.halpha.scale == pytest.approx(1.0, abs=0.015)
+        assert found.ca8542.scale == pytest.approx(1.0, abs=0.015)
+        assert CONTINUUM["halpha"] > CONTINUUM["ca8542"]
+
+    def test_without_quiet_sun_it_is_refused(self):
+        dataset, _ = quiet_scene(times=1)
+        ribbon = dataset.isel(y=slice(24, 36))
+        with pytest.raises(InputError, match="too little quiet Sun") as refusal:
+            calibrate(ribbon)
+        assert "assumed" in str(refusal.value)
+        with pytest.raises(InputError, match="too little quiet Sun"):
+            calibrate(dataset.isel(y=slice(50, 71), x=slice(50, 71)))
+        short = dataset.isel(wavelength_halpha=slice(4, 11))
+        with pytest.raises(InputError, match="too few wavelengths"):
+            calibrate(short)
+        with pytest.raises(InputError, match="on the disc"):
+            calibrate(dataset.assign_coords(mu=("time", [np.nan])))
+        in_air = dataset.assign_coords(wavelength_ca8542=AXES["ca8542"] + 0.5)
+        with pytest.raises(InputError, match="quiet Sun"):
+            calibrate(in_air)
