@@ -20,7 +20,7 @@ from astropy.wcs import WCS
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from pipeline.crisp.scan import ARCSEC_PER_DEGREE, SOLAR_RADIUS, Frame, cosine_of_pointing
+from pipeline.crisp.scan import SOLAR_RADIUS, Frame, cosine_of_pointing
 from pipeline.errors import MisuseError, StoreError
 
 Array = NDArray[np.float64]
@@ -139,20 +139,11 @@ def celestial_wcs(dataset: xr.Dataset) -> WCS:
     sampled = (longitude[np.ix_(row, column)], latitude[np.ix_(row, column)])
     y, x = (values.ravel().astype(np.float64) for values in np.meshgrid(row, column, indexing="ij"))
     reference = (_pixel_of_zero(dataset, "x"), _pixel_of_zero(dataset, "y"))
-    value = _pair(angle[row.size // 2, column.size // 2] for angle in sampled)
-    design = np.stack([x - reference[0], y - reference[1], np.ones_like(x)], axis=1)
-    # The first plane touches the sky at a pixel in the middle. It says what is at the reference pixel, where
-    # the next one touches; from there on only the last digits change.
-    for _ in range(4):
-        touching = Frame((0.0, 0.0), value, (1.0, 1.0), ((1.0, 0.0), (0.0, 1.0)))
-        plane = touching.wcs.wcs_world2pix(*(angle.ravel() / ARCSEC_PER_DEGREE for angle in sampled), 0)
-        solution = np.linalg.lstsq(design, np.stack(plane, axis=1), rcond=None)[0]
-        value = _pair(angle[0] for angle in touching.coordinates(*solution[2][:, None]))
-    matrix = solution[:2].T
+    through = Frame.through(x, y, sampled[0].ravel(), sampled[1].ravel(), reference)
+    matrix = through.matrix
     step = (_step(dataset, "x", matrix[:, 0]), _step(dataset, "y", matrix[:, 1]))
-    # FITS scales the rows of the matrix, not its columns.
     rotation = matrix / np.array(step)[:, None]
-    wcs = Frame(reference, value, step, (_pair(rotation[0]), _pair(rotation[1]))).wcs
+    wcs = Frame(reference, through.reference_value, step, (_pair(rotation[0]), _pair(rotation[1]))).wcs
     time = _first_time(dataset)
     wcs.wcs.dateavg = Time(time, scale="utc").isot
     wcs.wcs.dateobs = wcs.wcs.dateavg
@@ -196,7 +187,7 @@ def derotated(dataset: xr.Dataset) -> xr.Dataset:
     rows, columns = dataset.sizes["y"], dataset.sizes["x"]
     frame = Frame.from_wcs(old)
     reference, size = np.array(frame.reference_pixel), np.abs(frame.scale)
-    matrix = np.array(frame.rotation) * np.array(frame.scale)[:, None]  # arcsec in the plane, of pixels
+    matrix = frame.matrix
     corners = np.array([[0, 0], [columns - 1, 0], [0, rows - 1], [columns - 1, rows - 1]], dtype=float)
     plane = (corners - reference) @ matrix.T
     first = np.floor(plane.min(axis=0) / size + SLACK)

@@ -246,5 +246,5 @@ class TestDerotation:
         assert abs(straight.sizes["y"] - ROWS) <= 1
         assert abs(straight.sizes["x"] - COLUMNS) <= 1
         again = derotated(straight)
-        np.testing.assert_array_equal(again.halpha, straight.halpha)
+        np.testing.assert_allclose(again.halpha, straight.halpha, rtol=0, atol=1e-9)
         np.testing.assert_allclose(again.longitude, straight.longitude, atol=1e-9)

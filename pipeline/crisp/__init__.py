@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.crisp import fchroma
+from pipeline.crisp import fchroma, sstred
 from pipeline.crisp.cube import Cube
 from pipeline.crisp.scan import LINES, ForeignFileError, Frame, OtherLineError, Scan
 from pipeline.crisp.wavelengths import Medium
@@ -61,7 +61,7 @@ class Reader(Protocol):
         ...
 
 
-READERS: dict[str, Reader] = {fchroma.FORMAT: fchroma}
+READERS: dict[str, Reader] = {fchroma.FORMAT: fchroma, sstred.FORMAT: sstred}
 """The readers, by the name that a `Scan` carries as its `format`."""
 
 LISTED = 10  # files that an error names one by one

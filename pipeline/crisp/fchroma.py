@@ -9,6 +9,7 @@ https://star.pst.qub.ac.uk/wiki/doku.php/public/solarflares/start.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from astropy.io import fits
@@ -81,8 +82,11 @@ def open_intensity(scan: Scan) -> Cube:
         The file has changed or gone since it was described.
     """
     points = len(scan.wavelength)
-    data, header = fits_files.open_again(scan.path, (points, *scan.shape))
-    step, zero, blank = fits_files.scaling(header)
+    with fits_files.opened(scan.path) as hdus:
+        data: NDArray[Any] | None = hdus[0].data
+        if data is None or data.shape != (points, *scan.shape):
+            raise scan.changed(None if data is None else data.shape)
+        step, zero, blank = fits_files.scaling(hdus[0].header)
     if (step, zero, blank) == (1.0, 0.0, None):
         return data
     return ScaledCube(data, np.full(points, step), np.full(points, zero), blank)

@@ -6,20 +6,19 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from astropy.io import fits
 from astropy.io.fits.verify import VerifyError
 from astropy.time import ScaleValueError, Time
 from astropy.utils.exceptions import AstropyWarning
-from numpy.typing import NDArray
 
 from pipeline.crisp.scan import ForeignFileError
 from pipeline.errors import InputError
 
 SUFFIXES = (".fits", ".fit", ".fts")
 SIGNATURE = b"SIMPLE  ="
+BLOCK = 2880
 FETCH_AGAIN = "fetch the file again, or leave it out"
 
 # astropy reports damage with whichever of these the damaged card leads to
@@ -99,6 +98,18 @@ def _check_length(hdus: fits.HDUList, file: Path) -> None:
             expected=f"{needed} bytes or more",
             remedy=FETCH_AGAIN,
         )
+    # A header that is cut or cannot be read ends the list of HDUs, also without complaint.
+    with file.open("rb") as stream:
+        stream.seek(-(-needed // BLOCK) * BLOCK)
+        rest = stream.read(BLOCK)
+    if rest.strip(b"\0 "):
+        raise InputError(
+            "an HDU of the file is truncated or damaged",
+            where=file,
+            found=f"{present} bytes, of which {len(hdus)} HDUs take {needed}",
+            expected="nothing after the last HDU",
+            remedy=FETCH_AGAIN,
+        )
 
 
 def read_headers(path: str | Path) -> tuple[str, ...]:
@@ -123,42 +134,6 @@ def read_headers(path: str | Path) -> tuple[str, ...]:
 def _text(header: fits.Header) -> str:
     text = str(header.tostring(sep="\n", endcard=False, padding=False))
     return "\n".join(card.rstrip() for card in text.split("\n"))
-
-
-def open_again(path: str, shape: tuple[int, ...]) -> tuple[NDArray[Any], fits.Header]:
-    """Primary array of a file that was described before, mapped as it is stored, and its header.
-
-    Parameters
-    ----------
-    path : str
-        The file.
-    shape : tuple of int
-        The array's shape when it was described.
-
-    Raises
-    ------
-    InputError
-        The file has changed or gone since.
-    """
-    try:
-        with opened(path) as hdus:
-            data, header = hdus[0].data, hdus[0].header
-    except InputError as failure:
-        raise InputError(
-            "the file cannot be read any more",
-            where=path,
-            found=failure.found or failure.problem,
-            remedy=FETCH_AGAIN,
-        ) from failure
-    if data is None or data.shape != shape:
-        raise InputError(
-            "the file has changed since it was looked at",
-            where=path,
-            found=None if data is None else data.shape,
-            expected=shape,
-            remedy="run the command again",
-        )
-    return data, header
 
 
 def scaling(header: fits.Header) -> tuple[float, float, int | None]:

@@ -77,6 +77,52 @@ class Frame:
             ((float(pc[0, 0]), float(pc[0, 1])), (float(pc[1, 0]), float(pc[1, 1]))),
         )
 
+    @classmethod
+    def through(
+        cls,
+        x: NDArray[np.float64],
+        y: NDArray[np.float64],
+        longitude: NDArray[np.float64],
+        latitude: NDArray[np.float64],
+        reference_pixel: tuple[float, float],
+    ) -> Frame:
+        """Find the frame that gives pixels the coordinates they have, by least squares.
+
+        Parameters
+        ----------
+        x, y : ndarray, shape (n,)
+            Zero-based pixels, three at least and not on one line.
+        longitude, latitude : ndarray, shape (n,)
+            Helioprojective, arcsec.
+        reference_pixel : tuple of float
+            Zero-based ``(x, y)`` of the point where the frame's plane touches the sky.
+        """
+        design = np.stack([x - reference_pixel[0], y - reference_pixel[1], np.ones_like(x)], axis=1)
+        value = (float(longitude[len(x) // 2]), float(latitude[len(x) // 2]))
+        # The first plane touches the sky at one of the pixels. It says what is at the reference pixel, where
+        # the next one touches; from there on only the last digits change.
+        for _ in range(4):
+            touching = cls((0.0, 0.0), value, (1.0, 1.0), ((1.0, 0.0), (0.0, 1.0)))
+            plane = touching.wcs.wcs_world2pix(longitude / ARCSEC_PER_DEGREE, latitude / ARCSEC_PER_DEGREE, 0)
+            solution = np.linalg.lstsq(design, np.stack(plane, axis=1), rcond=None)[0]
+            angles = touching.coordinates(*solution[2][:, None])
+            value = (float(angles[0][0]), float(angles[1][0]))
+        matrix = solution[:2].T
+        step = (float(np.hypot(*matrix[:, 0])), float(np.hypot(*matrix[:, 1])))
+        # FITS scales the rows of the matrix, not its columns.
+        rotation = matrix / np.array(step)[:, None]
+        return cls(
+            reference_pixel,
+            value,
+            step,
+            ((float(rotation[0, 0]), float(rotation[0, 1])), (float(rotation[1, 0]), float(rotation[1, 1]))),
+        )
+
+    @property
+    def matrix(self) -> NDArray[np.float64]:
+        """Arcsec in the frame's plane (to west, to north) that a pixel along x, y (the columns) is."""
+        return np.asarray(np.array(self.rotation) * np.array(self.scale)[:, None])
+
     @property
     def wcs(self) -> WCS:
         """The frame as an astropy WCS of two celestial axes."""
@@ -208,6 +254,16 @@ class Scan:
         """The scan's line, with its laboratory rest wavelength in vacuum."""
         return LINES[self.line]
 
+    def changed(self, found: object) -> InputError:
+        """Make the error of a file that no longer holds the scan that it held when it was described."""
+        return InputError(
+            "the file has changed since it was looked at",
+            where=self.name,
+            found=found,
+            expected=f"{len(self.wavelength)} wavelengths, {self.shape} pixels (y, x)",
+            remedy="run the command again",
+        )
+
     @property
     def name(self) -> str:
         """What errors call it: the file, with the scan's number where the file may hold several."""
@@ -248,6 +304,7 @@ def vacuum_axis(
     InputError
         Nobody says what the wavelengths are measured in, or file and caller say different things.
     """
+    _check_axis(wavelength, where)
     if medium is not None and stated is not None and stated[1] == "file" and stated[0] != medium:
         raise InputError(
             "the file says otherwise of its wavelengths than the caller",
