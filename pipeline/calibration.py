@@ -27,21 +27,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
+import zarr
 from astropy.table import Table
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 from scipy.optimize import minimize_scalar
 
 from pipeline.crisp.instrument import response_matrix
-from pipeline.crisp.scan import LINES, cosine_of_pointing
+from pipeline.crisp.scan import LINES, Scan, cosine_of_pointing
 from pipeline.errors import InputError, MisuseError
+from pipeline.storage import place
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
+
+Reference = Literal["none", "quiet-sun"]
+"""What intensities or wavelengths are referred to."""
 
 UNITS = "erg s-1 cm-2 sr-1 Angstrom-1"
 """Unit of calibrated intensities."""
@@ -466,6 +471,107 @@ def calibrate(dataset: xr.Dataset, times: Sequence[int] | None = None) -> QuietS
         blocks=int(kept.sum()),
         times=tuple(int(time) for time in times),
     )
+
+
+def calibrate_store(path: str | Path, name: object = None) -> QuietSunCalibration:
+    """Calibrate an observation store that need not be finished: only its arrays have to be there.
+
+    Parameters
+    ----------
+    path : str or Path
+        The store, or its URL.
+    name : object, optional
+        What errors call it; by default its path.
+
+    Returns
+    -------
+    QuietSunCalibration
+
+    Raises
+    ------
+    InputError
+        As for `calibrate`.
+    """
+    dataset: xr.Dataset = xr.open_zarr(place(path).zarr, chunks=None, consolidated=False)
+    try:
+        return calibrate(dataset)
+    except InputError as refusal:
+        raise InputError(
+            refusal.problem,
+            where=path if name is None else name,
+            found=refusal.found,
+            expected=refusal.expected,
+            remedy=refusal.remedy,
+        ) from refusal
+
+
+def write_calibration(
+    path: str | Path,
+    scans: Sequence[Scan],
+    calibration: QuietSunCalibration | None = None,
+    *,
+    intensities: bool = False,
+    wavelengths: bool = False,
+) -> dict[str, Any]:
+    """Put a calibration into an observation store, or take it out.
+
+    Intensities stay as they are in the files: the scale is the variables' ``scale_factor``, by which xarray
+    multiplies as it reads. Wavelengths are written anew from the scans'. Doing it again gives the same store.
+
+    Parameters
+    ----------
+    path : str or Path
+        A store that `pipeline.observation.lay_out` made, or its URL.
+    scans : sequence of Scan
+        One of each line.
+    calibration : QuietSunCalibration, optional
+        If left out, intensities and wavelengths are as in the files.
+    intensities, wavelengths : bool
+        Whether it is applied to these.
+
+    Returns
+    -------
+    dict
+        What the store's own attributes have to say of it.
+    """
+    group = zarr.open_group(place(path).zarr, mode="r+", use_consolidated=False)
+    for scan in scans:
+        line: LineCalibration | None = getattr(calibration, scan.line, None)
+        intensity, axis = group[scan.line], group[f"wavelength_{scan.line}"]
+        assert isinstance(intensity, zarr.Array)
+        assert isinstance(axis, zarr.Array)
+        attributes = {**intensity.attrs, "units": scan.units}
+        attributes.pop("scale_factor", None)
+        scale = 1.0
+        if line is not None and intensities:
+            scale = line.scale
+            attributes |= {"units": UNITS, "scale_factor": scale}
+        if np.isfinite(scan.saturation):
+            attributes["saturation"] = scan.saturation * scale
+        intensity.attrs.put(attributes)
+        known = {**axis.attrs}
+        known.pop("velocity_offset", None)
+        velocity = 0.0
+        if line is not None and wavelengths:
+            velocity = known["velocity_offset"] = line.velocity_offset
+        axis[:] = np.asarray(scan.wavelength) * (1.0 + velocity / LIGHT_SPEED)
+        axis.attrs.put(known)
+    found: dict[str, Any] = {
+        "relative_calibration": "assumed",
+        "relative_calibration_comment": "the two lines' intensities are taken as they are in the files",
+    }
+    if calibration is None:
+        return found
+    if intensities:
+        found = {
+            "relative_calibration": "quiet_sun",
+            "relative_calibration_comment": "each line against the quiet Sun in the field; the files' "
+            "intensities are stored, with a scale_factor",
+            "relative_calibration_uncertainty": calibration.relative_uncertainty,
+        }
+    if wavelengths:
+        found["wavelength_zero"] = "quiet_sun"
+    return {**found, "quiet_sun": calibration.record()}
 
 
 class _Field:

@@ -90,6 +90,8 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Start over w
 @app.command(
     "ingest",
     epilog="Example: [bold]flarefield ingest '2014-09-06/crisp_l2_*.fits' obs.zarr[/]"
+    "\n\nWith quiet Sun in the field: [bold]flarefield ingest 2014-09-06 obs.zarr --calibrate quiet-sun "
+    "--wavelength-zero quiet-sun[/]"
     "\n\nTo an object store: [bold]flarefield ingest 2014-09-06 s3://bucket/obs.zarr[/]",
 )
 def ingest_command(
@@ -108,6 +110,20 @@ def ingest_command(
             help="What the files' wavelengths are measured in, where they do not say.", show_default=False
         ),
     ] = None,
+    calibrate: Annotated[
+        Literal["none", "quiet-sun"],
+        typer.Option(
+            help="Scale each line by the quiet Sun in the field, so that the lines' relative calibration is "
+            "measured and its error known; refused where there is too little quiet Sun.",
+        ),
+    ] = "none",
+    wavelength_zero: Annotated[
+        Literal["none", "quiet-sun"],
+        typer.Option(
+            help="Put the quiet Sun's line cores where the atlas has them: velocities are then "
+            "relative to the quiet Sun's surface there."
+        ),
+    ] = "none",
     cluster: ClusterOption = "local",
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -120,6 +136,8 @@ def ingest_command(
         output,
         cluster=load_config(cluster),
         tolerance=tolerance,
+        calibrate=calibrate,
+        wavelength_zero=wavelength_zero,
         medium=medium,
         overwrite=overwrite,
         call=_call(),
@@ -176,7 +194,8 @@ def invert_command(
     calibration_error: Annotated[
         float | None,
         typer.Option(
-            help="Relative error between the lines' intensities; the network's own if left out.",
+            help="Relative error between the lines' intensities; if left out, what the observation says "
+            "(`flarefield ingest --calibrate quiet-sun`), or else the network's own.",
             min=0.0,
             show_default=False,
         ),

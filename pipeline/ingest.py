@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from zarr.core.sync import sync
 
+from pipeline.calibration import QuietSunCalibration, Reference, calibrate_store, write_calibration
 from pipeline.cluster import ClusterConfig, opened
 from pipeline.crisp import LINES, Cube, Medium, Scan, find_scans, open_intensity
 from pipeline.crisp.wavelengths import air_to_vacuum, vacuum_to_air
@@ -100,6 +101,8 @@ class IngestReport:
         Scans without a partner.
     passed_over : tuple of str
         Files of given directories that are not scans.
+    calibration : QuietSunCalibration, optional
+        What the quiet Sun in the field said, if it was asked.
     resumed : int
         Times that an earlier run had finished.
     complete_before : bool
@@ -111,6 +114,7 @@ class IngestReport:
     shifts: tuple[Shift, ...]
     unpaired: tuple[Scan, ...]
     passed_over: tuple[str, ...]
+    calibration: QuietSunCalibration | None = None
     resumed: int = 0
     complete_before: bool = False
 
@@ -131,6 +135,8 @@ class IngestReport:
             if len(applied) < len(self.shifts):
                 text += "; elsewhere its displacement is not certain (`shift_confidence`) and it stays"
             lines.append(text)
+        if self.calibration is not None:
+            lines.extend(f"  {line}" for line in self.calibration.summary().splitlines())
         if self.unpaired:
             lines.append(f"  {len(self.unpaired)} scans without a partner left out (attribute `unpaired`)")
         if self.passed_over:
@@ -146,6 +152,8 @@ def ingest(
     call: str,
     tolerance: float = TOLERANCE,
     medium: Medium | None = None,
+    calibrate: Reference = "none",
+    wavelength_zero: Reference = "none",
     overwrite: bool = False,
 ) -> IngestReport:
     """Make an observation store from CRISP scans of both lines.
@@ -169,6 +177,12 @@ def ingest(
         Seconds between the mean times of a pair at most.
     medium : {"vacuum", "air"}, optional
         What the caller says of the files' wavelengths, where they leave it open; recorded.
+    calibrate : {"none", "quiet-sun"}
+        Whether each line's intensities are compared with the quiet Sun's in the field
+        (`pipeline.calibration`): the store is then in `pipeline.calibration.UNITS`, and says how well the
+        lines are known against one another.
+    wavelength_zero : {"none", "quiet-sun"}
+        Whether each line's wavelengths are moved so that the quiet Sun's core is where the atlas has it.
     overwrite : bool
         Replace an observation made from other files. It stays as it is until the new one is finished; on an
         object store, which cannot rename, there is no observation for as long as it takes to copy the new
@@ -212,11 +226,13 @@ def ingest(
             )
         pairs, unpaired, passed_over = _find_pairs(sources, tolerance, medium)
         if target.exists() and not overwrite:
-            _check_same(target, pairs, tolerance, cluster)
+            _check_same(target, pairs, tolerance, calibrate, wavelength_zero, cluster)
             log_at(target.journal).remove()
             return IngestReport(target.location, pairs, (), unpaired, passed_over, complete_before=True)
         try:
-            return _make(target, pairs, unpaired, passed_over, cluster, call, tolerance)
+            return _make(
+                target, pairs, unpaired, passed_over, cluster, call, tolerance, calibrate, wavelength_zero
+            )
         except OSError as failure:
             if (refusal := out_of_space(failure, target)) is not None:
                 raise refusal from failure
@@ -446,6 +462,8 @@ def _make(
     cluster: Cluster,
     call: str,
     tolerance: float,
+    calibrate: Reference,
+    wavelength_zero: Reference,
 ) -> IngestReport:
     store, journal = _begun(output, _fingerprint(pairs, tolerance), pairs)
     with journal:
@@ -486,11 +504,24 @@ def _make(
                     shift.x,
                     shift.confidence,
                 )
-        _finish(store, shifts, records, unpaired, passed_over, call, tolerance)
+        scans = (pairs[0].halpha, pairs[0].ca8542)
+        # As in the files, also where an earlier run of this store was cut off after it had calibrated.
+        applied = write_calibration(store.location, scans)
+        calibration = None
+        if "quiet-sun" in (calibrate, wavelength_zero):
+            calibration = calibrate_store(store.location, output)
+            applied = write_calibration(
+                store.location,
+                scans,
+                calibration,
+                intensities=calibrate == "quiet-sun",
+                wavelengths=wavelength_zero == "quiet-sun",
+            )
+        _finish(store, shifts, records, unpaired, passed_over, call, tolerance, applied)
         journal.append({"finished": True})
     swap(output, store)
     log_at(output.journal).remove()
-    return IngestReport(output.location, pairs, shifts, unpaired, passed_over, resumed)
+    return IngestReport(output.location, pairs, shifts, unpaired, passed_over, calibration, resumed)
 
 
 def _begun(output: Place, fingerprint: dict[str, Any], pairs: tuple[Pair, ...]) -> tuple[Place, Journal]:
@@ -552,6 +583,7 @@ def _finish(
     passed_over: tuple[str, ...],
     call: str,
     tolerance: float,
+    applied: dict[str, Any],
 ) -> None:
     hashes = {path: digest for record in records for path, digest in record["sha256"].items()}
     finish(
@@ -564,8 +596,7 @@ def _finish(
         },
         {
             **provenance(call, hashes),
-            "relative_calibration": "assumed",
-            "relative_calibration_comment": "the two lines' intensities are taken as they are in the files",
+            **applied,
             "reference_frame": "H-alpha, not resampled; Ca II 8542 moved onto it where shift_applied",
             "pairing_tolerance_seconds": tolerance,
             "unpaired": [{"file": scan.path, "line": scan.line, "time": str(scan.time)} for scan in unpaired],
@@ -628,7 +659,14 @@ def _files_of_times(pairs: tuple[Pair, ...]) -> list[tuple[str, ...]]:
     return files
 
 
-def _check_same(output: Place, pairs: tuple[Pair, ...], tolerance: float, cluster: Cluster) -> None:
+def _check_same(
+    output: Place,
+    pairs: tuple[Pair, ...],
+    tolerance: float,
+    calibrate: Reference,
+    wavelength_zero: Reference,
+    cluster: Cluster,
+) -> None:
     """Accept an existing observation only if it was made from the same files in the same way."""
     attrs: dict[str, Any] = dict(zarr.open_group(output.zarr, mode="r").attrs.asdict())
     recorded = list(attrs.get("made_from", {}).values())
@@ -636,6 +674,11 @@ def _check_same(output: Place, pairs: tuple[Pair, ...], tolerance: float, cluste
     differs = None
     if attrs.get("pairing_tolerance_seconds") != tolerance:
         differs = f"made with a tolerance of {attrs.get('pairing_tolerance_seconds')} s, now {tolerance} s"
+    elif (made := _references(attrs)) != (calibrate, wavelength_zero):
+        differs = (
+            f"made with --calibrate {made[0]} and --wavelength-zero {made[1]}, now {calibrate} and "
+            f"{wavelength_zero}"
+        )
     elif len(recorded) != len(paths):
         differs = f"made from {len(recorded)} files, now {len(paths)}"
     else:
@@ -651,11 +694,19 @@ def _check_same(output: Place, pairs: tuple[Pair, ...], tolerance: float, cluste
             differs = f"{others} of the {len(given)} files are not those that it was made from"
     if differs:
         raise MisuseError(
-            "the output exists and was made from other files",
+            "the output exists and was made from other files, or otherwise",
             where=output,
             found=differs,
             remedy="choose another name, or --overwrite to replace it",
         )
+
+
+def _references(attrs: dict[str, Any]) -> tuple[Reference, Reference]:
+    """What an observation's intensities and wavelengths are referred to."""
+    return (
+        "quiet-sun" if attrs.get("relative_calibration") == "quiet_sun" else "none",
+        "quiet-sun" if attrs.get("wavelength_zero") == "quiet_sun" else "none",
+    )
 
 
 def _check_alike(pairs: tuple[Pair, ...]) -> None:

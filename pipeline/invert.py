@@ -193,8 +193,9 @@ def invert(
     tile : int
         Pixels along both sides of a tile.
     calibration_error : float, optional
-        Relative error (one standard deviation) of the intensity of one line against the other's; the
-        network's own default if left out.
+        Relative error (one standard deviation) of the intensity of one line against the other's. If left out,
+        what the observation says of it (``relative_calibration_uncertainty``), or else the network's own
+        default.
     interpolation : {"linear", "pchip"}
         How profiles are brought to the network's points: linearly, or by monotone cubics. A network expects
         what it was trained with, the former unless its record says otherwise.
@@ -408,6 +409,8 @@ def _settle(
     with fetched_model(model_path) as folder:
         network, weights = load_model(folder), model_hash(folder)
     dataset = open_observation(observation)
+    if calibration_error is None:
+        calibration_error = dataset.attrs.get("relative_calibration_uncertainty")
     _check_observation(dataset, network, observation, calibration_error)
     if tile < 1:
         raise MisuseError("a tile must hold pixels", where="tile", found=tile)

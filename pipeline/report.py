@@ -45,8 +45,8 @@ LIMITS = (
     "grid's own.",
     "How heights belong together. Quantiles are of each height by itself; for gradients, column masses or "
     "anything else that joins heights, draw whole atmospheres with inn.sample.",
-    "How bright the lines are. Profiles are divided by the joint maximum of both, whose relative calibration "
-    "was assumed, not measured.",
+    "How bright the lines are. Profiles are divided by the joint maximum of both; whether their relative "
+    "calibration was measured or assumed, `relative_calibration` above says.",
     "What changes within a scan. H-alpha and Ca II are seconds apart, and a ribbon moves between them.",
 )
 """What a map cannot say; the page lists it."""

@@ -512,8 +512,9 @@ def _compute(
 
     halpha, ca8542 = names
     normalised, _ = network_lines(
-        library.asarray(intensity[halpha][good]),
-        library.asarray(intensity[ca8542][good]),
+        # xarray reads a calibrated observation, which has a scale, in float64.
+        library.asarray(intensity[halpha][good], dtype=library.float32),
+        library.asarray(intensity[ca8542][good], dtype=library.float32),
         wavelength[halpha],
         wavelength[ca8542],
         model.layout,

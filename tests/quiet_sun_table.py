@@ -15,23 +15,13 @@ from astropy.table import Table
 from scipy.io import readsav
 
 from inn.layout import CA8542, HALPHA
+from pipeline.crisp.wavelengths import air_to_vacuum
 
 OFFSETS = np.round(np.arange(-2.1, 2.101, 0.03), 2)
 MU = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 LIGHT = 299792.458  # km/s
 GRAVITATIONAL_REDSHIFT = 0.633  # km/s, of sunlight at the Earth
 NEAR_CONTINUUM = 60.0  # Angstrom from the lines
-MICROMETRE = 1e4
-
-
-def vacuum(air):
-    """Vacuum wavelengths (Angstrom) from those in air: Birch & Downs 1994, doi:10.1088/0026-1394/31/4/006."""
-    wavelength = np.asarray(air, dtype=float)
-    for _ in range(3):
-        wavenumber = (MICROMETRE / wavelength) ** 2
-        index = 1.0 + 8.34254e-5 + 2.406147e-2 / (130.0 - wavenumber) + 1.5998e-4 / (38.9 - wavenumber)
-        wavelength = air * index
-    return wavelength
 
 
 def darkening(mu=MU, offsets=OFFSETS, rays=5):
@@ -76,7 +66,7 @@ def main(atlas, output):
     )
     near = (wavelength > 6500.0) & (wavelength < 8600.0)
     # As the spectrum would be without the Sun's gravity: laboratory wavelengths, but for the Sun's motions.
-    own = vacuum(wavelength[near]) * (1.0 - GRAVITATIONAL_REDSHIFT / LIGHT)
+    own = air_to_vacuum(wavelength[near]) * (1.0 - GRAVITATIONAL_REDSHIFT / LIGHT)
     relative = intensity[near] / continuum[near]
     clv = darkening()
     parts, levels = [], {}

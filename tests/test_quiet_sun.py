@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import astropy.units as u
 import numpy as np
 import pytest
+import xarray as xr
 from astropy.table import Table
 
 import pipeline
 from pipeline.calibration import calibrate, limb_darkening, quiet_pixels, quiet_sun_profile
+from pipeline.crisp.fchroma import write_fchroma
 from pipeline.errors import InputError, MisuseError
+from pipeline.ingest import ingest
+from pipeline.invert import invert
+from pipeline.observation import open_observation
+from pipeline.results import open_map
+from tests.fchroma_files import PAD
 from tests.quiet_scene import AXES, CONTINUUM, PIXEL, REST, quiet_scene, quiet_spectrum
 
 COUNTS = {"halpha": 1.1e-3, "ca8542": 1.9e-3}
+REAL = Path(__file__).parents[2] / "shared" / "data" / "crisp"
+VELOCITY = {"halpha": 1.2, "ca8542": -0.9}
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +55,10 @@ class TestTable:
     def test_limb_darkening(self):
         """1 - u - v + u mu + v mu^2, between 0.6, 0.8 and 1 micron: Allen's Astrophysical Quantities."""
         mu = np.linspace(0.2, 1.0, 9)
-        for line, u, v in (("halpha", 0.838, -0.228), ("ca8542", 0.706, -0.215)):
-            np.testing.assert_allclose(limb_darkening(line, mu), 1.0 - u - v + u * mu + v * mu**2, rtol=0.02)
+        for line, first, second in (("halpha", 0.838, -0.228), ("ca8542", 0.706, -0.215)):
+            np.testing.assert_allclose(
+                limb_darkening(line, mu), 1.0 - first - second + first * mu + second * mu**2, rtol=0.02
+            )
             assert limb_darkening(line, 1.0) == pytest.approx(1.0, abs=1e-4)
 
     def test_lines_darken_as_in_falc(self, table):
@@ -168,3 +180,132 @@ class TestScenes:
         in_air = dataset.assign_coords(wavelength_ca8542=AXES["ca8542"] + 0.5)
         with pytest.raises(InputError, match="quiet Sun"):
             calibrate(in_air)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    dataset, _ = quiet_scene(counts=COUNTS, velocity=VELOCITY, times=1)
+    return write_scene(tmp_path_factory.mktemp("scene"), dataset)
+
+
+@pytest.fixture(scope="module")
+def store(files, tmp_path_factory):
+    path = tmp_path_factory.mktemp("calibrated") / "obs.zarr"
+    report = ingest([files], path, call="", calibrate="quiet-sun", wavelength_zero="quiet-sun")
+    return path, report
+
+
+@pytest.fixture(scope="module")
+def plain(files, tmp_path_factory):
+    path = tmp_path_factory.mktemp("plain") / "obs.zarr"
+    ingest([files], path, call="")
+    return path
+
+
+class TestIngest:
+    """From files to a store and a map: the scene's known errors, in F-CHROMA's files."""
+
+    def test_the_scene_is_recovered_to_the_stated_uncertainty(self, store, plain):
+        dataset, raw = open_observation(store[0]), open_observation(plain)
+        record = dataset.attrs["quiet_sun"]
+        assert dataset.attrs["relative_calibration"] == "quiet_sun"
+        assert dataset.attrs["wavelength_zero"] == "quiet_sun"
+        assert dataset.attrs["relative_calibration_uncertainty"] == record["relative_uncertainty"]
+        ratios = {}
+        for line in AXES:
+            assert u.Unit(dataset[line].attrs["units"]) == u.Unit("erg s-1 cm-2 sr-1 Angstrom-1")
+            ratios[line] = float(np.nanmedian(dataset[line].values / raw[line].values)) * COUNTS[line]
+            assert abs(np.log(ratios[line])) < 2.0 * record[line]["uncertainty"]
+            assert record[line]["velocity_offset"] == pytest.approx(VELOCITY[line], abs=0.1)
+            moved = dataset[f"wavelength_{line}"].values / AXES[line] - 1.0
+            np.testing.assert_allclose(
+                moved, dataset[f"wavelength_{line}"].attrs["velocity_offset"] / 299792.458, rtol=1e-6
+            )
+            saturation = dataset[line].attrs["saturation"] / raw[line].attrs["saturation"]
+            assert saturation == pytest.approx(ratios[line] / COUNTS[line], rel=1e-5)
+        relative = abs(np.log(ratios["halpha"] / ratios["ca8542"]))
+        assert relative < record["relative_uncertainty"]
+        assert "quiet Sun" in store[1].summary()
+        assert "km/s" in store[1].summary()
+
+    def test_without_being_asked_nothing_changes(self, plain):
+        dataset = open_observation(plain)
+        assert dataset.attrs["relative_calibration"] == "assumed"
+        assert "quiet_sun" not in dataset.attrs
+        assert dataset.halpha.dtype == np.float32
+        np.testing.assert_array_equal(dataset.wavelength_halpha, AXES["halpha"])
+
+    def test_inversion_takes_the_error_that_was_measured(self, store, plain, fake_model, client, tmp_path):
+        uncertainty = open_observation(store[0]).attrs["relative_calibration_uncertainty"]
+        settings = {"model": fake_model, "cluster": client, "draws": 4, "region": "0:8,50:58", "times": "0"}
+        invert(store[0], tmp_path / "map.zarr", **settings)
+        made = open_map(tmp_path / "map.zarr")
+        assert made.attrs["settings"]["calibration_error"] == uncertainty
+        assert made.attrs["relative_calibration"] == "quiet_sun"
+        invert(plain, tmp_path / "plain.zarr", **settings)
+        assert open_map(tmp_path / "plain.zarr").attrs["settings"]["calibration_error"] is None
+        # The map is where the observation is, also in a part of it.
+        for dataset in (made, open_observation(store[0])):
+            part = dataset.isel(y=slice(5, 60), x=slice(11, None))
+            x, y = np.meshgrid(np.arange(30), np.arange(20))
+            found = part.flarefield.wcs.wcs_pix2world(x, y, 0)
+            np.testing.assert_allclose(found[0] * 3600.0, part.longitude[:20, :30], atol=1e-4)
+            np.testing.assert_allclose(found[1] * 3600.0, part.latitude[:20, :30], atol=1e-4)
+
+    def test_a_store_made_otherwise_is_not_taken_for_it(self, files, plain, store):
+        with pytest.raises(MisuseError, match="otherwise"):
+            ingest([files], plain, call="", calibrate="quiet-sun")
+        again = ingest([files], store[0], call="", calibrate="quiet-sun", wavelength_zero="quiet-sun")
+        assert again.complete_before
+
+    def test_a_refusal_keeps_what_is_done(self, tmp_path):
+        """All ribbon: nothing to calibrate with. The same command without it goes on from there."""
+        dataset, _ = quiet_scene(times=1)
+        files = write_scene(tmp_path / "scene", dataset.isel(y=slice(24, 36)))
+        with pytest.raises(InputError, match="too little quiet Sun"):
+            ingest([files], tmp_path / "obs.zarr", call="", calibrate="quiet-sun")
+        report = ingest([files], tmp_path / "obs.zarr", call="")
+        assert report.resumed == 1
+        assert open_observation(tmp_path / "obs.zarr").attrs["relative_calibration"] == "assumed"
+
+    @pytest.mark.observation
+    @pytest.mark.skipif(not REAL.is_dir(), reason="the real pair is not here")
+    def test_the_real_pair_is_all_ribbon(self, tmp_path):
+        with pytest.raises(InputError, match="too little quiet Sun") as refusal:
+            ingest([REAL], tmp_path / "obs.zarr", call="", calibrate="quiet-sun")
+        assert refusal.value.where == str(tmp_path / "obs.zarr")
+
+    def test_a_calibration_cut_off_and_done_again_is_the_same(self, files, store, tmp_path, monkeypatch):
+        """The journal keeps the times; what was written of the calibration does not count twice."""
+        monkeypatch.setattr("pipeline.ingest._finish", interrupted)
+        settings = {"call": "", "calibrate": "quiet-sun", "wavelength_zero": "quiet-sun"}
+        with pytest.raises(KeyboardInterrupt):
+            ingest([files], tmp_path / "obs.zarr", **settings)
+        monkeypatch.undo()
+        assert ingest([files], tmp_path / "obs.zarr", **settings).resumed == 1
+        xr.testing.assert_identical(
+            open_observation(tmp_path / "obs.zarr").load(), open_observation(store[0]).load()
+        )
+
+
+def interrupted(*_arguments):
+    raise KeyboardInterrupt
+
+
+def write_scene(folder, dataset):
+    """The scene's files as the F-CHROMA database has them, with a constant pad."""
+    folder.mkdir(exist_ok=True)
+    rows, columns = dataset.sizes["y"], dataset.sizes["x"]
+    middle = [float(dataset[name].mean()) for name in ("longitude", "latitude")]
+    for line, axis in AXES.items():
+        cube = dataset[line].isel(time=0).transpose(f"wavelength_{line}", "y", "x").to_numpy()
+        write_fchroma(
+            folder / f"{line}.fits",
+            np.where(np.isnan(cube), PAD, np.clip(cube, 1, 32767)),
+            axis,
+            dataset.time.values[0],
+            pointing=(middle[0], middle[1]),
+            scale=PIXEL,
+            reference_pixel=((columns - 1) / 2, (rows - 1) / 2),
+        )
+    return folder
