@@ -37,6 +37,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 from scipy.optimize import minimize_scalar
 
+from pipeline.crisp.cube import PER_ANGSTROM
 from pipeline.crisp.instrument import response_matrix
 from pipeline.crisp.scan import LINES, Scan, cosine_of_pointing
 from pipeline.errors import InputError, MisuseError
@@ -48,7 +49,7 @@ Mask = NDArray[np.bool_]
 Reference = Literal["none", "quiet-sun"]
 """What intensities or wavelengths are referred to."""
 
-UNITS = "erg s-1 cm-2 sr-1 Angstrom-1"
+UNITS = PER_ANGSTROM.to_string()
 """Unit of calibrated intensities."""
 LIGHT_SPEED = 299792.458  # km/s
 
@@ -69,6 +70,7 @@ WING = 0.9  # Angstrom from rest at which wings begin
 CORE = 0.35  # and at which the core ends
 FITTED = {"halpha": 0.7, "ca8542": 0.5}
 """Angstrom around the core in which a profile's place is fitted: the core and its steep flanks."""
+STEEP = 0.03  # per Angstrom: a tilt of the wings that is worth a remark
 SHIFT_LIMIT = 0.35
 """Angstrom by which wavelengths may be off: more is no drift, but air taken for vacuum or a wrong line."""
 
@@ -174,9 +176,14 @@ class QuietSunCalibration:
         for name in LINES:
             line: LineCalibration = getattr(self, name)
             lines.append(
-                f"{name}: {line.scale:.5g} {UNITS} a unit (+- {100 * line.uncertainty:.1f} %), wavelengths "
-                f"off by {line.velocity_offset:+.2f} km/s (+- {line.velocity_uncertainty:.2f})"
+                f"{name}: the files' unit is {line.scale:.5g} {UNITS} (+- {100 * line.uncertainty:.1f} %); "
+                f"wavelengths off by {line.velocity_offset:+.2f} km/s (+- {line.velocity_uncertainty:.2f})"
             )
+            if abs(line.slope) > STEEP:
+                lines.append(
+                    f"{name}: the wings tilt by {100 * line.slope:+.0f} % an Angstrom against the quiet "
+                    "Sun's; is a prefilter left in?"
+                )
         return "\n".join(lines)
 
 

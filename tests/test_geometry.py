@@ -18,7 +18,8 @@ from pipeline.crisp.fchroma import read_scans, write_fchroma
 from pipeline.crisp.scan import cosine_of_pointing
 from pipeline.errors import MisuseError, StoreError
 from pipeline.geometry import derotated, heliographic_latitude, mu_of_pixels
-from pipeline.observation import coordinates
+from pipeline.ingest import ingest
+from pipeline.observation import coordinates, open_observation
 from tests.fchroma_files import CADENCE, START, WAVELENGTH_CA8542, WAVELENGTH_HALPHA
 
 ROWS, COLUMNS = 60, 90
@@ -233,6 +234,38 @@ class TestDerotation:
         within = inside & half
         assert np.all(flags[within] == 32)
         assert np.all(flags[~nearest & half] == 1)
+
+    def test_from_files_to_a_store_and_back(self, tmp_path):
+        """A bright point in turned frames, ingested, derotated, stored and opened: where astropy puts it."""
+        rng = np.random.default_rng(5)
+        point = (71, 22)  # column, row
+        for line, axis in (("h", WAVELENGTH_HALPHA), ("c", WAVELENGTH_CA8542)):
+            cube = 1000.0 + 20.0 * rng.standard_normal((axis.size, ROWS, COLUMNS))
+            y, x = np.mgrid[:ROWS, :COLUMNS]
+            cube += 20000.0 * np.exp(-0.5 * ((x - point[0]) ** 2 + (y - point[1]) ** 2) / 1.5**2)
+            path = write_fchroma(
+                tmp_path / f"{line}.fits",
+                cube,
+                axis,
+                START,
+                pointing=POINTINGS["limb"],
+                scale=0.5,
+                reference_pixel=REFERENCE,
+                rotation=turn(self.ANGLE),
+            )
+        ingest([tmp_path], tmp_path / "obs.zarr", call="")
+        result = derotated(open_observation(tmp_path / "obs.zarr"))
+        result.to_zarr(tmp_path / "derotated.zarr", zarr_format=3)
+        result = open_observation(tmp_path / "derotated.zarr")
+        image = result.halpha.isel(time=0, wavelength_halpha=7).fillna(0.0).to_numpy() - 1000.0
+        weight = np.where(image > 1000.0, image, 0.0)
+        y, x = (float((weight * axis).sum() / weight.sum()) for axis in np.indices(image.shape))
+        expected = of_header(fits.getheader(path), *point)
+        for found, wanted in zip(of_wcs(result.flarefield.wcs, x, y), expected, strict=True):
+            assert found == pytest.approx(wanted, abs=0.02)
+        row, column = round(y), round(x)
+        assert float(result.longitude[row, column]) == pytest.approx(expected[0], abs=0.36)
+        assert bool(result.valid[0, row, column])
 
     def test_dask_arrays_stay_lazy_and_no_rotation_changes_nothing(self, rotated, tmp_path):
         lazy = derotated(rotated.chunk({"y": 32, "x": 32}))

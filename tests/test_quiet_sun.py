@@ -157,6 +157,8 @@ class TestScenes:
         dataset, _ = quiet_scene(slope=0.05)
         found = calibrate(dataset)
         assert found.halpha.slope == pytest.approx(0.05, abs=0.005)
+        assert "halpha: the wings tilt by +5 %" in found.summary()
+        assert "ca8542: the wings tilt" not in found.summary()
         assert found.ca8542.slope == pytest.approx(0.0, abs=0.005)
 
     def test_intensities_in_physical_units_have_a_scale_of_one(self):
