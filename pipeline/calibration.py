@@ -96,7 +96,7 @@ DARKENING_ERROR = 0.2
 """Error of the line's darkening relative to the continuum's, as a share of its logarithm."""
 POINTING_ERROR = 10.0  # arcsec
 ATLAS_WAVELENGTH_ERROR = 0.15
-"""km/s: of the atlas (Allende Prieto & Garcia Lopez 1998, doi:10.1051/aas:1998327)."""
+"""km/s: of the atlas (Allende Prieto & Garcia Lopez 1998, A&AS 131, 431)."""
 LIMB_SHIFT_ERROR = 0.4
 """km/s, towards the limb: how the cores' shift changes with mu is not in the atlas."""
 
@@ -149,7 +149,7 @@ class QuietSunCalibration:
     blocks : int
         Blocks of the field that were compared on their own.
     times : tuple of int
-        Indices of the times that were looked at.
+        Indices of the times that were looked at, and show quiet Sun.
     """
 
     halpha: LineCalibration
@@ -430,9 +430,13 @@ def calibrate(dataset: xr.Dataset, times: Sequence[int] | None = None) -> QuietS
     if times is None:
         times = np.unique(np.linspace(0, count - 1, min(count, LARGEST_SAMPLE)).round().astype(int)).tolist()
     pixel = float(np.sqrt(np.prod([abs(float(dataset[axis].diff(axis).mean())) for axis in ("y", "x")])))
-    found = [_Field(dataset, time, pixel) for time in times]
-    kept = np.array([field.enough for field in found]).sum(axis=0) * 2 >= len(found)
-    area = float(np.mean([field.area for field in found]))
+    looked_at = {int(time): _Field(dataset, time, pixel) for time in times}
+    # A scan that clouds or the seeing have spoilt has no quiet pixels.
+    sound = {time: field for time, field in looked_at.items() if field.enough.any()}
+    found = list(sound.values())
+    share = np.mean([field.enough for field in found or looked_at.values()], axis=0)
+    kept = share >= 0.5
+    area = float(np.mean([field.area for field in found or looked_at.values()]))
     if kept.sum() < LEAST_BLOCKS:
         raise InputError(
             "there is too little quiet Sun in the field to calibrate with",
@@ -441,7 +445,7 @@ def calibrate(dataset: xr.Dataset, times: Sequence[int] | None = None) -> QuietS
             expected=f"{LEAST_BLOCKS} blocks in which both lines look like the quiet Sun",
             remedy="ingest it without --calibrate and --wavelength-zero: then the calibration is assumed",
         )
-    mu = float(np.mean([field.mu[kept].mean() for field in found]))
+    mu = float(np.nanmean([field.mu[kept] for field in found]))
     lines = {}
     logarithms = {}
     for line in LINES:
@@ -476,7 +480,7 @@ def calibrate(dataset: xr.Dataset, times: Sequence[int] | None = None) -> QuietS
         mu=mu,
         area=area,
         blocks=int(kept.sum()),
-        times=tuple(int(time) for time in times),
+        times=tuple(sound),
     )
 
 

@@ -22,7 +22,8 @@ variable                                           dimensions   meaning
 
 H-alpha's frame and time are the reference: Ca II is brought onto it. What every file says of itself is in the
 ``headers`` attribute of the line's variable, once for each file, and ``header_of_time`` says which of them a
-time came from; the function `fits_headers` reads both.
+time came from; the function `fits_headers` reads both. Intensities that were calibrated
+(`pipeline.calibration`) have a ``scale_factor``, by which xarray multiplies as it reads.
 """
 
 from __future__ import annotations

@@ -153,6 +153,19 @@ class TestScenes:
         )
         assert calibrate(corrected).halpha.velocity_offset == pytest.approx(0.0, abs=0.06)
 
+    def test_spoilt_scans_do_not_count(self):
+        dataset, _ = quiet_scene(counts=COUNTS, times=3, shape=(80, 100))
+        dataset.halpha[1] = np.nan
+        dataset.ca8542[2, :40] *= 0.2
+        found = calibrate(dataset)
+        assert found.times == (0, 2)
+        assert found.mu == pytest.approx(0.6, abs=0.02)
+        whole = calibrate(dataset.isel(time=[0]))
+        assert found.blocks <= whole.blocks
+        for line in AXES:
+            ratio = getattr(found, line).scale / getattr(whole, line).scale
+            assert ratio == pytest.approx(1.0, abs=0.02)
+
     def test_a_prefilter_left_in_shows_as_a_slope(self):
         dataset, _ = quiet_scene(slope=0.05)
         found = calibrate(dataset)
