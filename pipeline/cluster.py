@@ -26,7 +26,7 @@ import dask
 import torch
 import yaml
 from dask.system import CPU_COUNT
-from distributed import Client, LocalCluster, SpecCluster, Worker, WorkerPlugin
+from distributed import Client, LocalCluster, Scheduler, SchedulerPlugin, SpecCluster, Worker, WorkerPlugin
 from distributed.security import Security
 from pydantic import (
     BaseModel,
@@ -415,7 +415,7 @@ def _here(config: LocalConfig | CudaConfig) -> dict[str, Any]:
     """Arguments that every cluster on this machine is started with."""
     return {
         "memory_limit": config.memory_limit,
-        "scheduler_kwargs": _dashboard(config.dashboard),
+        "scheduler_kwargs": _scheduler(config.dashboard),
         "host": "127.0.0.1",
         # Dask would raise its log to warnings where its user has turned it lower.
         "silence_logs": max(logging.WARNING, logging.getLogger("distributed").level),
@@ -456,9 +456,29 @@ def _cuda(config: CudaConfig) -> Iterator[Client]:
         yield client
 
 
-def _dashboard(address: str | None) -> dict[str, Any]:
-    # Without a dashboard Dask still serves some pages, and to everybody unless told where.
-    return {"dashboard": address is not None, "dashboard_address": address or NO_DASHBOARD}
+class PromptMessages(SchedulerPlugin):  # type: ignore[misc]
+    """Have a scheduler send a worker its next task within a millisecond.
+
+    Dask lets five pass between two messages to a worker, to send the many small tasks of large graphs
+    together. Here a worker has nothing to do until its next task comes.
+    """
+
+    name = "prompt-messages"
+    interval = 0.001
+
+    def add_worker(self, scheduler: Scheduler, worker: str) -> None:
+        """Set the time between two messages to a worker that has just joined."""
+        scheduler.stream_comms[worker].interval = self.interval
+
+
+def _scheduler(dashboard: str | None) -> dict[str, Any]:
+    """Arguments of every scheduler that is started here."""
+    return {
+        # Without a dashboard Dask still serves some pages, and to everybody unless told where.
+        "dashboard": dashboard is not None,
+        "dashboard_address": dashboard or NO_DASHBOARD,
+        "plugins": [PromptMessages()],
+    }
 
 
 @contextmanager
@@ -546,7 +566,7 @@ def slurm_cluster(config: SlurmConfig) -> SpecCluster:
         security=Security.temporary(),
         protocol="tls://",
         shared_temp_directory=str(config.shared_directory or Path.cwd()),
-        scheduler_options=_dashboard(config.dashboard),
+        scheduler_options=_scheduler(config.dashboard),
         # A worker's own pages would be open to its network.
         worker_extra_args=[
             "--no-dashboard",

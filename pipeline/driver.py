@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -13,6 +14,9 @@ from pipeline.errors import ClusterError, FlareFieldError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+
+PAUSE = 0.02
+"""Seconds to wait for more results before they are fetched, and new tasks submitted, together."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ def run_bounded(
     tasks : iterable
         What to do, one element a task.
     window : int, optional
-        Tasks in flight; by default four for every thread of the cluster, counted at the start, at least 32.
+        Tasks in flight; by default four for every thread of the cluster, counted at the start, at least 64.
     attempts : int
         Tries before a task is given up.
 
@@ -81,7 +85,7 @@ def run_bounded(
         If the scheduler is lost.
     """
     if window is None:
-        window = max(32, 4 * sum(client.nthreads().values()))
+        window = max(64, 4 * sum(client.nthreads().values()))
     queue = iter(tasks)
     pending: dict[Future, tuple[Task, int]] = {}
 
@@ -95,8 +99,8 @@ def run_bounded(
         return submit((task, 1) for task in islice(queue, room))
 
     # A batch's results are fetched together, and submissions go out in batches: a message for each task would
-    # cost more than a small task does. (`as_completed` could fetch them, but would wait for ever when the
-    # scheduler is lost meanwhile.)
+    # cost more than a small task does. Without a pause a batch of small tasks would hold one or two of them.
+    # (`as_completed` could fetch results, but would wait for ever when the scheduler is lost meanwhile.)
     in_flight = as_completed(more(window), loop=client.loop, raise_errors=False)
     try:
         for batch in in_flight.batches():
@@ -120,6 +124,8 @@ def run_bounded(
                     again.append((task, attempt))
             # Only now: what the caller learned from these outcomes may be that nothing more is to be done.
             in_flight.update(submit(again) + more(len(batch) - len(again)))
+            if len(pending) > 1:
+                time.sleep(PAUSE)
     finally:
         if pending and client.status == "running":
             client.cancel(list(pending), force=True)

@@ -58,6 +58,13 @@ def wait_until(condition):
         time.sleep(0.05)
 
 
+def pauses_between_messages(client):
+    """Seconds that the scheduler lets pass at least between two messages to a worker."""
+    return client.run_on_scheduler(
+        lambda dask_scheduler: {comm.interval for comm in dask_scheduler.stream_comms.values()}
+    )
+
+
 # Configurations
 
 
@@ -168,6 +175,7 @@ def test_a_local_cluster_is_seen_by_this_machine_only():
         listening = client.submit(listeners).result() + listeners()
         ports = set(re.findall(r":(\d+)", str(client.scheduler_info(n_workers=-1))))
         assert client.submit(dask.config.get, "distributed.worker.memory.spill").result() is False
+        assert pauses_between_messages(client) == {0.001}
     ours = [(host, port) for host, port in listening if str(port) in ports]
     assert len(ours) >= 2
     assert {host for host, _ in ours} == {"127.0.0.1"}
@@ -536,6 +544,7 @@ def test_work_is_done_by_slurm_jobs_over_tls(tmp_path, monkeypatch):
         ).result()
         assert spill is False
         assert pid != os.getpid()
+        assert pauses_between_messages(client) == {0.001}
     wait_until(lambda: not Path(f"/proc/{pid}").exists())
 
 
