@@ -1,7 +1,12 @@
 """What several test files share: a small cluster, a small model, a small observation."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+
+# Threads that wait for each other must not keep the cores busy that other processes of the tests need. It
+# is read when torch is loaded, here and in every process that is started from here.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 from distributed import Client, LocalCluster
