@@ -34,6 +34,7 @@ from inn.coupling import FixedPermutation
 from inn.emulator import Emulator
 from inn.errors import FlareFieldError, MisuseError, ModelError
 from inn.joint import JointNetwork
+from inn.latent import TunedLatents
 from inn.layout import CA8542, HALPHA, HEIGHTS, Layout
 from inn.novelty import Novelty
 from inn.scaling import SCALINGS, UNITS
@@ -52,7 +53,11 @@ _KINDS: dict[str, type[JointNetwork] | type[ConditionalNetwork]] = {
     "joint": JointNetwork,
     "conditional": ConditionalNetwork,
 }
-_COMPANIONS: dict[str, type[Novelty] | type[Emulator]] = {"novelty": Novelty, "emulator": Emulator}
+_COMPANIONS: dict[str, type[Novelty] | type[Emulator] | type[TunedLatents]] = {
+    "novelty": Novelty,
+    "emulator": Emulator,
+    "latents": TunedLatents,
+}
 """What a network may carry, stored with it under its name."""
 
 
@@ -65,7 +70,7 @@ def save_model(model: Network, path: str | Path, record: Mapping[str, Any] | Non
     Parameters
     ----------
     model : JointNetwork or ConditionalNetwork
-        The network; its ``novelty`` and ``emulator``, where it has them, are stored with it.
+        The network; its ``novelty``, ``emulator`` and ``latents``, where it has them, are stored with it.
     path : str or Path
         The directory to write.
     record : mapping, optional
@@ -139,7 +144,8 @@ def load_model(path: str | Path | None = None) -> Network:
     -------
     JointNetwork or ConditionalNetwork
         On the CPU, in evaluation mode, in the precision it was saved in, with ``layout``, ``latent_size``,
-        ``record`` (how it came to be), and ``novelty`` and ``emulator``, None where the model has none.
+        ``record`` (how it came to be), and ``novelty``, ``emulator`` and ``latents``, None where it has
+        none.
 
     Raises
     ------

@@ -30,6 +30,7 @@ from torch.nn import functional
 from inn.coupling import soft_clamp
 from inn.emulator import Emulator
 from inn.errors import MisuseError
+from inn.latent import TunedLatents
 from inn.layout import QUANTITIES, Layout
 from inn.marginals import NormalScores
 from inn.novelty import Novelty
@@ -186,6 +187,7 @@ class ConditionalNetwork(nn.Module):
         self.register_buffer("feature_scale", torch.ones(features))
         self.novelty: Novelty | None = None
         self.emulator: Emulator | None = None
+        self.latents: TunedLatents | None = None
         self.record: dict[str, Any] = {}
 
     atmosphere_mean: Tensor
@@ -489,7 +491,7 @@ class ConditionalNetwork(nn.Module):
         if self.scores is not None:
             size = self.layout.heights.size
             both = self.scores.inverse_columns(columns[:, : 2 * size], slice(2 * size))
-            columns[:, :size] = both[:, :size] - both[:, size:]
+            columns = torch.cat((both[:, :size] - both[:, size:], columns[:, size:]), dim=1)
         return columns.transpose(1, 2)
 
     def latent(

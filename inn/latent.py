@@ -1,17 +1,25 @@
-"""Draws from the latent space: standard normal points, evenly spread or random, reproducible by seed."""
+"""Draws from the latent space: standard normal points, evenly spread or random, reproducible by seed.
+
+A network may also carry latents of its own, `TunedLatents`: few points, chosen such that they give the
+quantiles of that network's posteriors as many random ones do.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Self, get_args
 
 import torch
+from torch import nn
 from torch.quasirandom import SobolEngine
 
 from inn.errors import MisuseError
+from inn.layout import Layout
 
-LatentKind = Literal["sobol", "gaussian", "balanced"]
-"""How latents are drawn: scrambled Sobol points, independent Gaussian ones, or balanced Sobol points."""
+LatentKind = Literal["sobol", "gaussian", "balanced", "tuned"]
+"""How latents are drawn: scrambled Sobol points, independent Gaussian ones, balanced Sobol points, or those
+that a network brings with it."""
 
 
 def draw_latent(draws: int, size: int, seed: int, kind: LatentKind = "sobol") -> torch.Tensor:
@@ -35,7 +43,8 @@ def draw_latent(draws: int, size: int, seed: int, kind: LatentKind = "sobol") ->
         Seed of the scrambling, or of the Gaussian generator.
     kind : {"sobol", "gaussian", "balanced"}
         Scrambled Sobol points taken through the inverse normal distribution function, independent draws, or
-        balanced Sobol points.
+        balanced Sobol points. (Tuned ones are not drawn: `inn.posterior.latents_of` takes them from their
+        network.)
 
     Returns
     -------
@@ -64,7 +73,7 @@ def draw_latent(draws: int, size: int, seed: int, kind: LatentKind = "sobol") ->
     elif kind == "balanced":
         points = _balanced(draws, size, seed)
     else:
-        kinds = ", ".join(get_args(LatentKind))
+        kinds = ", ".join(other for other in get_args(LatentKind) if other != "tuned")
         raise MisuseError("there is no such kind of latent draw", found=kind, expected=kinds)
     return points.to(torch.float32)
 
@@ -96,3 +105,60 @@ def _balanced(draws: int, size: int, seed: int) -> torch.Tensor:
     left, _, right = torch.linalg.svd(points[:, :leading], full_matrices=False)
     points[:, :leading] = math.sqrt(pairs) * left @ right
     return torch.cat((points, -points))[:draws]
+
+
+class TunedLatents(nn.Module):
+    """Latent points that suit one network: sets of a few numbers of points.
+
+    Whatever points all pixels share, the quantiles of their posteriors err by how unevenly the points lie as
+    that network sees them. Random points leave this to chance and need many; these were moved until
+    quantiles came right for observations of training simulations (`inn.distillation.LatentTrainer`), as the
+    representative points of a distribution are chosen (Flury 1990, Biometrika 77, 33,
+    doi:10.1093/biomet/77.1.33), but for many distributions at once.
+
+    They are for quantiles alone. Statistics that weigh every draw by itself, and estimates of the sampling
+    error, want independent or Sobol points.
+
+    Parameters
+    ----------
+    size : int
+        Dimensions of the latent space.
+    draws : sequence of int
+        Number of points of each set.
+    """
+
+    def __init__(self, size: int, draws: Sequence[int]) -> None:
+        super().__init__()
+        self.size, self.draws = size, tuple(sorted(draws))
+        # Before they are tuned, balanced ones.
+        self.points = nn.ParameterDict(
+            {str(count): nn.Parameter(draw_latent(count, size, 0, "balanced")) for count in self.draws}
+        )
+
+    def architecture(self) -> dict[str, Any]:
+        """Constructor arguments, as JSON holds them."""
+        return {"size": self.size, "draws": list(self.draws)}
+
+    @classmethod
+    def from_architecture(cls, layout: Layout, architecture: Mapping[str, Any]) -> Self:
+        """Build points that are not tuned, for others to be loaded, from what `architecture` returned."""
+        return cls(**architecture)
+
+    def forward(self, draws: int) -> torch.Tensor:
+        """Points of one set, shape (draws, size).
+
+        Raises
+        ------
+        MisuseError
+            There is no set of so many.
+        """
+        if draws not in self.draws:
+            raise MisuseError(
+                "the network has no tuned latents of this number",
+                where="draws",
+                found=draws,
+                expected=", ".join(map(str, self.draws)),
+                remedy="choose one of these, or another kind of latents",
+            )
+        points: torch.Tensor = self.points[str(draws)]
+        return points

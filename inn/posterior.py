@@ -21,12 +21,15 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from inn.errors import MisuseError
-from inn.latent import LatentKind, draw_latent
+from inn.latent import LatentKind, TunedLatents, draw_latent
 from inn.layout import Layout
 from inn.scaling import unscale_atmosphere
 
 QUANTILES = (0.05, 0.16, 0.5, 0.84, 0.95)
 """Default quantile levels: the median, and the central 68 and 90 % intervals."""
+
+MISFIT_DRAWS = 8
+"""Draws whose emulated profiles are compared with the observed ones, by default."""
 
 BATCH_ROWS = 4096
 """Pixels times draws in one batch: what a core's cache holds of the networks' hidden layers."""
@@ -79,18 +82,36 @@ class ScoreDraws(Protocol):
 class _Batch(NamedTuple):
     pixels: slice
     good: Tensor
+    lines: Tensor
+    mu: Tensor | None
     atmosphere: Tensor
 
 
-def _draws(
+def draw_atmospheres(
     model: Network,
     lines: Tensor,
     latent: Tensor,
     mu: Tensor | None,
     calibration_error: Tensor | None,
-    scores: bool,
+    *,
+    scores: bool = False,
 ) -> Tensor:
-    """Atmospheres, shape (pixels, draws, atmosphere_size), in network units or as `ScoreDraws`."""
+    """Atmospheres of every pixel with every one of the same latents, all at once.
+
+    Parameters
+    ----------
+    model : Network
+    lines : Tensor, shape (pixels, lines_size)
+    latent : Tensor, shape (draws, latent_size)
+    mu, calibration_error : Tensor, shape (pixels,), optional
+    scores : bool
+        On the network's own scale, if it has one (`ScoreDraws`).
+
+    Returns
+    -------
+    Tensor, shape (pixels, draws, atmosphere_size)
+        In network units, or on that scale.
+    """
     if scores and isinstance(model, ScoreDraws):
         return model.score_draws(lines, latent, mu, calibration_error)
     if isinstance(model, SharedDraws):
@@ -190,15 +211,24 @@ def _batches(
         good = finite[pixels]
         if good.device.type == "cpu" and not good.any():  # elsewhere, to look would make the host wait
             continue
-        atmosphere = _draws(
+        observed = filled(lines, pixels, good)
+        cosine = None if angle is None else filled(angle, pixels, good)
+        atmosphere = draw_atmospheres(
             model,
-            filled(lines, pixels, good),
+            observed,
             latent,
-            None if angle is None else filled(angle, pixels, good),
+            cosine,
             None if error is None else filled(error, pixels, good),
-            scores,
+            scores=scores,
         )
-        yield _Batch(pixels, good, atmosphere[: good.numel()])
+        there = slice(good.numel())
+        yield _Batch(
+            pixels,
+            good,
+            observed[there],
+            None if cosine is None else cosine[there],
+            atmosphere[there],
+        )
 
 
 def _along(good: Tensor, values: Tensor) -> Tensor:
@@ -206,8 +236,11 @@ def _along(good: Tensor, values: Tensor) -> Tensor:
     return good.reshape(-1, *[1] * (values.ndim - 1))
 
 
-def _sorted_draws(atmosphere: Tensor) -> Tensor:
-    """Sort (pixels, draws, size) along the draws: (pixels, size, draws)."""
+def sorted_draws(atmosphere: Tensor) -> Tensor:
+    """Sort draws (pixels, draws, size), number by number: (pixels, size, draws).
+
+    Without gradients. Draws whose memory is laid out that way already are sorted in place.
+    """
     columns = atmosphere.transpose(1, 2).contiguous()
     if columns.device.type == "cpu":
         # NumPy sorts contiguous rows with vector instructions: 35 times faster than torch, measured.
@@ -217,8 +250,19 @@ def _sorted_draws(atmosphere: Tensor) -> Tensor:
     return columns.sort(dim=-1).values
 
 
-def _order_statistics(ordered: Tensor, quantiles: NDArray[np.float64]) -> Tensor:
-    """Quantiles (pixels, quantiles, size) of sorted draws, linear between order statistics as NumPy's."""
+def order_statistics(ordered: Tensor, quantiles: NDArray[np.float64]) -> Tensor:
+    """Quantiles of sorted draws, linear between order statistics as NumPy's.
+
+    Parameters
+    ----------
+    ordered : Tensor, shape (pixels, size, draws)
+    quantiles : ndarray, shape (quantiles,)
+        Levels between 0 and 1.
+
+    Returns
+    -------
+    Tensor, shape (pixels, quantiles, size)
+    """
     position = quantiles * (ordered.shape[-1] - 1)
     below = np.floor(position).astype(np.int64)
     above = np.minimum(below + 1, ordered.shape[-1] - 1)
@@ -264,8 +308,8 @@ def posterior_quantiles(
         Levels between 0 and 1.
     seed : int
         Seed of the latent draws, which all pixels share.
-    latent : {"sobol", "gaussian", "balanced"}
-        How they are drawn: `inn.latent.draw_latent`.
+    latent : {"sobol", "gaussian", "balanced", "tuned"}
+        How they are drawn: `latents_of`.
     batch_rows : int, optional
         Pixels times draws computed at once; `BATCH_ROWS` or `DEVICE_BATCH_ROWS` if left out.
 
@@ -281,20 +325,69 @@ def posterior_quantiles(
         Shapes, levels or the number of draws cannot be used.
     """
     tensor, angle, error = _arguments(model, lines, mu, calibration_error)
+    points = latents_of(model, draws, seed, latent)
+    found, _ = _sampled(model, tensor, angle, error, points, _levels(quantiles), batch_rows)
+    return _physical(found)
+
+
+def quantiles_and_misfit(
+    model: Network,
+    lines: ArrayLike | Tensor,
+    mu: ArrayLike | None = None,
+    calibration_error: ArrayLike | None = None,
+    draws: int = 256,
+    quantiles: Sequence[float] = QUANTILES,
+    seed: int = 0,
+    latent: LatentKind = "sobol",
+    batch_rows: int | None = None,
+    checked: int = MISFIT_DRAWS,
+) -> tuple[dict[str, NDArray[Any]], NDArray[Any]]:
+    """Quantiles of each pixel's posterior, and how well it reproduces the profiles, from the same draws.
+
+    Parameters
+    ----------
+    model, lines, mu, calibration_error, draws, quantiles, seed, latent, batch_rows
+        As in `posterior_quantiles`.
+    checked : int
+        Draws, spread evenly over all, whose profiles are compared with the observed ones.
+
+    Returns
+    -------
+    quantiles : dict of str to ndarray, shape (pixels, quantiles, heights)
+        As `posterior_quantiles` returns them.
+    misfit : ndarray, shape (pixels,)
+        As `misfit` returns it.
+
+    Raises
+    ------
+    MisuseError
+        As `posterior_quantiles` raises it.
+    """
+    tensor, angle, error = _arguments(model, lines, mu, calibration_error)
+    points = latents_of(model, draws, seed, latent)
+    found, distance = _sampled(
+        model, tensor, angle, error, points, _levels(quantiles), batch_rows, checked=checked
+    )
+    return _physical(found), distance.cpu().numpy()
+
+
+def _levels(quantiles: Sequence[float]) -> NDArray[np.float64]:
     levels = np.asarray(quantiles, dtype=np.float64)
     if levels.ndim != 1 or levels.size == 0 or not np.all((levels >= 0.0) & (levels <= 1.0)):
         raise MisuseError(
             "quantiles are levels between 0 and 1", where="quantiles", found=quantiles, expected="e.g. 0.5"
         )
-    points = draw_latent(draws, model.latent_size, seed, latent)
-    result = _quantiles(model, tensor, angle, error, points, levels, batch_rows)
-    if result.device.type == "cpu":
-        return unscale_atmosphere(result.numpy())  # NumPy's powers and torch's differ in their last bits
-    return {name: values.cpu().numpy() for name, values in unscale_atmosphere(result).items()}
+    return levels
+
+
+def _physical(found: Tensor) -> dict[str, NDArray[Any]]:
+    if found.device.type == "cpu":
+        return unscale_atmosphere(found.numpy())  # NumPy's powers and torch's differ in their last bits
+    return {name: values.cpu().numpy() for name, values in unscale_atmosphere(found).items()}
 
 
 @torch.inference_mode()
-def _quantiles(
+def _sampled(
     model: Network,
     lines: Tensor,
     mu: NDArray[np.float64] | None,
@@ -302,16 +395,39 @@ def _quantiles(
     latent: Tensor,
     levels: NDArray[np.float64],
     batch_rows: int | None,
-) -> Tensor:
-    """Quantiles (pixels, levels, atmosphere_size) in network units; all of it on the network's device."""
-    shape = (lines.shape[0], levels.size, model.layout.atmosphere_size)
-    result = next(iter(model.parameters())).new_full(shape, torch.nan)
+    checked: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Quantiles (pixels, levels, atmosphere_size) in network units and misfits (pixels,), on its device."""
+    weights = next(iter(model.parameters()))
+    found = weights.new_full((lines.shape[0], levels.size, model.layout.atmosphere_size), torch.nan)
+    distance = weights.new_full((lines.shape[0],), torch.nan)
+    emulator = getattr(model, "emulator", None) if checked and mu is not None else None
+    some = torch.linspace(0, len(latent) - 1, min(checked, len(latent))).round().long().to(weights.device)
     for batch in _batches(model, lines, mu, calibration_error, latent, batch_rows, scores=True):
-        values = _order_statistics(_sorted_draws(batch.atmosphere), levels)
+        drawn = batch.atmosphere
+        if emulator is not None:  # before they are sorted, which may happen in place
+            atmosphere = drawn[:, some]
+            if isinstance(model, ScoreDraws):
+                atmosphere = model.from_scores(atmosphere)
+            reproduced = _misfit(emulator, atmosphere, batch)
+            distance[batch.pixels] = reproduced.where(batch.good, torch.nan)
+        values = order_statistics(sorted_draws(drawn), levels)
         if isinstance(model, ScoreDraws):
             values = model.from_scores(values)
-        result[batch.pixels] = values.where(_along(batch.good, values), torch.nan)
-    return result
+        found[batch.pixels] = values.where(_along(batch.good, values), torch.nan)
+    return found, distance
+
+
+def _misfit(emulator: Any, atmosphere: Tensor, batch: _Batch) -> Tensor:  # noqa: ANN401
+    """Median over the draws (pixels, draws, atmosphere_size) of the distance of their lines, (pixels,)."""
+    assert batch.mu is not None
+    draws = atmosphere.shape[1]
+    distance: Tensor = emulator.distance(
+        atmosphere.reshape(-1, atmosphere.shape[-1]),
+        batch.lines.repeat_interleave(draws, dim=0),
+        batch.mu.repeat_interleave(draws),
+    )
+    return distance.reshape(-1, draws).quantile(0.5, dim=1)
 
 
 def sample(
@@ -343,7 +459,7 @@ def sample(
         Shapes or the number of draws cannot be used.
     """
     tensor, angle, error = _arguments(model, lines, mu, calibration_error)
-    points = draw_latent(draws, model.latent_size, seed, latent)
+    points = latents_of(model, draws, seed, latent)
     shape = (tensor.shape[0], draws, model.layout.atmosphere_size)
     result = np.full(shape, np.nan, dtype=_dtype(model))
     with torch.inference_mode():
@@ -358,7 +474,7 @@ def misfit(
     lines: ArrayLike | Tensor,
     mu: ArrayLike | None = None,
     calibration_error: ArrayLike | None = None,
-    draws: int = 16,
+    draws: int = MISFIT_DRAWS,
     seed: int = 0,
     latent: LatentKind = "sobol",
     batch_rows: int | None = None,
@@ -390,21 +506,43 @@ def misfit(
     emulator = getattr(model, "emulator", None)
     if emulator is None or angle is None:
         return result
-    tensor = tensor.to(next(iter(model.parameters())).device)
-    points = draw_latent(draws, model.latent_size, seed, latent)
+    points = latents_of(model, draws, seed, latent)
     with torch.inference_mode():
         for batch in _batches(model, tensor, angle, error, points, batch_rows):
             good = batch.good.cpu().numpy()
-            atmosphere = batch.atmosphere
-            # All rows, so that a pixel's place does not depend on its neighbours; bad ones become NaN.
-            distance = emulator.distance(
-                atmosphere.reshape(-1, atmosphere.shape[-1]),
-                tensor[batch.pixels].to(atmosphere).repeat_interleave(draws, dim=0),
-                torch.from_numpy(angle[batch.pixels]).to(atmosphere).repeat_interleave(draws),
-            ).reshape(-1, draws)
-            median = distance.quantile(0.5, dim=1).cpu().numpy()
-            result[batch.pixels][good] = median[good]
+            result[batch.pixels][good] = _misfit(emulator, batch.atmosphere, batch).cpu().numpy()[good]
     return result
+
+
+def latents_of(model: Network, draws: int, seed: int, kind: LatentKind) -> Tensor:
+    """Draw latents for a network, or take those that it brings with it.
+
+    Parameters
+    ----------
+    model : Network
+        Its ``latents`` are its `inn.latent.TunedLatents`, if it has any.
+    draws, seed, kind
+        As for `inn.latent.draw_latent`; tuned latents have no seed, and it has no effect on them.
+
+    Returns
+    -------
+    Tensor, shape (draws, latent_size)
+        float32, on the CPU, finite.
+
+    Raises
+    ------
+    MisuseError
+        As `draw_latent` raises it, or the network has no such tuned latents.
+    """
+    if kind != "tuned":
+        return draw_latent(draws, model.latent_size, seed, kind)
+    tuned = getattr(model, "latents", None)
+    if not isinstance(tuned, TunedLatents):
+        raise MisuseError(
+            "the network brings no latents with it", found=kind, expected="sobol, gaussian or balanced"
+        )
+    points: Tensor = tuned(draws)
+    return points.detach().float().cpu()
 
 
 def _dtype(model: Network) -> np.dtype[Any]:

@@ -19,12 +19,22 @@ import torch
 from inn.calibration import held_out_metrics
 from inn.checkpoint import Network
 from inn.conditional import ConditionalNetwork
+from inn.distillation import LatentSchedule, LatentTrainer, answered
 from inn.emulator import Emulator
 from inn.joint import JointNetwork
 from inn.joint_training import JointSchedule, JointTrainer
+from inn.latent import TunedLatents
 from inn.layout import Layout
 from inn.novelty import NOVEL, Novelty
-from inn.training import GlobalRandom, LeastSquaresTrainer, LikelihoodTrainer, Schedule, Trainer
+from inn.sampling import Measurement, QuantileErrors, quantile_errors
+from inn.training import (
+    GlobalRandom,
+    LeastSquaresTrainer,
+    LikelihoodTrainer,
+    Schedule,
+    Trainer,
+    on_device,
+)
 from pipeline.errors import InputError, MisuseError
 from pipeline.training_set import Augmentation, Batch, TrainingSet, open_parts
 
@@ -32,7 +42,7 @@ STATISTICS_EXAMPLES = 20_000
 HELD_OUT_DRAWS = 8
 TEST_DRAWS = 4
 NOVELTY_REFERENCES = 8_192
-PURPOSES = ("statistics", "held out", "test", "novelty", "calibration")
+PURPOSES = ("statistics", "held out", "test", "novelty", "calibration", "teaching", "sampling")
 """Of random numbers. One generator each: more held-out examples must not change what is learned."""
 
 
@@ -47,6 +57,8 @@ class Recipe:
         `inn.joint.JointNetwork`) and of `inn.emulator.Emulator`.
     flow_schedule, emulator_schedule : Schedule
         How long and how fast the conditional network's flow, and the emulator, are trained.
+    latent_schedule : LatentSchedule
+        How the conditional network's latents are tuned.
     joint_schedule : JointSchedule, optional
         With it the joint network is trained, so, and there is no flow.
     mu : float
@@ -58,29 +70,35 @@ class Recipe:
         wavelengths, because that is what it will be asked about. It is scored with what is said here.
     novelty_components : int
         Principal components of the profiles in the novelty measure.
+    sampling : Measurement
+        How well the errors of its quantiles are measured.
     """
 
     architecture: dict[str, Any] = field(default_factory=dict)
     emulator: dict[str, Any] = field(default_factory=dict)
     flow_schedule: Schedule = field(default_factory=Schedule)
     emulator_schedule: Schedule = field(default_factory=Schedule)
+    latent_schedule: LatentSchedule = field(default_factory=LatentSchedule)
     joint_schedule: JointSchedule | None = None
     mu: float = 0.9531
     augmentation: Augmentation = field(default_factory=Augmentation)
     novelty_components: int = 12
+    sampling: Measurement = field(default_factory=Measurement)
 
     def to_json(self) -> dict[str, Any]:
         """The settings that have an effect, as JSON holds them."""
         settings = asdict(self)
-        for name in ("joint_schedule", "mu") if self.joint_schedule is None else ("flow_schedule",):
+        joint, conditional = ("joint_schedule", "mu"), ("flow_schedule", "latent_schedule")
+        for name in joint if self.joint_schedule is None else conditional:
             del settings[name]
         return dict(json.loads(json.dumps(settings)))
 
     def with_epochs(self, epochs: int) -> Recipe:
         """The same in another number of epochs.
 
-        Of the flow and of the emulator; or of the joint network, whose whole curriculum is scaled
-        (`inn.joint_training.JointSchedule.scaled`) while its emulator's epochs stay.
+        Of the flow and of the emulator (and of the latents, which do not get more than they had); or of the
+        joint network, whose whole curriculum is scaled (`inn.joint_training.JointSchedule.scaled`) while its
+        emulator's epochs stay.
 
         Raises
         ------
@@ -95,6 +113,7 @@ class Recipe:
             self,
             flow_schedule=replace(self.flow_schedule, epochs=epochs),
             emulator_schedule=replace(self.emulator_schedule, epochs=epochs),
+            latent_schedule=replace(self.latent_schedule, epochs=min(epochs, self.latent_schedule.epochs)),
         )
 
 
@@ -114,6 +133,7 @@ RECIPES: dict[str, Recipe] = {
         joint_schedule=JointSchedule(),
         emulator_schedule=Schedule(epochs=60, steps=100, weight_decay=1e-3),
         augmentation=Augmentation(calibration_error=(0.0, 0.0), doppler=0.0),
+        sampling=Measurement(observations=4, truth_draws=8192, seeds=2),
     ),
 }
 """The recipes that `flarefield train --recipe` takes: the recommended network, and the paper's."""
@@ -173,7 +193,7 @@ class Training(abc.ABC):
     """
 
     stages: tuple[str, ...]
-    """Names of the networks that are trained, in order."""
+    """Names of what is trained, in order."""
 
     def __init__(self, recipe: Recipe, grid: str | Path, seed: int, device: torch.device) -> None:
         self.recipe, self.seed, self.device = recipe, seed, device
@@ -228,8 +248,21 @@ class Training(abc.ABC):
             self.seed,
         )
 
+    def sampling_errors(self) -> QuantileErrors:
+        """Errors of the network's quantiles by number of draws, on the test part."""
+        measurement = self.recipe.sampling
+        observed = self._observe(self.parts["test"], self._generator("sampling"), measurement.observations)
+        return quantile_errors(
+            self.network.cpu().eval(),
+            observed.lines.numpy(),
+            observed.mu.numpy(),
+            observed.calibration_error.numpy(),
+            seeds=measurement.seeds,
+            truth_draws=measurement.truth_draws,
+        )
+
     def conclude(self) -> dict[str, Any]:
-        """Calibrate the network, whose stages are finished, add the novelty measure, and score it.
+        """Add the novelty measure to the network, whose stages are finished, and score it.
 
         Returns
         -------
@@ -237,11 +270,8 @@ class Training(abc.ABC):
             `metrics` on the test part, each of whose samples is observed a few times.
         """
         network = self.network.cpu().eval()
-        if isinstance(network, ConditionalNetwork):
-            generator = self._generator("calibration")
-            drawn = [self._observe(self.parts["validation"], generator) for _ in range(HELD_OUT_DRAWS)]
-            held = Batch(*(torch.cat(columns) for columns in zip(*drawn, strict=True)))
-            network.calibrate(held.atmosphere, held.lines, held.mu, held.calibration_error)
+        if isinstance(network.latents, TunedLatents):
+            network.latents.half()  # a thousandth of a spread, and half of what they weigh
         generator = self._generator("novelty")
         training = self._observe(self.parts["train"], generator, NOVELTY_REFERENCES).lines
         held_out = [self._observe(self.parts["validation"], generator).lines for _ in range(HELD_OUT_DRAWS)]
@@ -255,12 +285,14 @@ class Training(abc.ABC):
 
 
 class ConditionalTraining(Training):
-    """The conditional network: its flow, then its emulator, at all angles of the grid."""
+    """The conditional network: its flow, its emulator, then latents for it, at all angles of the grid."""
 
-    stages = ("flow", "emulator")
+    stages = ("flow", "emulator", "latents")
 
     def _network(self, layout: Layout) -> ConditionalNetwork:
-        return ConditionalNetwork(layout, **self.recipe.architecture)
+        network = ConditionalNetwork(layout, **self.recipe.architecture)
+        network.latents = TunedLatents(network.latent_size, self.recipe.latent_schedule.draws)
+        return network
 
     def _observe(self, part: TrainingSet, generator: torch.Generator, count: int | None = None) -> Batch:
         return part.draw_each(generator) if count is None else part.draw(count, generator)
@@ -273,7 +305,11 @@ class ConditionalTraining(Training):
 
     def epochs(self, stage: str) -> int:
         """Most epochs of a stage."""
-        schedules = {"flow": self.recipe.flow_schedule, "emulator": self.recipe.emulator_schedule}
+        schedules: dict[str, Schedule | LatentSchedule] = {
+            "flow": self.recipe.flow_schedule,
+            "emulator": self.recipe.emulator_schedule,
+            "latents": self.recipe.latent_schedule,
+        }
         return schedules[stage].epochs
 
     def trainer(self, stage: str) -> Trainer:
@@ -282,6 +318,8 @@ class ConditionalTraining(Training):
             return self._emulator_trainer()
         network, train = self.network, self.parts["train"]
         assert isinstance(network, ConditionalNetwork)
+        if stage == "latents":
+            return self._latent_trainer(network)
         examples = train.draw(STATISTICS_EXAMPLES, self._generator("statistics"))
         network.fit_statistics(examples.atmosphere, examples.lines, examples.mu, examples.calibration_error)
         generator = self._generator("held out")
@@ -289,6 +327,28 @@ class ConditionalTraining(Training):
         return LikelihoodTrainer(
             network.to(self.device), train.draw, held_out, self.recipe.flow_schedule, self.seed
         )
+
+    def _latent_trainer(self, network: ConditionalNetwork) -> Trainer:
+        """The flow is finished: its calibration comes first, for it moves what latents are tuned to."""
+        generator = self._generator("calibration")
+        drawn = [self._observe(self.parts["validation"], generator) for _ in range(HELD_OUT_DRAWS)]
+        held = Batch(*(torch.cat(columns) for columns in zip(*drawn, strict=True)))
+        network.cpu().calibrate(held.atmosphere, held.lines, held.mu, held.calibration_error)
+        schedule = self.recipe.latent_schedule
+        network.to(self.device).eval()
+        generator = self._generator("teaching")
+        taught, held_out = (
+            answered(
+                network,
+                on_device(self._observe(self.parts[part], generator, count), self.device),
+                schedule.teacher_draws,
+            )
+            for part, count in (
+                ("train", schedule.observations),
+                ("validation", schedule.held_out),
+            )
+        )
+        return LatentTrainer(network, taught, held_out, schedule, self.seed)
 
 
 class JointTraining(Training):

@@ -322,6 +322,7 @@ class _Run:
             "threads": order.threads,
             "starts": self._standing.starts,
             "metrics": metrics,
+            "sampling": training.sampling_errors().to_json(),
             "wall_time_seconds": round(self._seconds, 1),
         }
         network.record = record

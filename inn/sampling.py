@@ -1,0 +1,303 @@
+"""How a network's posterior is sampled: which latents, how many, and what error quantiles then have.
+
+Every network has an error curve of its own, measured once on held-out simulations and kept in its record. How
+many draws a wanted error takes is read from there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from inn.errors import MisuseError
+from inn.latent import LatentKind, TunedLatents
+from inn.layout import QUANTITIES
+from inn.posterior import BATCH_ROWS, Network, posterior_quantiles
+from inn.scaling import scale_atmosphere
+
+Array = NDArray[np.floating]
+
+SCORED = (0.05, 0.5, 0.95)
+"""Quantiles whose error is measured."""
+SPREAD = (0.16, 0.84)
+"""Quantiles whose half distance is the posterior's spread, the unit of errors."""
+TAILS = (0.02, 0.98)
+FAR = 10.0
+"""Numbers whose `TAILS` lie further from the median than this (in units of the spread) are not scored: one of
+two states far apart then holds about 5 %, and that quantile lies in the gap between them, where no number of
+draws finds it."""
+TRUTH_SEED = 10**6
+
+LADDER = (16, 32, 64, 128, 256, 512)
+"""Numbers of draws whose error is measured."""
+DRAWN: tuple[LatentKind, ...] = ("balanced", "sobol", "gaussian")
+"""Kinds of latents that are drawn, whatever the network."""
+DEFAULT_ERROR = 0.1
+"""Error of the quantiles, in units of the posterior's spread, at which a network is sampled by default."""
+UNKNOWN = ("sobol", 256)
+"""Latents of a network whose error curve is not known."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Latents to sample a posterior with.
+
+    Attributes
+    ----------
+    latent : {"sobol", "gaussian", "balanced", "tuned"}
+        Their kind.
+    draws : int
+        How many.
+    seed : int
+        Theirs; 0 for tuned ones, which have none.
+    error : float or None
+        Error of the quantiles at 5, 50 and 95 % that is to be expected, in units of the posterior's spread
+        (root mean square); None if it is not known.
+    """
+
+    latent: LatentKind
+    draws: int
+    seed: int
+    error: float | None
+
+
+@dataclass(frozen=True)
+class QuantileErrors:
+    """What the quantiles of few draws are worth.
+
+    Attributes
+    ----------
+    curves : dict of dict of float
+        Error by kind of latents and number of draws: root mean square over observations, numbers and the
+        quantiles `SCORED`, in units of the posterior's spread.
+    all_curves : dict of dict of float
+        The same of all numbers, also those that `scored` leaves out.
+    scored : float
+        Share of the numbers that are scored.
+    """
+
+    curves: dict[str, dict[int, float]]
+    all_curves: dict[str, dict[int, float]]
+    scored: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The errors, as JSON holds them."""
+
+        def plain(curves: Mapping[str, Mapping[int, float]]) -> dict[str, dict[str, float]]:
+            return {
+                kind: {str(draws): round(error, 4) for draws, error in errors.items()}
+                for kind, errors in curves.items()
+            }
+
+        return {
+            "errors": plain(self.curves),
+            "errors_of_all": plain(self.all_curves),
+            "scored": round(self.scored, 4),
+        }
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How well the errors of a network's quantiles are measured.
+
+    Parameters
+    ----------
+    observations : int
+        Observations of held-out simulations.
+    truth_draws : int
+        Sobol points that count as the truth.
+    seeds : int
+        Times that each number of draws is drawn.
+    """
+
+    observations: int = 96
+    truth_draws: int = 16384
+    seeds: int = 4
+
+
+def quantile_errors(
+    model: Network,
+    lines: Array,
+    mu: Array | None = None,
+    calibration_error: Array | None = None,
+    *,
+    kinds: Sequence[LatentKind] = DRAWN,
+    ladder: Sequence[int] = LADDER,
+    seeds: int = 4,
+    truth_draws: int = 16384,
+) -> QuantileErrors:
+    """Measure the error of quantiles against those of very many draws of the same network.
+
+    Parameters
+    ----------
+    model : Network
+        If it has tuned latents, all their sets are measured, too.
+    lines, mu, calibration_error : ndarray
+        Observations, as for `inn.posterior.posterior_quantiles`.
+    kinds, ladder : sequence
+        Kinds of latents and numbers of draws.
+    seeds : int
+        Times that each is drawn.
+    truth_draws : int
+        Sobol points that count as the truth.
+
+    Returns
+    -------
+    QuantileErrors
+    """
+
+    def answer(draws: int, seed: int, kind: LatentKind, levels: Sequence[float]) -> Array:
+        found = posterior_quantiles(
+            model,
+            lines,
+            mu,
+            calibration_error,
+            draws=draws,
+            quantiles=levels,
+            seed=seed,
+            latent=kind,
+            batch_rows=max(draws, min(BATCH_ROWS, draws * len(lines))),
+        )
+        return scale_atmosphere(*(found[quantity].astype(np.float64) for quantity in QUANTITIES))
+
+    levels = (*SCORED, *SPREAD, *TAILS)
+    low, middle, high, first, second, *tails = np.moveaxis(
+        answer(truth_draws, TRUTH_SEED, "sobol", levels), 1, 0
+    )
+    spread, truth = 0.5 * (second - first), np.stack((low, middle, high), axis=1)
+    scored = np.all([np.abs(tail - middle) <= FAR * spread for tail in tails], axis=0)
+    curves: dict[str, dict[int, float]] = {}
+    all_curves: dict[str, dict[int, float]] = {}
+
+    def measure(kind: LatentKind, draws: int, seeds: int) -> None:
+        errors = [answer(draws, seed, kind, SCORED) - truth for seed in range(seeds)]
+        square = np.mean(np.square(errors), axis=(0, 2)) / spread**2
+        curves.setdefault(kind, {})[draws] = float(np.sqrt(square[scored].mean()))
+        all_curves.setdefault(kind, {})[draws] = float(np.sqrt(square.mean()))
+
+    if isinstance(tuned := getattr(model, "latents", None), TunedLatents):
+        for draws in tuned.draws:
+            measure("tuned", draws, 1)
+    for kind in kinds:
+        for draws in ladder:
+            measure(kind, draws, seeds)
+    return QuantileErrors(curves, all_curves, float(scored.mean()))
+
+
+def choose_sampling(
+    model: Network,
+    *,
+    draws: int | None = None,
+    seed: int | None = None,
+    latent: LatentKind | None = None,
+    accuracy: float | None = None,
+) -> Sampling:
+    """Choose latents for a network, by what it knows of their errors.
+
+    Without any wish, the fewest draws that reach the error `DEFAULT_ERROR` are taken. Tuned latents, where
+    the network has them, need the fewest; they have no seed, so that one who names a seed gets others.
+
+    Parameters
+    ----------
+    model : Network
+        Its ``record["sampling"]`` holds its error curves (`QuantileErrors.to_json`), if they are known.
+    draws : int, optional
+        Number of draws.
+    seed : int, optional
+        Seed of the draws.
+    latent : {"sobol", "gaussian", "balanced", "tuned"}, optional
+        Kind of latents.
+    accuracy : float, optional
+        Wanted error of quantiles at 5, 50 and 95 %, in units of the posterior's spread, root mean square.
+
+    Returns
+    -------
+    Sampling
+
+    Raises
+    ------
+    MisuseError
+        Wishes contradict each other, or the error curve is not known, or does not reach as far.
+    """
+    if draws is not None and accuracy is not None:
+        raise MisuseError(
+            "the number of draws and the accuracy decide the same",
+            found=f"{draws} draws, accuracy {accuracy:g}",
+            expected="one of them",
+        )
+    if accuracy is not None and not 0.0 < accuracy < math.inf:
+        raise MisuseError("the accuracy is an error above zero", where="accuracy", found=accuracy)
+    curves = _curves(model, seed, latent)
+    if draws is not None:
+        kind, error = _best_at(curves, draws, latent)
+        return Sampling(kind, draws, seed or 0, error)
+    if not curves:
+        if accuracy is not None:
+            raise MisuseError(
+                "it is not known what error this network's quantiles have with how many draws",
+                where="accuracy",
+                found="no error curve in the model's record"
+                + (f" for {latent} latents" if latent is not None else ""),
+                remedy="name the number of draws instead",
+            )
+        return Sampling(latent or UNKNOWN[0], UNKNOWN[1], seed or 0, None)  # type: ignore[arg-type]
+    wanted = DEFAULT_ERROR if accuracy is None else accuracy
+    needed = {kind: _draws_for(errors, wanted, kind) for kind, errors in curves.items()}
+    reached = {kind: found for kind, found in needed.items() if found is not None}
+    if not reached:
+        best = min(error for errors in curves.values() for error in errors.values())
+        raise MisuseError(
+            "no tuned latents of this network reach the accuracy",
+            where="accuracy",
+            found=wanted,
+            expected=f"{best:g} or more",
+            remedy="leave the kind of latents out",
+        )
+    kind = min(reached, key=lambda kind: reached[kind][0])
+    return Sampling(kind, reached[kind][0], seed or 0, reached[kind][1])
+
+
+Curves = dict[LatentKind, dict[int, float]]
+
+
+def _curves(model: Network, seed: int | None, latent: LatentKind | None) -> Curves:
+    """Known error curves of the kinds that may be taken, tuned ones first."""
+    stored = getattr(model, "record", {}).get("sampling", {}).get("errors", {})
+    kinds: tuple[LatentKind, ...] = ("tuned", *DRAWN)
+    return {
+        kind: {int(draws): float(error) for draws, error in stored[kind].items()}
+        for kind in kinds
+        if stored.get(kind) and latent in (None, kind) and not (kind == "tuned" and seed is not None)
+    }
+
+
+def _best_at(curves: Curves, draws: int, latent: LatentKind | None) -> tuple[LatentKind, float | None]:
+    """Kind with the smallest error at a number of draws, and that error."""
+    errors: dict[LatentKind, float] = {}
+    for kind, known in curves.items():
+        if draws in known:
+            errors[kind] = known[draws]
+        elif kind != "tuned":  # as that of independent draws changes, from the nearest that is known
+            nearest = min(known, key=lambda count: abs(math.log(count / draws)))
+            errors[kind] = known[nearest] * math.sqrt(nearest / draws)
+    if not errors:
+        return latent or "sobol", None
+    kind = min(errors, key=errors.__getitem__)
+    return kind, errors[kind]
+
+
+def _draws_for(errors: Mapping[int, float], wanted: float, kind: LatentKind) -> tuple[int, float] | None:
+    """Fewest draws that reach a wanted error, and their error; None if tuned latents do not."""
+    reached = [draws for draws, error in sorted(errors.items()) if error <= wanted]
+    if reached:
+        return reached[0], errors[reached[0]]
+    if kind == "tuned":
+        return None
+    most = max(errors)
+    more = math.ceil(most * (errors[most] / wanted) ** 2)  # beyond what was measured: as independent draws
+    return more, errors[most] * math.sqrt(most / more)
