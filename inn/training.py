@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -128,31 +128,16 @@ class Epoch:
 Report = Callable[[Epoch], None]
 
 
-@dataclass(frozen=True)
-class Moved:
-    """`Examples` on another device than their source makes them on; see `on_device`."""
-
-    atmosphere: Tensor
-    lines: Tensor
-    mu: Tensor
-    calibration_error: Tensor
-    microturbulence: Tensor
+Rows = TypeVar("Rows")
 
 
-def on_device(examples: Examples, device: torch.device) -> Examples:
-    """Bring a batch to a device; one that is there already is returned as it is.
+def on_device(rows: Rows, device: torch.device) -> Rows:
+    """Bring a batch, a named tuple of tensors, to a device; a tensor that is there already is not copied.
 
     Random numbers are drawn on the CPU whatever the network runs on: the examples do not depend on it.
     """
-    if examples.atmosphere.device == device:
-        return examples
-    return Moved(
-        examples.atmosphere.to(device),
-        examples.lines.to(device),
-        examples.mu.to(device),
-        examples.calibration_error.to(device),
-        examples.microturbulence.to(device),
-    )
+    columns = cast(tuple[Tensor, ...], rows)
+    return type(rows)(*(column.to(device) for column in columns))
 
 
 class Trainer(abc.ABC):

@@ -182,11 +182,34 @@ def invert_command(
             show_default=False,
         ),
     ] = None,
-    draws: Annotated[int, typer.Option(help="Posterior draws of each pixel.", min=2)] = 256,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.", min=0)] = 0,
-    gaussian: Annotated[
-        bool, typer.Option("--gaussian", help="Independent Gaussian latents in place of Sobol points.")
-    ] = False,
+    draws: Annotated[
+        int | None,
+        typer.Option(
+            help="Posterior draws of each pixel; as many as --accuracy takes if left out.",
+            min=2,
+            show_default=False,
+        ),
+    ] = None,
+    accuracy: Annotated[
+        float | None,
+        typer.Option(
+            help="Wanted error of the quantiles that comes of drawing (root mean square, in units of the "
+            "posterior's own spread): the fewest draws are taken that reach it for this network. 0.1 if "
+            "neither this nor --draws is given.",
+            min=0.0,
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="Seed of the draws. The latents that a network brings with it have none: with a seed, more "
+            "are drawn in their place.",
+            min=0,
+            show_default=False,
+        ),
+    ] = None,
+    gaussian: Annotated[bool, typer.Option("--gaussian", help="Independent Gaussian latents.")] = False,
     quantiles: Annotated[
         str, typer.Option(help="Levels between 0 and 1, separated by commas.")
     ] = "0.05,0.16,0.5,0.84,0.95",
@@ -279,7 +302,8 @@ def invert_command(
         "cluster": None if cluster is None else load_config(cluster),
         "draws": draws,
         "seed": seed,
-        "latent": "gaussian" if gaussian else "sobol",
+        "latent": "gaussian" if gaussian else None,
+        "accuracy": accuracy,
         "quantiles": _numbers("--quantiles", quantiles, "0.05,0.5,0.95"),
         "tile": tile,
         "calibration_error": calibration_error,

@@ -132,6 +132,10 @@ class Plan:
         Cores of each.
     rate : float
         Pixels per second of one of them, with all of them at work.
+    draws : int
+        Draws for each pixel.
+    latent : str
+        Their kind.
     """
 
     output: Path | str
@@ -143,6 +147,8 @@ class Plan:
     tasks: int
     threads: int
     rate: float
+    draws: int
+    latent: str
 
     @property
     def fits(self) -> bool:
@@ -169,6 +175,7 @@ class Plan:
         if self.free is not None:
             size += f"; {decimal(self.free)} are free" + ("" if self.fits else ": IT DOES NOT FIT")
         lines.append(size)
+        lines.append(f"  sampling: {self.draws} {self.latent} draws a pixel")
         if self.sampled:
             lines += [
                 f"  time: about {timedelta(seconds=round(self.seconds))} (h:mm:ss), "
@@ -254,6 +261,8 @@ def make_plan(
         tasks=tasks or started,
         threads=threads,
         rate=float(np.mean([sample.pixels / sample.seconds for sample in samples])) if samples else 0.0,
+        draws=spec.draws,
+        latent=spec.latent,
     )
 
 

@@ -31,7 +31,7 @@ from inn.checkpoint import Network, load_model, model_hash
 from inn.latent import LatentKind
 from inn.layout import QUANTITIES
 from inn.novelty import Novelty
-from inn.posterior import misfit, posterior_quantiles
+from inn.posterior import quantiles_and_misfit
 from pipeline.devices import Device, array_library, to_torch
 from pipeline.errors import ClusterError, MisuseError, ModelError, StoreError
 from pipeline.results import NOVELTY_LEVEL, VARIABLES, WITHOUT_ANSWER, Flag, count_flags
@@ -39,11 +39,8 @@ from pipeline.selection import EVERYTHING, Selection
 from pipeline.spectra import Interpolation, check_interpolation, covers, network_lines
 from pipeline.storage import ROOT, out_of_space, place
 
-KERNEL = 2
+KERNEL = 3
 """Version of what a tile's numbers depend on in this package; raised whenever they change."""
-
-MISFIT_DRAWS = 8
-"""Posterior draws whose emulated profiles are compared with the observed ones."""
 
 SPREAD = (0.16, 0.84)
 """Quantiles whose half distance is the spread that the rounding is measured by."""
@@ -525,13 +522,14 @@ def _compute(
     sampling: dict[str, Any] = {
         "mu": mu,
         "calibration_error": spec.calibration_error,
+        "draws": spec.draws,
         "seed": spec.seed,
         "latent": spec.latent,
     }
     levels = sorted({*spec.quantiles, *SPREAD})
     # What was not asked for keeps its place among the pixels: that decides the last bits of the others.
     lines_asked = lines.where(torch.from_numpy(kept).to(lines.device)[:, None], torch.nan)
-    everything = posterior_quantiles(model, lines_asked, draws=spec.draws, quantiles=levels, **sampling)
+    everything, reproduced = quantiles_and_misfit(model, lines_asked, quantiles=levels, **sampling)
     posterior = {quantity: everything[quantity][kept] for quantity in QUANTITIES}
     good &= asked
     wanted = [levels.index(level) for level in spec.quantiles]
@@ -556,7 +554,6 @@ def _compute(
         novelty = model.novelty.tail_probability(lines)[kept]
         values["novelty"][good] = novelty
         flags |= _where(novelty < NOVELTY_LEVEL, Flag.NOVEL)
-    reproduced = misfit(model, lines_asked, draws=min(MISFIT_DRAWS, spec.draws), **sampling)
     values["misfit"][good] = reproduced[kept]
     quality[good] |= flags
     return values

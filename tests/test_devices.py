@@ -18,7 +18,7 @@ import pipeline.tiles as tiles
 from inn.checkpoint import model_hash
 from inn.latent import draw_latent
 from inn.layout import QUANTITIES
-from inn.posterior import _quantiles, posterior_quantiles
+from inn.posterior import _sampled, posterior_quantiles, quantiles_and_misfit
 from inn.scaling import scale_atmosphere
 from pipeline.cluster import CudaConfig, LocalConfig
 from pipeline.devices import array_library, gpus, to_torch
@@ -93,7 +93,9 @@ def test_nothing_comes_to_the_host_before_the_sorting_is_done(network, lines):
     with pytest.raises(RuntimeError, match="meta"):
         tensor.isfinite().any().item()
     angle = np.full(len(lines), 0.7)
-    found = _quantiles(elsewhere, tensor, angle, None, draw_latent(16, network.latent_size, 0), LEVELS, 64)
+    latent = draw_latent(16, network.latent_size, 0)
+    found, misfit = _sampled(elsewhere, tensor, angle, None, latent, LEVELS, 64, checked=4)
+    assert misfit.device.type == "meta"
     assert found.device.type == "meta"
     assert found.shape == (len(lines), LEVELS.size, network.layout.atmosphere_size)
 
@@ -128,10 +130,10 @@ def test_a_tile_goes_from_interpolation_to_sorting_in_the_same_memory(spec, monk
     monkeypatch.setattr(tiles, "to_torch", handed_over)
     monkeypatch.setattr(
         tiles,
-        "posterior_quantiles",
+        "quantiles_and_misfit",
         lambda model, lines, **settings: (
             sampled.append(lines),
-            posterior_quantiles(model, lines, **settings),
+            quantiles_and_misfit(model, lines, **settings),
         )[1],
     )
     compute_tile(spec, TILE)
@@ -250,7 +252,7 @@ def test_on_a_gpu_nothing_is_copied_to_the_host_between_reading_and_sorting(netw
         tensor = to_torch(values)
         assert tensor.is_cuda
         assert tensor.data_ptr() == values.data.ptr
-        found = _quantiles(cuda, tensor, np.full(300, 0.7), None, latent, LEVELS, None)
+        found, _ = _sampled(cuda, tensor, np.full(300, 0.7), None, latent, LEVELS, None)
         torch.cuda.synchronize()
         return found
 

@@ -42,8 +42,9 @@ def need(**changes):
 
 
 def plan_of(needed, **changes):
-    settings = {"tiles_done": 0, "pixels_done": 0, "free": 10**8, "sampled": 500}
-    return Plan("map.zarr", need=needed, **{**settings, "tasks": 4, "threads": 2, "rate": 100.0, **changes})
+    settings = {"tiles_done": 0, "pixels_done": 0, "free": 10**8, "sampled": 500, "draws": 64}
+    settings |= {"tasks": 4, "threads": 2, "rate": 100.0, "latent": "tuned"}
+    return Plan("map.zarr", need=needed, **{**settings, **changes})
 
 
 # Arithmetic
@@ -66,6 +67,7 @@ def test_a_plan_says_what_it_assumes():
         "map.zarr: 10 tiles (40,000 pixels) to do; 3 tiles (12,000 pixels) are done",
         "  about 30,000 of the pixels lie within both lines' field",
         "  size: about 9.0 MB (225 bytes a pixel); 100.0 MB are free",
+        "  sampling: 64 tuned draws a pixel",
         "  time: about 0:01:30 (h:mm:ss), 400 pixels/s",
         "  assuming 4 tiles at a time, on 2 cores each, at the pace of 500 pixels inverted just now",
     ]

@@ -27,8 +27,10 @@ from toy_grid import MU, write_toy_grid
 
 import inn
 from inn.conditional import ConditionalNetwork
+from inn.distillation import LatentSchedule
 from inn.joint import JointNetwork
 from inn.joint_training import JointSchedule
+from inn.sampling import Measurement
 from inn.training import Epoch, Schedule
 from pipeline import train_job, training_run
 from pipeline.cli import main
@@ -49,7 +51,11 @@ TINY = Recipe(
     emulator={"width": 16, "depth": 1},
     flow_schedule=Schedule(epochs=5, steps=STEPS, batch=32, average=0.9),
     emulator_schedule=Schedule(epochs=2, steps=10, batch=32, average=0.9),
+    latent_schedule=LatentSchedule(
+        draws=(4, 8), epochs=2, steps=4, rows=32, observations=16, held_out=8, teacher_draws=64
+    ),
     augmentation=Augmentation(doppler=0.0),
+    sampling=Measurement(observations=4, truth_draws=64, seeds=1),
 )  # fmt: skip
 SEED = 4
 

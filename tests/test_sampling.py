@@ -1,0 +1,92 @@
+"""Choice of latents and draws: by wish, by error curve, and refused where wishes contradict each other."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import norm
+from test_distillation import Gaussian
+
+from inn.errors import MisuseError
+from inn.latent import TunedLatents
+from inn.sampling import Sampling, choose_sampling, quantile_errors
+
+CURVES = {
+    "tuned": {"16": 0.2, "32": 0.12, "64": 0.08},
+    "balanced": {"32": 0.25, "128": 0.15, "512": 0.07},
+    "sobol": {"32": 0.35, "128": 0.16, "512": 0.08},
+}
+
+
+class Known:
+    """A network that knows its error curves."""
+
+    def __init__(self, **errors):
+        self.record = {"sampling": {"errors": errors}} if errors else {}
+
+
+KNOWN = Known(**CURVES)
+
+
+@pytest.mark.parametrize(
+    ("wishes", "chosen"),
+    [
+        ({}, Sampling("tuned", 64, 0, 0.08)),
+        ({"accuracy": 0.12}, Sampling("tuned", 32, 0, 0.12)),
+        ({"accuracy": 0.5}, Sampling("tuned", 16, 0, 0.2)),
+        ({"draws": 32}, Sampling("tuned", 32, 0, 0.12)),
+        # No such tuned set: as 128 independent draws' error changes to that of 100.
+        ({"draws": 100}, Sampling("balanced", 100, 0, pytest.approx(0.15 * np.sqrt(1.28)))),
+        # A seed is of drawn latents.
+        ({"seed": 3}, Sampling("balanced", 512, 3, 0.07)),
+        ({"seed": 0, "accuracy": 0.2}, Sampling("balanced", 128, 0, 0.15)),
+        ({"latent": "sobol"}, Sampling("sobol", 512, 0, 0.08)),
+        ({"latent": "sobol", "draws": 128}, Sampling("sobol", 128, 0, 0.16)),
+        ({"latent": "gaussian", "draws": 128}, Sampling("gaussian", 128, 0, None)),
+        # Beyond what is measured, errors fall as those of independent draws.
+        ({"accuracy": 0.035}, Sampling("balanced", 2048, 0, pytest.approx(0.035))),
+    ],
+)
+def test_the_fewest_draws_are_taken(wishes, chosen):
+    assert choose_sampling(KNOWN, **wishes) == chosen
+
+
+def test_without_an_error_curve_draws_are_many_and_sobol():
+    assert choose_sampling(Known()) == Sampling("sobol", 256, 0, None)
+    assert choose_sampling(Known(), draws=40, seed=2) == Sampling("sobol", 40, 2, None)
+    with pytest.raises(MisuseError, match="not known"):
+        choose_sampling(Known(), accuracy=0.1)
+
+
+@pytest.mark.parametrize(
+    ("wishes", "problem"),
+    [
+        ({"draws": 64, "accuracy": 0.1}, "decide the same"),
+        ({"accuracy": 0.0}, "above zero"),
+        ({"accuracy": float("nan")}, "above zero"),
+        ({"accuracy": 0.01, "latent": "tuned"}, "no tuned latents"),
+    ],
+)
+def test_wishes_that_cannot_be_met_are_refused(wishes, problem):
+    with pytest.raises(MisuseError, match=problem):
+        choose_sampling(KNOWN, **wishes)
+
+
+def test_errors_of_gaussian_posteriors_are_those_of_their_order_statistics():
+    network = Gaussian()
+    network.latents = TunedLatents(6, (16,))
+    lines = torch.rand(60, 8, generator=torch.Generator().manual_seed(1)).numpy()
+    with torch.no_grad():
+        # Physical units are far from these numbers' range: keep them within it.
+        network.mixing.mul_(0.1)
+    found = quantile_errors(
+        network, lines, kinds=("gaussian",), ladder=(64, 256), seeds=24, truth_draws=16384
+    )
+    assert set(found.curves) == {"tuned", "gaussian"}
+    assert found.scored == 1.0  # one state each
+    for draws, error in found.curves["gaussian"].items():
+        # Asymptotic variance of a normal sample's quantile p: p (1 - p) / (n phi(z_p)^2).
+        levels = np.array([0.05, 0.5, 0.95])
+        variance = levels * (1 - levels) / (draws * norm.pdf(norm.ppf(levels)) ** 2)
+        spread = 0.5 * (norm.ppf(0.84) - norm.ppf(0.16))
+        assert error == pytest.approx(np.sqrt(variance.mean()) / spread, rel=0.12)
+    assert found.to_json()["errors"]["tuned"].keys() == {"16"}
