@@ -34,6 +34,7 @@ from inn.latent import TunedLatents
 from inn.layout import QUANTITIES, Layout
 from inn.marginals import NormalScores
 from inn.novelty import Novelty
+from inn.precision import in_full, linear_in_full
 from inn.splines import Spline
 
 FAINTEST = 1e-3
@@ -82,7 +83,7 @@ class _Step(nn.Module):
         hidden = functional.leaky_relu(hidden, inplace=True)
         hidden = _product_plus(hidden, self.second.weight, self.second_context(context))
         hidden = functional.leaky_relu(hidden, inplace=True)
-        raw, shift = self.last(hidden).chunk(2, dim=-1)
+        raw, shift = self.last(hidden).to(kept.dtype).chunk(2, dim=-1)
         return soft_clamp(raw), shift
 
 
@@ -352,14 +353,16 @@ class ConditionalNetwork(nn.Module):
         standard = (features - self.feature_mean) / self.feature_scale
         if blur is None:
             blur = standard.new_zeros(count)
-        embedded: Tensor = self.embed(torch.cat((standard, blur[:, None]), dim=-1))
+        with in_full(lines.device):  # once for a pixel, and all its draws would share the error
+            embedded: Tensor = self.embed(torch.cat((standard, blur[:, None]), dim=-1))
         return embedded
 
     # The flow on the leading components
 
     def _guess(self, context: Tensor) -> tuple[Tensor, Tensor, Spline]:
         """Mean and logarithm of the spread (n, components), and shape, of each component."""
-        parts = self.guess(context).unflatten(-1, (self.components, -1))
+        numbers = linear_in_full(self.guess, context)
+        parts = numbers.reshape(len(context), self.components, -1)
         # Bounded, lest a rare draw lands beyond all numbers.
         return parts[..., 0], 3.0 * torch.tanh(parts[..., 1] / 3.0), Spline.from_parameters(parts[..., 2:])
 
@@ -487,7 +490,8 @@ class ConditionalNetwork(nn.Module):
         scaled_rotation = self.atmosphere_scale[:, None] * self.rotation * self.component_scale
         shared = scaled_rotation[:, self.components :] @ latent[:, self.components :].T
         shared = shared + self.atmosphere_mean[:, None]
-        columns = scaled_rotation[:, : self.components] @ leading + shared
+        with in_full(lines.device):
+            columns = scaled_rotation[:, : self.components] @ leading + shared
         if self.scores is not None:
             size = self.layout.heights.size
             both = self.scores.inverse_columns(columns[:, : 2 * size], slice(2 * size))

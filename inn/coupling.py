@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from inn.precision import linear_in_full
+
 CLAMP = 2.0
 """The largest logarithm by which a coupling block stretches a component, to 1e-3."""
 
@@ -57,6 +59,14 @@ class Subnet(nn.Sequential):
             output,
         )
 
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        """Transform vectors (..., size_in); the last layer is in full precision: it adds to an atmosphere."""
+        *hidden, output = self.children()
+        assert isinstance(output, nn.Linear)
+        for layer in hidden:
+            values = layer(values)
+        return linear_in_full(output, values)
+
 
 class AffineCoupling(nn.Module):
     """An affine coupling block on the two halves of a vector.
@@ -89,7 +99,22 @@ class AffineCoupling(nn.Module):
 
     def inverse(self, y: torch.Tensor) -> torch.Tensor:
         """Undo `forward` on vectors of shape (n, width)."""
-        y1, y2 = torch.split(y, self.halves, dim=-1)
+        return self.inverse_halves(*torch.split(y, self.halves, dim=-1))
+
+    def inverse_halves(self, y1: torch.Tensor, y2: torch.Tensor) -> torch.Tensor:
+        """Undo `forward` on the halves of vectors, either of which may be the same for many of the other.
+
+        Parameters
+        ----------
+        y1, y2 : torch.Tensor
+            Shapes (..., first) and (..., second), that can be broadcast against each other. What depends on
+            ``y1`` alone is computed once for each of it.
+
+        Returns
+        -------
+        torch.Tensor
+            Shape (..., width).
+        """
         x2 = (y2 - self.t1(y1)) * torch.exp(-soft_clamp(self.s1(y1)))
         x1 = (y1 - self.t2(x2)) * torch.exp(-soft_clamp(self.s2(x2)))
         return torch.cat((x1, x2), dim=-1)

@@ -143,6 +143,53 @@ class JointNetwork(nn.Module):
         """
         return self.inverse_padded(self.pad_lines(lines, latent))[..., self.atmosphere_slice]
 
+    def inverse_draws(
+        self,
+        lines: torch.Tensor,
+        latent: torch.Tensor,
+        mu: torch.Tensor | float | None = None,
+        calibration_error: torch.Tensor | float | None = None,
+    ) -> torch.Tensor:
+        """Atmospheres of every pixel with every one of the same latents.
+
+        The first half of the padded vectors holds nothing but latent and padding, so that the last block's
+        subnets on it, a tenth of all products, are computed once for all pixels.
+
+        Parameters
+        ----------
+        lines : torch.Tensor
+            Shape (n, 60).
+        latent : torch.Tensor
+            Shape (draws, latent_size): shared by all pixels.
+        mu, calibration_error : torch.Tensor or float, optional
+            As for `inverse`: without effect.
+
+        Returns
+        -------
+        torch.Tensor
+            Shape (n, draws, 150), in network units.
+
+        Raises
+        ------
+        MisuseError
+            If a last dimension is not the lines' or the latent's.
+        """
+        self._expect("lines", lines, self.layout.lines_size)
+        self._expect("latent", latent, self.latent_size)
+        last, before = self.steps[-1], self.steps[:-1]
+        assert isinstance(last, AffineCoupling)
+        first_half = last.halves[0]
+        if self.latent_size <= first_half <= self.width - self.layout.lines_size:
+            padded = self.pad_lines(lines.new_zeros((len(latent), self.layout.lines_size)), latent)
+            own = self.pad_lines(lines, latent.new_zeros((len(lines), self.latent_size)))
+            x = last.inverse_halves(padded[:, :first_half], own[:, None, first_half:])
+        else:  # latents reach into the second half, or lines into the first
+            pairs = (len(lines), len(latent), -1)
+            x = last.inverse(self.pad_lines(lines[:, None].expand(pairs), latent.expand(pairs)))
+        for step in reversed(cast("list[AffineCoupling | FixedPermutation]", list(before))):
+            x = step.inverse(x)
+        return x[..., self.atmosphere_slice]
+
     def forward_padded(self, x: torch.Tensor) -> torch.Tensor:
         """Transform padded vectors of the atmosphere's side, shape (n, width), to the lines' side."""
         for step in self.steps:

@@ -23,6 +23,7 @@ from torch import Tensor
 from inn.errors import MisuseError
 from inn.latent import LatentKind, TunedLatents, draw_latent
 from inn.layout import Layout
+from inn.precision import Precision, products_in
 from inn.scaling import unscale_atmosphere
 
 QUANTILES = (0.05, 0.16, 0.5, 0.84, 0.95)
@@ -44,23 +45,14 @@ class Network(Protocol):
     layout: Layout
     latent_size: int
 
-    def inverse(self, lines: Tensor, latent: Tensor, mu: Tensor | None = None) -> Tensor:
-        """Atmospheres (n, atmosphere_size) from lines (n, lines_size) and latents (n, latent_size)."""
-        ...
-
-    def parameters(self) -> Iterator[Tensor]:
-        """The weights, whose device and dtype the computation takes."""
-        ...
-
-
-@runtime_checkable
-class SharedDraws(Protocol):
-    """A network that does once per pixel, or once per draw, what need not be done for every pair of them."""
-
     def inverse_draws(
         self, lines: Tensor, latent: Tensor, mu: Tensor | None, calibration_error: Tensor | None
     ) -> Tensor:
         """Atmospheres (n, draws, atmosphere_size): lines (n, lines_size) by latents (draws, latent_size)."""
+        ...
+
+    def parameters(self) -> Iterator[Tensor]:
+        """The weights, whose device and dtype the computation takes."""
         ...
 
 
@@ -71,7 +63,7 @@ class ScoreDraws(Protocol):
     def score_draws(
         self, lines: Tensor, latent: Tensor, mu: Tensor | None, calibration_error: Tensor | None
     ) -> Tensor:
-        """As `SharedDraws.inverse_draws`, on that scale."""
+        """As `Network.inverse_draws`, on that scale."""
         ...
 
     def from_scores(self, scores: Tensor) -> Tensor:
@@ -95,6 +87,7 @@ def draw_atmospheres(
     calibration_error: Tensor | None,
     *,
     scores: bool = False,
+    precision: Precision = "float32",
 ) -> Tensor:
     """Atmospheres of every pixel with every one of the same latents, all at once.
 
@@ -106,23 +99,18 @@ def draw_atmospheres(
     mu, calibration_error : Tensor, shape (pixels,), optional
     scores : bool
         On the network's own scale, if it has one (`ScoreDraws`).
+    precision : {"float32", "bfloat16"}
+        Of the factors of matrix products; sums, and all else, are in the network's own.
 
     Returns
     -------
     Tensor, shape (pixels, draws, atmosphere_size)
         In network units, or on that scale.
     """
-    if scores and isinstance(model, ScoreDraws):
-        return model.score_draws(lines, latent, mu, calibration_error)
-    if isinstance(model, SharedDraws):
+    with products_in(precision, lines.device):
+        if scores and isinstance(model, ScoreDraws):
+            return model.score_draws(lines, latent, mu, calibration_error)
         return model.inverse_draws(lines, latent, mu, calibration_error)
-    pixels, draws = lines.shape[0], latent.shape[0]
-    atmosphere = model.inverse(
-        lines.repeat_interleave(draws, dim=0),
-        latent.repeat(pixels, 1),
-        None if mu is None else mu.repeat_interleave(draws),
-    )
-    return atmosphere.reshape(pixels, draws, -1)
 
 
 def _per_pixel(values: ArrayLike | None, name: str, pixels: int) -> NDArray[np.float64] | None:
