@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from inn.layout import Layout
+from inn.precision import in_full
 
 LEVELS = 5
 """Values of the microturbulence among which the best is taken when it is not known."""
@@ -139,9 +140,10 @@ class Emulator(nn.Module):
         hidden = lowest[:, None] + (nodes - nodes[0])[:, None] * change
         standard: Tensor = self.layers[1:](hidden)
         residual = self.lines_mean + self.lines_scale * standard - lines[:, None]
-        products = residual @ residual.mT / lines.shape[-1]
-        weights = _parabola(nodes, levels)
-        square = ((weights @ products) * weights).sum(dim=-1)
+        with in_full(lines.device):
+            products = residual @ residual.mT / lines.shape[-1]
+            weights = _parabola(nodes, levels)
+            square = ((weights @ products) * weights).sum(dim=-1)
         return square.amin(dim=1).clamp_min(0.0).sqrt()
 
 

@@ -170,6 +170,7 @@ def _batches(
     calibration_error: NDArray[np.float64] | None,
     latent: Tensor,
     batch_rows: int | None,
+    precision: Precision = "float32",
     scores: bool = False,
 ) -> Iterator[_Batch]:
     """Sample every pixel, batch by batch, all batches of the same shape (`scores`: on its own scale)."""
@@ -208,6 +209,7 @@ def _batches(
             cosine,
             None if error is None else filled(error, pixels, good),
             scores=scores,
+            precision=precision,
         )
         there = slice(good.numel())
         yield _Batch(
@@ -269,6 +271,7 @@ def posterior_quantiles(
     quantiles: Sequence[float] = QUANTILES,
     seed: int = 0,
     latent: LatentKind = "sobol",
+    precision: Precision = "float32",
     batch_rows: int | None = None,
 ) -> dict[str, NDArray[Any]]:
     """Quantiles of each pixel's posterior at every height.
@@ -298,6 +301,8 @@ def posterior_quantiles(
         Seed of the latent draws, which all pixels share.
     latent : {"sobol", "gaussian", "balanced", "tuned"}
         How they are drawn: `latents_of`.
+    precision : {"float32", "bfloat16"}
+        Of the factors of matrix products (`inn.precision`).
     batch_rows : int, optional
         Pixels times draws computed at once; `BATCH_ROWS` or `DEVICE_BATCH_ROWS` if left out.
 
@@ -314,7 +319,7 @@ def posterior_quantiles(
     """
     tensor, angle, error = _arguments(model, lines, mu, calibration_error)
     points = latents_of(model, draws, seed, latent)
-    found, _ = _sampled(model, tensor, angle, error, points, _levels(quantiles), batch_rows)
+    found, _ = _sampled(model, tensor, angle, error, points, _levels(quantiles), batch_rows, precision)
     return _physical(found)
 
 
@@ -327,6 +332,7 @@ def quantiles_and_misfit(
     quantiles: Sequence[float] = QUANTILES,
     seed: int = 0,
     latent: LatentKind = "sobol",
+    precision: Precision = "float32",
     batch_rows: int | None = None,
     checked: int = MISFIT_DRAWS,
 ) -> tuple[dict[str, NDArray[Any]], NDArray[Any]]:
@@ -334,7 +340,7 @@ def quantiles_and_misfit(
 
     Parameters
     ----------
-    model, lines, mu, calibration_error, draws, quantiles, seed, latent, batch_rows
+    model, lines, mu, calibration_error, draws, quantiles, seed, latent, precision, batch_rows
         As in `posterior_quantiles`.
     checked : int
         Draws, spread evenly over all, whose profiles are compared with the observed ones.
@@ -354,7 +360,7 @@ def quantiles_and_misfit(
     tensor, angle, error = _arguments(model, lines, mu, calibration_error)
     points = latents_of(model, draws, seed, latent)
     found, distance = _sampled(
-        model, tensor, angle, error, points, _levels(quantiles), batch_rows, checked=checked
+        model, tensor, angle, error, points, _levels(quantiles), batch_rows, precision, checked
     )
     return _physical(found), distance.cpu().numpy()
 
@@ -383,6 +389,7 @@ def _sampled(
     latent: Tensor,
     levels: NDArray[np.float64],
     batch_rows: int | None,
+    precision: Precision = "float32",
     checked: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Quantiles (pixels, levels, atmosphere_size) in network units and misfits (pixels,), on its device."""
@@ -391,13 +398,14 @@ def _sampled(
     distance = weights.new_full((lines.shape[0],), torch.nan)
     emulator = getattr(model, "emulator", None) if checked and mu is not None else None
     some = torch.linspace(0, len(latent) - 1, min(checked, len(latent))).round().long().to(weights.device)
-    for batch in _batches(model, lines, mu, calibration_error, latent, batch_rows, scores=True):
+    for batch in _batches(model, lines, mu, calibration_error, latent, batch_rows, precision, scores=True):
         drawn = batch.atmosphere
         if emulator is not None:  # before they are sorted, which may happen in place
             atmosphere = drawn[:, some]
             if isinstance(model, ScoreDraws):
                 atmosphere = model.from_scores(atmosphere)
-            reproduced = _misfit(emulator, atmosphere, batch)
+            with products_in(precision, atmosphere.device):
+                reproduced = _misfit(emulator, atmosphere, batch)
             distance[batch.pixels] = reproduced.where(batch.good, torch.nan)
         values = order_statistics(sorted_draws(drawn), levels)
         if isinstance(model, ScoreDraws):
@@ -426,13 +434,14 @@ def sample(
     draws: int = 1000,
     seed: int = 0,
     latent: LatentKind = "sobol",
+    precision: Precision = "float32",
     batch_rows: int | None = None,
 ) -> dict[str, NDArray[Any]]:
     """Joint draws of each pixel's atmosphere, for gradients, column masses or any other derived quantity.
 
     Parameters
     ----------
-    model, lines, mu, calibration_error, draws, seed, latent, batch_rows
+    model, lines, mu, calibration_error, draws, seed, latent, precision, batch_rows
         As in `posterior_quantiles`.
 
     Returns
@@ -451,7 +460,7 @@ def sample(
     shape = (tensor.shape[0], draws, model.layout.atmosphere_size)
     result = np.full(shape, np.nan, dtype=_dtype(model))
     with torch.inference_mode():
-        for batch in _batches(model, tensor, angle, error, points, batch_rows):
+        for batch in _batches(model, tensor, angle, error, points, batch_rows, precision):
             good = batch.good.cpu().numpy()
             result[batch.pixels][good] = batch.atmosphere.cpu().numpy()[good]
     return unscale_atmosphere(result)
@@ -465,6 +474,7 @@ def misfit(
     draws: int = MISFIT_DRAWS,
     seed: int = 0,
     latent: LatentKind = "sobol",
+    precision: Precision = "float32",
     batch_rows: int | None = None,
 ) -> NDArray[Any]:
     """How well a pixel's posterior reproduces its profiles: a posterior predictive check.
@@ -475,7 +485,7 @@ def misfit(
 
     Parameters
     ----------
-    model, lines, mu, calibration_error, draws, seed, latent, batch_rows
+    model, lines, mu, calibration_error, draws, seed, latent, precision, batch_rows
         As in `posterior_quantiles`; a few draws suffice.
 
     Returns
@@ -496,9 +506,11 @@ def misfit(
         return result
     points = latents_of(model, draws, seed, latent)
     with torch.inference_mode():
-        for batch in _batches(model, tensor, angle, error, points, batch_rows):
+        for batch in _batches(model, tensor, angle, error, points, batch_rows, precision):
             good = batch.good.cpu().numpy()
-            result[batch.pixels][good] = _misfit(emulator, batch.atmosphere, batch).cpu().numpy()[good]
+            with products_in(precision, batch.atmosphere.device):
+                reproduced = _misfit(emulator, batch.atmosphere, batch)
+            result[batch.pixels][good] = reproduced.cpu().numpy()[good]
     return result
 
 

@@ -12,15 +12,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from inn.errors import MisuseError
 from inn.latent import LatentKind, TunedLatents
 from inn.layout import QUANTITIES
-from inn.posterior import BATCH_ROWS, Network, posterior_quantiles
+from inn.posterior import BATCH_ROWS, QUANTILES, Network, posterior_quantiles
+from inn.precision import Precision, multiplies_bfloat16
 from inn.scaling import scale_atmosphere
 
 Array = NDArray[np.floating]
+
+PRECISION_ERROR = 0.02
+"""Largest change of quantiles (root mean square, in units of the posterior's spread) for which products are
+done in half precision: a fifth of the error at which networks are sampled, which grows by 2 % of itself."""
 
 SCORED = (0.05, 0.5, 0.95)
 """Quantiles whose error is measured."""
@@ -37,9 +43,16 @@ LADDER = (16, 32, 64, 128, 256, 512)
 """Numbers of draws whose error is measured."""
 DRAWN: tuple[LatentKind, ...] = ("balanced", "sobol", "gaussian")
 """Kinds of latents that are drawn, whatever the network."""
-DEFAULT_ERROR = 0.1
-"""Error of the quantiles, in units of the posterior's spread, at which a network is sampled by default."""
-UNKNOWN = ("sobol", 256)
+DEFAULT_ERROR = 0.13
+"""Error of the quantiles, in units of the posterior's spread, at which a network is sampled by default. What it
+adds to an interval's width is below one per cent (in quadrature), and the error curve of the bundled network
+flattens there."""
+OUTERMOST = 0.05
+"""Quantiles nearer to 0 or 1 than this are beyond what is measured, and what latents are tuned for."""
+DRAWS_BEYOND = 8
+"""Draws that then should lie beyond the outermost quantile."""
+UNKNOWN: LatentKind = "sobol"
+UNKNOWN_DRAWS = 256
 """Latents of a network whose error curve is not known."""
 
 
@@ -64,6 +77,20 @@ class Sampling:
     draws: int
     seed: int
     error: float | None
+
+
+def choose_precision(model: Network, device: torch.device | str) -> Precision:
+    """Choose the precision of matrix products: what the network's record says, where the device can.
+
+    Parameters
+    ----------
+    model : Network
+        Its ``record["sampling"]["precision"]`` holds what suits it.
+    device : torch.device or str
+        Where it will be sampled.
+    """
+    wanted = getattr(model, "record", {}).get("sampling", {}).get("precision", "float32")
+    return "bfloat16" if wanted == "bfloat16" and multiplies_bfloat16(device) else "float32"
 
 
 @dataclass(frozen=True)
@@ -113,11 +140,15 @@ class Measurement:
         Sobol points that count as the truth.
     seeds : int
         Times that each number of draws is drawn.
+    half_precision : bool
+        Whether half precision is worth its error, if that is small: for networks whose time goes into large
+        products.
     """
 
     observations: int = 96
     truth_draws: int = 16384
     seeds: int = 4
+    half_precision: bool = False
 
 
 def quantile_errors(
@@ -189,6 +220,80 @@ def quantile_errors(
     return QuantileErrors(curves, all_curves, float(scored.mean()))
 
 
+def precision_error(
+    model: Network,
+    lines: Array,
+    mu: Array | None = None,
+    calibration_error: Array | None = None,
+    *,
+    draws: int = 128,
+) -> float:
+    """How much quantiles change when products are done in half precision.
+
+    Parameters
+    ----------
+    model, lines, mu, calibration_error
+        As for `quantile_errors`.
+    draws : int
+        Sobol points.
+
+    Returns
+    -------
+    float
+        Root mean square over observations, numbers and the quantiles `SCORED`, in units of the posterior's
+        spread.
+    """
+
+    def answer(precision: Precision) -> Array:
+        found = posterior_quantiles(
+            model,
+            lines,
+            mu,
+            calibration_error,
+            draws=draws,
+            quantiles=(*SCORED, *SPREAD),
+            precision=precision,
+        )
+        return scale_atmosphere(*(found[quantity].astype(np.float64) for quantity in QUANTITIES))
+
+    full, half = answer("float32"), answer("bfloat16")
+    spread = 0.5 * (full[:, -1] - full[:, -2])[:, None]
+    change = (half - full)[:, : len(SCORED)] / spread
+    return float(np.sqrt(np.mean(np.square(change))))
+
+
+def measured_sampling(
+    model: Network,
+    lines: Array,
+    mu: Array | None,
+    calibration_error: Array | None,
+    measurement: Measurement,
+) -> dict[str, Any]:
+    """Measure what `choose_sampling` and `choose_precision` want to know of a network.
+
+    Parameters
+    ----------
+    model, lines, mu, calibration_error
+        As for `quantile_errors`.
+    measurement : Measurement
+
+    Returns
+    -------
+    dict
+        For the network's record, under ``sampling``.
+    """
+    observed = (lines, mu, calibration_error)
+    errors = quantile_errors(model, *observed, seeds=measurement.seeds, truth_draws=measurement.truth_draws)
+    change = precision_error(model, *observed)
+    half = measurement.half_precision and change <= PRECISION_ERROR
+    return {
+        **errors.to_json(),
+        "observations": len(lines),
+        "precision": "bfloat16" if half else "float32",
+        "precision_error": round(change, 4),
+    }
+
+
 def choose_sampling(
     model: Network,
     *,
@@ -196,11 +301,13 @@ def choose_sampling(
     seed: int | None = None,
     latent: LatentKind | None = None,
     accuracy: float | None = None,
+    quantiles: Sequence[float] = QUANTILES,
 ) -> Sampling:
     """Choose latents for a network, by what it knows of their errors.
 
     Without any wish, the fewest draws that reach the error `DEFAULT_ERROR` are taken. Tuned latents, where
-    the network has them, need the fewest; they have no seed, so that one who names a seed gets others.
+    the network has them, need the fewest; they have no seed, so that one who names a seed gets others. So
+    does one who wants quantiles further out than 5 and 95 %, and enough of them to have some beyond.
 
     Parameters
     ----------
@@ -214,6 +321,8 @@ def choose_sampling(
         Kind of latents.
     accuracy : float, optional
         Wanted error of quantiles at 5, 50 and 95 %, in units of the posterior's spread, root mean square.
+    quantiles : sequence of float
+        Levels that are wanted.
 
     Returns
     -------
@@ -232,7 +341,9 @@ def choose_sampling(
         )
     if accuracy is not None and not 0.0 < accuracy < math.inf:
         raise MisuseError("the accuracy is an error above zero", where="accuracy", found=accuracy)
-    curves = _curves(model, seed, latent)
+    tail = min(min(level, 1.0 - level) for level in quantiles)
+    beyond = 0 if tail >= OUTERMOST or tail == 0.0 else math.ceil(DRAWS_BEYOND / tail)
+    curves = _curves(model, latent, tuned=seed is None and beyond == 0)
     if draws is not None:
         kind, error = _best_at(curves, draws, latent)
         return Sampling(kind, draws, seed or 0, error)
@@ -245,7 +356,7 @@ def choose_sampling(
                 + (f" for {latent} latents" if latent is not None else ""),
                 remedy="name the number of draws instead",
             )
-        return Sampling(latent or UNKNOWN[0], UNKNOWN[1], seed or 0, None)  # type: ignore[arg-type]
+        return Sampling(latent or UNKNOWN, max(UNKNOWN_DRAWS, beyond), seed or 0, None)
     wanted = DEFAULT_ERROR if accuracy is None else accuracy
     needed = {kind: _draws_for(errors, wanted, kind) for kind, errors in curves.items()}
     reached = {kind: found for kind, found in needed.items() if found is not None}
@@ -259,20 +370,23 @@ def choose_sampling(
             remedy="leave the kind of latents out",
         )
     kind = min(reached, key=lambda kind: reached[kind][0])
-    return Sampling(kind, reached[kind][0], seed or 0, reached[kind][1])
+    if reached[kind][0] >= beyond:
+        return Sampling(kind, reached[kind][0], seed or 0, reached[kind][1])
+    kind, error = _best_at(curves, beyond, latent)
+    return Sampling(kind, beyond, seed or 0, error)
 
 
 Curves = dict[LatentKind, dict[int, float]]
 
 
-def _curves(model: Network, seed: int | None, latent: LatentKind | None) -> Curves:
+def _curves(model: Network, latent: LatentKind | None, *, tuned: bool) -> Curves:
     """Known error curves of the kinds that may be taken, tuned ones first."""
     stored = getattr(model, "record", {}).get("sampling", {}).get("errors", {})
     kinds: tuple[LatentKind, ...] = ("tuned", *DRAWN)
     return {
         kind: {int(draws): float(error) for draws, error in stored[kind].items()}
         for kind in kinds
-        if stored.get(kind) and latent in (None, kind) and not (kind == "tuned" and seed is not None)
+        if stored.get(kind) and latent in (None, kind) and (tuned or kind == latent or kind != "tuned")
     }
 
 

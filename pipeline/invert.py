@@ -29,7 +29,8 @@ from numpy.typing import NDArray
 from inn.checkpoint import Network, load_model, model_hash
 from inn.latent import LatentKind
 from inn.posterior import QUANTILES, latents_of
-from inn.sampling import choose_sampling
+from inn.precision import Precision
+from inn.sampling import choose_precision, choose_sampling
 from pipeline.cluster import ClusterConfig, SlurmConfig, best_config, device_of, opened, threads_per_task
 from pipeline.devices import Device
 from pipeline.driver import run_bounded
@@ -157,6 +158,7 @@ def invert(
     seed: int | None = None,
     latent: LatentKind | None = None,
     accuracy: float | None = None,
+    precision: Precision | None = None,
     quantiles: Sequence[float] = QUANTILES,
     tile: int = 64,
     calibration_error: float | None = None,
@@ -194,6 +196,9 @@ def invert(
     accuracy : float, optional
         Wanted error of the quantiles at 5, 50 and 95 % (root mean square), in units of the posterior's
         spread; `inn.sampling.DEFAULT_ERROR` if neither this nor `draws` is given.
+    precision : {"float32", "bfloat16"}, optional
+        Of the factors of matrix products; the network's own choice if left out, where this machine (or the
+        GPU) can multiply such numbers. All workers must be able to.
     quantiles : sequence of float
         Levels between 0 and 1, increasing.
     tile : int
@@ -243,6 +248,7 @@ def invert(
         seed=seed,
         latent=latent,
         accuracy=accuracy,
+        precision=precision,
         quantiles=quantiles,
         tile=tile,
         calibration_error=calibration_error,
@@ -301,6 +307,7 @@ def plan_inversion(
     seed: int | None = None,
     latent: LatentKind | None = None,
     accuracy: float | None = None,
+    precision: Precision | None = None,
     quantiles: Sequence[float] = QUANTILES,
     tile: int = 64,
     calibration_error: float | None = None,
@@ -317,9 +324,9 @@ def plan_inversion(
 
     Parameters
     ----------
-    observation, output, model, cluster, draws, seed, latent, accuracy, quantiles, tile, calibration_error
+    observation, output, model, cluster, draws, seed, latent, accuracy, precision
         As for `invert`.
-    interpolation, region, times, skip, skip_from, overwrite
+    quantiles, tile, calibration_error, interpolation, region, times, skip, skip_from, overwrite
         As for `invert`.
 
     Returns
@@ -342,6 +349,7 @@ def plan_inversion(
         seed=seed,
         latent=latent,
         accuracy=accuracy,
+        precision=precision,
         quantiles=quantiles,
         tile=tile,
         calibration_error=calibration_error,
@@ -405,6 +413,7 @@ def _settle(
     seed: int | None,
     latent: LatentKind | None,
     accuracy: float | None,
+    precision: Precision | None,
     quantiles: Sequence[float],
     tile: int,
     calibration_error: float | None,
@@ -432,7 +441,9 @@ def _settle(
         raise MisuseError(
             "a map cannot be made from its own flags", where=target, remedy="choose another output"
         )
-    sampling = choose_sampling(network, draws=draws, seed=seed, latent=latent, accuracy=accuracy)
+    sampling = choose_sampling(
+        network, draws=draws, seed=seed, latent=latent, accuracy=accuracy, quantiles=quantiles
+    )
     latents_of(network, sampling.draws, sampling.seed, sampling.latent)  # or every tile would refuse it
     spec = TileSpec(
         observation=observation,
@@ -451,6 +462,7 @@ def _settle(
         selection=selection,
         device=device,
         interpolation=interpolation,
+        precision=choose_precision(network, device) if precision is None else precision,
     )
     if (trained := network.record.get("interpolation", "linear")) != interpolation:
         logger.warning("the network was trained with %s interpolation, not %s", trained, interpolation)
@@ -529,6 +541,7 @@ def _fingerprint(spec: TileSpec, grid: TileGrid, network: Network) -> dict[str, 
         **spec.selection.settings(),
         # Left out by default: maps that were begun before there was a choice go on.
         **({"interpolation": spec.interpolation} if spec.interpolation != "linear" else {}),
+        **({"precision": spec.precision} if spec.precision != "float32" else {}),
         "kernel": KERNEL,
         "torch": spec.torch_version,
         "device": spec.device,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import json
+import logging
 import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from inn.joint_training import JointSchedule, JointTrainer
 from inn.latent import TunedLatents
 from inn.layout import Layout
 from inn.novelty import NOVEL, Novelty
-from inn.sampling import Measurement, QuantileErrors, quantile_errors
+from inn.sampling import Measurement, measured_sampling
 from inn.training import (
     GlobalRandom,
     LeastSquaresTrainer,
@@ -36,7 +37,10 @@ from inn.training import (
     on_device,
 )
 from pipeline.errors import InputError, MisuseError
+from pipeline.grids.store import BUNDLED_GRID
 from pipeline.training_set import Augmentation, Batch, TrainingSet, open_parts
+
+logger = logging.getLogger("flarefield")
 
 STATISTICS_EXAMPLES = 20_000
 HELD_OUT_DRAWS = 8
@@ -44,6 +48,10 @@ TEST_DRAWS = 4
 NOVELTY_REFERENCES = 8_192
 PURPOSES = ("statistics", "held out", "test", "novelty", "calibration", "teaching", "sampling")
 """Of random numbers. One generator each: more held-out examples must not change what is learned."""
+
+
+JOINT_MEASUREMENT = Measurement(observations=4, truth_draws=8192, seeds=2, half_precision=True)
+"""A draw of the joint network takes eighty times the products of the conditional one's."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +141,7 @@ RECIPES: dict[str, Recipe] = {
         joint_schedule=JointSchedule(),
         emulator_schedule=Schedule(epochs=60, steps=100, weight_decay=1e-3),
         augmentation=Augmentation(calibration_error=(0.0, 0.0), doppler=0.0),
-        sampling=Measurement(observations=4, truth_draws=8192, seeds=2),
+        sampling=JOINT_MEASUREMENT,
     ),
 }
 """The recipes that `flarefield train --recipe` takes: the recommended network, and the paper's."""
@@ -248,17 +256,16 @@ class Training(abc.ABC):
             self.seed,
         )
 
-    def sampling_errors(self) -> QuantileErrors:
-        """Errors of the network's quantiles by number of draws, on the test part."""
+    def sampling(self) -> dict[str, Any]:
+        """Errors of the network's quantiles by number of draws and by precision, on the test part."""
         measurement = self.recipe.sampling
         observed = self._observe(self.parts["test"], self._generator("sampling"), measurement.observations)
-        return quantile_errors(
+        return measured_sampling(
             self.network.cpu().eval(),
             observed.lines.numpy(),
             observed.mu.numpy(),
             observed.calibration_error.numpy(),
-            seeds=measurement.seeds,
-            truth_draws=measurement.truth_draws,
+            measurement,
         )
 
     def conclude(self) -> dict[str, Any]:
@@ -409,6 +416,34 @@ def make_training(recipe: Recipe, grid: str | Path, seed: int, device: torch.dev
     """Put a recipe to work on a grid; see `Training` for the parameters."""
     kind = ConditionalTraining if recipe.joint_schedule is None else JointTraining
     return kind(recipe, grid, seed, device)
+
+
+def measure_imported(network: Network, grid: str | Path = BUNDLED_GRID) -> None:
+    """Measure how an imported network is best sampled, on observations of a grid; its record keeps it.
+
+    Parameters
+    ----------
+    network : Network
+    grid : path
+        A grid store, the bundled one by default. Where its heights are others than the network's nothing is
+        measured: without observations that make sense to it, the network is sampled as any other.
+    """
+    try:
+        part = open_parts(grid, network.layout)["test"]
+    except InputError as error:
+        logger.warning("%s: it is not measured how this network is best sampled: %s", grid, error)
+        return
+    angle = part.mu[(part.mu - Recipe.mu).abs().argmin()]
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.randint(len(part), (JOINT_MEASUREMENT.observations,), generator=generator)
+    observed = part.observe(samples, angle.expand(len(samples)), generator)
+    network.record["sampling"] = measured_sampling(
+        network,
+        observed.lines.numpy(),
+        observed.mu.numpy(),
+        observed.calibration_error.numpy(),
+        JOINT_MEASUREMENT,
+    )
 
 
 def metrics(network: Network, observed: Batch, clean: Batch) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -32,6 +33,7 @@ from inn.latent import LatentKind
 from inn.layout import QUANTITIES
 from inn.novelty import Novelty
 from inn.posterior import quantiles_and_misfit
+from inn.precision import Precision, multiplies_bfloat16
 from pipeline.devices import Device, array_library, to_torch
 from pipeline.errors import ClusterError, MisuseError, ModelError, StoreError
 from pipeline.results import NOVELTY_LEVEL, VARIABLES, WITHOUT_ANSWER, Flag, count_flags
@@ -202,6 +204,8 @@ class TileSpec:
         Where the workers compute.
     interpolation : {"linear", "pchip"}
         As for `pipeline.spectra.network_lines`.
+    precision : {"float32", "bfloat16"}
+        As for `inn.posterior_quantiles`.
     """
 
     observation: str
@@ -220,6 +224,7 @@ class TileSpec:
     selection: Selection = EVERYTHING
     device: Device = "cpu"
     interpolation: Interpolation = "linear"
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         ascending = all(a < b for a, b in zip(self.quantiles, self.quantiles[1:], strict=False))
@@ -443,6 +448,13 @@ def _prepare(spec: TileSpec) -> None:
         raise ClusterError(
             "a worker has another torch than the run", found=found, expected=spec.torch_version
         )
+    if spec.precision == "bfloat16" and not multiplies_bfloat16(spec.device):
+        raise ClusterError(
+            "a worker's processor does not multiply bfloat16 numbers",
+            found=platform.processor() or platform.machine(),
+            expected="avx512_bf16, AMX or a GPU, as where the command was given",
+            remedy="use workers of one kind, or --precision float32",
+        )
     # A nanny starts its workers with OMP_NUM_THREADS=1, whatever their share of the cores.
     if torch.get_num_threads() != spec.threads:
         torch.set_num_threads(spec.threads)
@@ -525,6 +537,7 @@ def _compute(
         "draws": spec.draws,
         "seed": spec.seed,
         "latent": spec.latent,
+        "precision": spec.precision,
     }
     levels = sorted({*spec.quantiles, *SPREAD})
     # What was not asked for keeps its place among the pixels: that decides the last bits of the others.

@@ -322,7 +322,7 @@ class _Run:
             "threads": order.threads,
             "starts": self._standing.starts,
             "metrics": metrics,
-            "sampling": training.sampling_errors().to_json(),
+            "sampling": training.sampling(),
             "wall_time_seconds": round(self._seconds, 1),
         }
         network.record = record

@@ -253,8 +253,9 @@ def posteriors(model: Network, observed: Batch, draws: int = DRAWS, seed: int = 
     for row in range(len(lines)):
         one = slice(row, row + 1)
         # A seed of its own for each observation, far from those of other runs.
+        own = 1_000_003 * (seed + 1) + row
         drawn = sample(
-            model, lines[one], mu[one], error[one], draws, 1_000_003 * (seed + 1) + row, "gaussian", draws
+            model, lines[one], mu[one], error[one], draws, own, latent="gaussian", batch_rows=draws
         )
         with np.errstate(divide="ignore"):
             scaled = scale_atmosphere(*(drawn[quantity][0].astype(np.float64) for quantity in QUANTITIES))

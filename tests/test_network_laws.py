@@ -10,6 +10,7 @@ from inn.conditional import ConditionalNetwork
 from inn.joint import JointNetwork
 from inn.latent import draw_latent
 from inn.layout import Layout, LineWindow
+from inn.precision import products_in
 
 ROWS = 64
 OTHER_LAYOUT = Layout(
@@ -85,6 +86,44 @@ def test_shape_and_dtype(build, dtype):
     assert atmosphere.shape == (ROWS, network.layout.atmosphere_size)
     assert atmosphere.dtype == dtype
     assert torch.isfinite(atmosphere).all()
+
+
+def pairs(network, lines, latent, mu):
+    """Every line with every latent, one call for each line."""
+    return torch.stack(
+        [
+            network.inverse(one.expand(len(latent), -1), latent, angle.expand(len(latent)))
+            for one, angle in zip(lines, mu, strict=True)
+        ]
+    )
+
+
+@pytest.mark.parametrize("build", NETWORKS)
+@torch.no_grad()
+def test_draws_that_all_pixels_share_are_those_of_each_pixel(build):
+    network = trained(build, torch.float64)
+    lines, latent, mu = inputs(network, torch.float64)
+    lines, mu, latent = lines[:5], mu[:5], latent[:7]
+    torch.testing.assert_close(
+        network.inverse_draws(lines, latent, mu), pairs(network, lines, latent, mu), rtol=0.0, atol=1e-10
+    )
+
+
+@pytest.mark.parametrize("build", NETWORKS)
+@torch.no_grad()
+def test_half_precision_keeps_its_last_products_in_full(build):
+    """Whatever bfloat16 does inside coupling networks, an atmosphere far from zero is not rounded to it."""
+    network = trained(build)
+    lines, latent, mu = inputs(network, torch.float32)
+    full = network.inverse_draws(lines[:9], latent[:8], mu[:9])
+    with products_in("bfloat16", lines.device):
+        half = network.inverse_draws(lines[:9], latent[:8], mu[:9])
+    assert half.dtype == torch.float32
+    assert not torch.equal(half, full)
+    spread = full.std(dim=1, keepdim=True)
+    assert ((half - full) / spread).square().mean().sqrt() < 0.02
+    if isinstance(network, JointNetwork):  # numbers that bfloat16 does not have
+        assert (half != half.bfloat16().float()).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("build", NETWORKS)

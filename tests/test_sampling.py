@@ -30,7 +30,8 @@ KNOWN = Known(**CURVES)
 @pytest.mark.parametrize(
     ("wishes", "chosen"),
     [
-        ({}, Sampling("tuned", 64, 0, 0.08)),
+        ({}, Sampling("tuned", 32, 0, 0.12)),
+        ({"accuracy": 0.1}, Sampling("tuned", 64, 0, 0.08)),
         ({"accuracy": 0.12}, Sampling("tuned", 32, 0, 0.12)),
         ({"accuracy": 0.5}, Sampling("tuned", 16, 0, 0.2)),
         ({"draws": 32}, Sampling("tuned", 32, 0, 0.12)),
@@ -43,6 +44,12 @@ KNOWN = Known(**CURVES)
         ({"latent": "sobol", "draws": 128}, Sampling("sobol", 128, 0, 0.16)),
         ({"latent": "gaussian", "draws": 128}, Sampling("gaussian", 128, 0, None)),
         # Beyond what is measured, errors fall as those of independent draws.
+        # Quantiles further out than 5 and 95 %: eight draws beyond them, and not of those tuned for others.
+        ({"quantiles": (0.01, 0.5)}, Sampling("balanced", 800, 0, pytest.approx(0.07 * np.sqrt(0.64)))),
+        (
+            {"quantiles": (0.025, 0.5), "accuracy": 0.3},
+            Sampling("balanced", 320, 0, pytest.approx(0.0885, rel=0.01)),
+        ),
         ({"accuracy": 0.035}, Sampling("balanced", 2048, 0, pytest.approx(0.035))),
     ],
 )
