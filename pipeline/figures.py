@@ -461,6 +461,8 @@ def _line_panel(
         return
     here = observation.isel(time=time, y=y, x=x)
     offsets = observation[f"wavelength_{line}"].values - rest
+    if (shift := f"wavelength_shift_{line}") in here:
+        offsets = offsets + float(here[shift])
     axes.plot(offsets, here[line].values, color="#333333", linewidth=1.0, marker="o", markersize=3.0)
     axes.axvline(0.0, color="#999999", linewidth=0.6, zorder=0)
     axes.set_ylim(bottom=0.0)

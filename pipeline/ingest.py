@@ -28,7 +28,7 @@ from zarr.core.sync import sync
 
 from pipeline.calibration import QuietSunCalibration, Reference, calibrate_store, write_calibration
 from pipeline.cluster import ClusterConfig, opened
-from pipeline.crisp import LINES, Cube, Medium, Scan, find_scans, open_intensity
+from pipeline.crisp import LINES, Cube, Medium, Scan, find_scans, open_intensity, open_wavelength_shift
 from pipeline.crisp.wavelengths import air_to_vacuum, vacuum_to_air
 from pipeline.driver import Outcome, run_bounded
 from pipeline.errors import FlareFieldError, InputError, MisuseError, StoreError
@@ -44,6 +44,7 @@ from pipeline.registration import (
     field_of_view,
     find_shift,
     move_mask,
+    move_values,
     resample,
 )
 from pipeline.replacement import discard, finish_swaps, replacement, replacements, swap
@@ -359,6 +360,7 @@ def ingest_pair(task: PairTask) -> dict[str, Any] | FlareFieldError:
             fields,
         )
         _write(task, group, cubes, fields, shift)
+        _write_wavelength_shifts(task, group, fields, shift)
         for folder in _folders(task.time):
             store.bring_to_disk(folder)
     except FlareFieldError as refusal:
@@ -379,7 +381,8 @@ def ingest_pair(task: PairTask) -> dict[str, Any] | FlareFieldError:
 
 def _folders(time: int) -> list[str]:
     """Folders of a store that hold one time, and nothing else."""
-    return [f"{name}/c/{time}" for name in (*LINES, "valid")]
+    shifts = (f"wavelength_shift_{line}" for line in LINES)
+    return [f"{name}/c/{time}" for name in (*LINES, "valid", *shifts)]
 
 
 def _stored(store: Place, time: int) -> int:
@@ -442,6 +445,21 @@ def _write(
             found=f"as {pair.ca8542.path}",
             remedy="leave both scans out",
         )
+
+
+def _write_wavelength_shifts(
+    task: PairTask, group: zarr.Group, fields: tuple[Mask, Mask], shift: Shift
+) -> None:
+    """Write what is added to each pixel's wavelengths, where any scan of the series has such a map."""
+    for scan, field in zip((task.pair.halpha, task.pair.ca8542), fields, strict=True):
+        name = f"wavelength_shift_{scan.line}"
+        if name not in group:
+            continue
+        found = open_wavelength_shift(scan)
+        values = np.where(field, 0.0 if found is None else found, np.nan)
+        if shift.applied and scan.line == "ca8542":
+            values = move_values(values, shift)
+        _array(group, name)[task.time] = values
 
 
 def _as_it_is(cube: Cube, field: Mask, rows: slice, columns: slice) -> NDArray[np.float32]:

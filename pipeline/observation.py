@@ -18,6 +18,8 @@ variable                                           dimensions   meaning
 ``pointing_longitude``, ``pointing_latitude``      time         the same of the frame's middle, at each time
 ``mu``                                             time         cosine of the heliocentric angle
 ``wavelength_halpha``, ``wavelength_ca8542``       themselves   vacuum wavelengths, Angstrom
+``wavelength_shift_halpha``,                       time, y, x   Angstrom to be added to the line's wavelengths
+``wavelength_shift_ca8542``                        (or y, x)    at each pixel; not there if all have the same
 =================================================  ===========  ==============================================
 
 H-alpha's frame and time are the reference: Ca II is brought onto it. What every file says of itself is in the
@@ -78,6 +80,12 @@ CONTRACT: Mapping[str, tuple[tuple[str, ...], str | None]] = {
     "shift_confidence": (("time",), ""),
     "shift_applied": (("time",), None),
 }
+
+
+OPTIONAL: Mapping[str, tuple[tuple[tuple[str, ...], ...], str]] = {
+    f"wavelength_shift_{line}": ((("time", "y", "x"), ("y", "x")), "Angstrom") for line in LONG_NAMES
+}
+"""Units and dimensions of what an observation may have, and what is then used."""
 
 
 def chunks_and_shards(shape: tuple[int, int], points: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -163,6 +171,23 @@ def _lay_out_variables(group: zarr.Group, halpha: Sequence[Scan], ca8542: Sequen
         dimension_names=("time", "y", "x"),
         attributes={"long_name": "both lines' fields of view cover the pixel"},
     )
+    for scans in (halpha, ca8542):
+        if any(scan.has_wavelength_shift for scan in scans):
+            group.create_array(
+                f"wavelength_shift_{scans[0].line}",
+                shape=frame,
+                dtype="float32",
+                chunks=chunks,
+                shards=shards,
+                fill_value=np.nan,
+                compressors=_compressor(),
+                dimension_names=("time", "y", "x"),
+                attributes={
+                    "units": "Angstrom",
+                    "long_name": f"what is added to the wavelengths, {LONG_NAMES[scans[0].line]}",
+                    "comment": "CRISP's cavity errors: a pixel's true wavelengths are the axis plus this",
+                },
+            )
 
 
 def coordinates(halpha: Sequence[Scan], ca8542: Sequence[Scan]) -> xr.Dataset:
@@ -389,6 +414,14 @@ def validate(dataset: xr.Dataset, where: object = None) -> None:
             faults.append(f"{name} is over {variable.dims}, not {dimensions}")
         if unit is not None and not _same_unit(variable.attrs.get("units"), unit):
             faults.append(f"{name} is in {variable.attrs.get('units')!r}, not {unit or '1'!r}")
+    for name, (allowed, unit) in OPTIONAL.items():
+        if name not in dataset.variables:
+            continue
+        variable = dataset[name]
+        if variable.dims not in allowed:
+            faults.append(f"{name} is over {variable.dims}, not {' or '.join(map(str, allowed))}")
+        if not _same_unit(variable.attrs.get("units"), unit):
+            faults.append(f"{name} is in {variable.attrs.get('units')!r}, not {unit!r}")
     if faults:
         raise StoreError(
             "the observation lacks what an observation has",

@@ -12,6 +12,7 @@ scenes where this one's are hundredths).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -206,6 +207,31 @@ def move_mask(mask: Mask, shift: Shift) -> Mask:
         In H-alpha's frame.
     """
     moved: Mask = ndimage.shift(mask, (round(shift.y), round(shift.x)), order=0, cval=False, prefilter=False)
+    return moved
+
+
+def move_values(values: NDArray[np.floating[Any]], shift: Shift) -> NDArray[np.float64]:
+    """Move a smooth map with its frame, by cubic splines; NaN comes in at the edges.
+
+    Parameters
+    ----------
+    values : ndarray, shape (y, x)
+        In Ca II's frame, of either sign; NaN where not known.
+    shift : Shift
+        The shift onto H-alpha.
+
+    Returns
+    -------
+    ndarray, shape (y, x)
+        In H-alpha's frame; NaN where the nearest value is.
+    """
+    known = np.isfinite(values)
+    moved = np.full(values.shape, np.nan)
+    if known.any():
+        nearest = ndimage.distance_transform_edt(~known, return_distances=False, return_indices=True)
+        filled = values[tuple(nearest)].astype(np.float64)
+        whole = ndimage.shift(filled, (shift.y, shift.x), order=3, mode="nearest")
+        moved = np.where(move_mask(known, shift), whole, np.nan)
     return moved
 
 

@@ -2,7 +2,8 @@
 
 Linear interpolation, as in the paper (Osborne, Armstrong & Fletcher 2019, ApJ 873, 128, section 4), is a
 matrix: it is made once per axis, and a whole block of pixels is one matrix product. The monotone cubic one
-takes two such products, of the intensities and of their slopes, which are found for all pixels at once.
+takes two such products, of the intensities and of their slopes, which are found for all pixels at once. Where
+each pixel has wavelengths of its own (CRISP's cavity errors) each is interpolated on them, all at once too.
 
 The code is written to the array API standard (2024.12), and the arrays may be of any library that follows it,
 on any device: NumPy's, CuPy's, torch's. They stay where they are; only the two short wavelength axes are
@@ -30,6 +31,7 @@ Interpolation = Literal["linear", "pchip"]
 """How profiles are brought to the network's points: linearly, or by monotone cubics."""
 
 SLACK = 1e-9  # Angstrom: wavelength axes are sums of decimal steps, equal only to rounding
+COARSE = 1e-5  # Angstrom: the same in single precision, which `covered` has decided before
 
 
 def _axis(wavelength: ArrayLike) -> NDArray[np.float64]:
@@ -68,9 +70,8 @@ def shortfall(wavelength: ArrayLike, window: LineWindow) -> float:
     """
     axis = _axis(wavelength)
     points = window.wavelengths
-    blue = axis[0] - 0.5 * (axis[1] - axis[0]) - points[0]
-    red = points[-1] - axis[-1] - 0.5 * (axis[-1] - axis[-2])
-    missing = float(max(blue, red))
+    low, high = _reach(axis)
+    missing = float(max(low - points[0], points[-1] - high))
     return missing if missing > SLACK else 0.0
 
 
@@ -85,6 +86,33 @@ def covers(wavelength: ArrayLike, window: LineWindow) -> bool:
         The network's window around the same line.
     """
     return shortfall(wavelength, window) == 0.0
+
+
+def covered(wavelength: ArrayLike, window: LineWindow, shift: ArrayLike) -> NDArray[np.bool_]:
+    """Which pixels' own wavelengths serve every point of a window, as `covers` says of one axis.
+
+    Parameters
+    ----------
+    wavelength : array_like, shape (n,)
+        Vacuum wavelengths of the observed line, Angstrom, increasing.
+    window : LineWindow
+        The network's window around the same line.
+    shift : array_like
+        What is added to the wavelengths at each pixel, Angstrom.
+
+    Returns
+    -------
+    ndarray of bool, shape as `shift`
+        False where the shift is not known (NaN).
+    """
+    axis, points, moved = _axis(wavelength), window.wavelengths, np.asarray(shift, dtype=np.float64)
+    low, high = _reach(axis)
+    return np.asarray((points[0] - moved >= low - SLACK) & (points[-1] - moved <= high + SLACK))
+
+
+def _reach(axis: NDArray[np.float64]) -> tuple[float, float]:
+    """What an axis can serve: half a sampling step beyond its ends."""
+    return float(axis[0] - 0.5 * (axis[1] - axis[0])), float(axis[-1] + 0.5 * (axis[-1] - axis[-2]))
 
 
 def sampling_matrix(wavelength_from: ArrayLike, wavelength_to: ArrayLike) -> NDArray[np.float64]:
@@ -119,9 +147,8 @@ def _places(
     """Axis, points, and the interval of the axis that serves each point; those beyond it have the last."""
     axis = _axis(wavelength_from)
     points = np.atleast_1d(np.asarray(wavelength_to, dtype=np.float64))
-    lowest = axis[0] - 0.5 * (axis[1] - axis[0]) - SLACK
-    highest = axis[-1] + 0.5 * (axis[-1] - axis[-2]) + SLACK
-    if points.min() < lowest or points.max() > highest:
+    low, high = _reach(axis)
+    if points.min() < low - SLACK or points.max() > high + SLACK:
         raise InputError(
             "the wavelength range is too short",
             found=f"{axis[0]:.3f} to {axis[-1]:.3f} Angstrom",
@@ -292,6 +319,72 @@ def interpolate(
     return spectra @ of_values.T + monotone_slopes(spectra, wavelength_from) @ of_slopes.T
 
 
+def interpolate_shifted(
+    spectra: Array,
+    wavelength_from: ArrayLike,
+    wavelength_to: ArrayLike,
+    shift: Array,
+    interpolation: Interpolation = "linear",
+) -> Array:
+    """Bring the spectra of many pixels, each on wavelengths of its own, to one axis.
+
+    Parameters
+    ----------
+    spectra : array, shape (pixels, n)
+        Intensities, float32 or float64, of any array-API library.
+    wavelength_from : array_like, shape (n,)
+        Wavelengths at which the spectra would be known without the shift, Angstrom, increasing.
+    wavelength_to : array_like, shape (m,)
+        Wavelengths at which they are wanted, Angstrom, in any order.
+    shift : array, shape (pixels,)
+        What is added to `wavelength_from` at each pixel, Angstrom; in the library and on the device of
+        `spectra`.
+    interpolation : {"linear", "pchip"}
+        As for `interpolate`.
+
+    Returns
+    -------
+    array, shape (pixels, m)
+        In the library, dtype and on the device of `spectra`. NaN throughout for a pixel with a value that is
+        not finite, without a shift, or whose wavelengths do not reach a point to half a sampling step.
+
+    Raises
+    ------
+    InputError
+        The axis is too short or does not increase.
+    MisuseError
+        There is no such interpolation.
+    """
+    check_interpolation(interpolation)
+    xp = array_namespace(spectra, shift)
+    axis, points = _axis(wavelength_from), np.atleast_1d(np.asarray(wavelength_to, dtype=np.float64))
+    # Counted from the middle: single precision would leave a thousandth of an Angstrom of the whole number.
+    middle = axis[axis.size // 2]
+    knots, steps = _like(axis - middle, spectra), _like(np.diff(axis), spectra)
+    wanted = _like(points - middle, spectra)[None, :] - xp.astype(shift, spectra.dtype)[:, None]
+    left = xp.clip(xp.searchsorted(knots, wanted, side="right") - 1, 0, axis.size - 2)
+    start, width = (xp.reshape(xp.take(part, xp.reshape(left, (-1,))), left.shape) for part in (knots, steps))
+    before, after = (xp.take_along_axis(spectra, left + right, axis=-1) for right in (0, 1))
+    t = (wanted - start) / width
+    if interpolation == "linear":
+        found = before + t * (after - before)
+    else:
+        slopes = monotone_slopes(spectra, wavelength_from)
+        slope, next_slope = (xp.take_along_axis(slopes, left + right, axis=-1) for right in (0, 1))
+        inside = xp.clip(t, 0.0, 1.0)
+        rising = inside * inside * (3.0 - 2.0 * inside)
+        away = inside * (1.0 - inside)
+        found = before + rising * (after - before)
+        found = found + width * away * ((1.0 - inside) * slope - inside * next_slope)
+        # Beyond the ends a straight line with the slope there.
+        beyond = width * (t - inside)
+        found = found + beyond * xp.where(t < 0.0, slope, next_slope)
+    low, high = (bound - float(middle) for bound in _reach(axis))
+    served = (wanted >= low - COARSE) & (wanted <= high + COARSE)
+    good = xp.isfinite(xp.sum(spectra, axis=-1)) & xp.all(served, axis=-1)
+    return xp.where(good[:, None], found, _like(xp.nan, spectra))
+
+
 def window_matrix(wavelength: ArrayLike, window: LineWindow) -> NDArray[np.float64]:
     """Matrix from a line's observed axis to the network's points of that line.
 
@@ -359,6 +452,9 @@ def network_lines(
     wavelength_ca8542: ArrayLike,
     layout: Layout,
     interpolation: Interpolation = "linear",
+    *,
+    shift_halpha: Array | None = None,
+    shift_ca8542: Array | None = None,
 ) -> tuple[Array, Array]:
     """Observed profiles as the network takes them.
 
@@ -375,28 +471,40 @@ def network_lines(
     interpolation : {"linear", "pchip"}
         As for `interpolate`. A network expects profiles that were brought to its points as its training
         profiles were: linearly, unless its record says otherwise.
+    shift_halpha, shift_ca8542 : array, shape (pixels,), optional
+        What is added to a line's wavelengths at each pixel, Angstrom (`interpolate_shifted`).
 
     Returns
     -------
     lines : array, shape (pixels, layout.lines_size)
-        H-alpha, then Ca II 8542, divided by their joint maximum. A pixel with any value that is not finite
-        becomes NaN throughout, without touching its neighbours.
+        H-alpha, then Ca II 8542, divided by their joint maximum. A pixel with any value that is not finite,
+        or whose own wavelengths do not cover a window, becomes NaN throughout, without touching its
+        neighbours.
     scale : array, shape (pixels,)
         The joint maximum, in the unit of the intensities.
 
     Raises
     ------
     InputError
-        An axis does not cover its window.
+        An axis that all pixels share does not cover its window.
     MisuseError
         There is no such interpolation.
     """
     xp = array_namespace(halpha, ca8542)
     parts = []
     with np.errstate(invalid="ignore"):  # values that are not finite are expected, and become NaN
-        for spectra, wavelength, window in zip(
-            (halpha, ca8542), (wavelength_halpha, wavelength_ca8542), layout.lines, strict=True
+        for spectra, wavelength, shift, window in zip(
+            (halpha, ca8542),
+            (wavelength_halpha, wavelength_ca8542),
+            (shift_halpha, shift_ca8542),
+            layout.lines,
+            strict=True,
         ):
+            points = window.wavelengths
             with _named(window):
-                parts.append(interpolate(spectra, wavelength, window.wavelengths, interpolation))
+                parts.append(
+                    interpolate(spectra, wavelength, points, interpolation)
+                    if shift is None
+                    else interpolate_shifted(spectra, wavelength, points, shift, interpolation)
+                )
     return normalise(xp.concat(parts, axis=-1))

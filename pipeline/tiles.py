@@ -38,7 +38,7 @@ from pipeline.devices import Device, array_library, to_torch
 from pipeline.errors import ClusterError, MisuseError, ModelError, StoreError
 from pipeline.results import NOVELTY_LEVEL, VARIABLES, WITHOUT_ANSWER, Flag, count_flags
 from pipeline.selection import EVERYTHING, Selection
-from pipeline.spectra import Interpolation, check_interpolation, covers, network_lines
+from pipeline.spectra import Interpolation, check_interpolation, covered, network_lines
 from pipeline.storage import ROOT, out_of_space, place
 
 KERNEL = 3
@@ -505,8 +505,14 @@ def _compute(
     wavelength = {name: observation[f"wavelength_{name}"].values for name in names}
     valid = observation["valid"].isel(here).transpose("y", "x").values.astype(bool)
     quality = judge(intensity, valid, {name: saturation(observation, name) for name in names})
-    if not all(covers(wavelength[window.name], window) for window in model.layout.lines):
-        quality |= _where(valid, Flag.WAVELENGTH_NOT_COVERED)
+    shifts = {name: _shift(observation, name, here) for name in names}
+    for window in model.layout.lines:
+        shift = shifts[window.name]
+        moved = np.zeros(valid.shape) if shift is None else shift
+        known = np.isfinite(moved)
+        quality |= _where(valid & ~known, Flag.NOT_FINITE)
+        missed = known & ~covered(wavelength[window.name], window, moved)
+        quality |= _where(valid & missed, Flag.WAVELENGTH_NOT_COVERED)
     if "shift_applied" in observation and not bool(observation["shift_applied"].isel(time=tile.time)):
         quality |= _where(valid, Flag.REGISTRATION_UNCERTAIN)
 
@@ -520,6 +526,7 @@ def _compute(
         return values
 
     halpha, ca8542 = names
+    moves = {name: None if shift is None else library.asarray(shift[good]) for name, shift in shifts.items()}
     normalised, _ = network_lines(
         # xarray reads a calibrated observation, which has a scale, in float64.
         library.asarray(intensity[halpha][good], dtype=library.float32),
@@ -528,6 +535,8 @@ def _compute(
         wavelength[ca8542],
         model.layout,
         spec.interpolation,
+        shift_halpha=moves[halpha],
+        shift_ca8542=moves[ca8542],
     )
     lines = to_torch(normalised)
     mu = float(observation["mu"].isel(time=tile.time)) if "mu" in observation.variables else None
@@ -570,6 +579,16 @@ def _compute(
     values["misfit"][good] = reproduced[kept]
     quality[good] |= flags
     return values
+
+
+def _shift(observation: xr.Dataset, line: str, here: Mapping[str, Any]) -> NDArray[np.float32] | None:
+    """What is added to a line's wavelengths at each pixel (y, x), Angstrom; None where all have the same."""
+    name = f"wavelength_shift_{line}"
+    if name not in observation.variables:
+        return None
+    shift = observation[name]
+    part = shift.isel({axis: place for axis, place in here.items() if axis in shift.dims})
+    return np.asarray(part.transpose("y", "x").values, dtype=np.float32)
 
 
 def saturation(observation: xr.Dataset, line: str) -> float:

@@ -11,9 +11,11 @@ from scipy.interpolate import PchipInterpolator
 from inn.layout import CA8542, HALPHA, HEIGHTS, Layout
 from pipeline.errors import InputError, MisuseError
 from pipeline.spectra import (
+    covered,
     covers,
     cubic_matrices,
     interpolate,
+    interpolate_shifted,
     monotone_slopes,
     network_lines,
     normalise,
@@ -176,6 +178,76 @@ def test_an_interpolation_that_does_not_exist_is_refused():
     assert refusal.value.expected == "linear or pchip"
 
 
+# Pixels on wavelengths of their own
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("interpolation", ["linear", "pchip"])
+def test_each_pixel_on_its_own_wavelengths_is_numpys_and_scipys(interpolation, dtype):
+    generator = np.random.default_rng(7)
+    axis = 6564.6 + np.cumsum(generator.uniform(0.1, 0.3, 15)) - 1.5
+    spectra = generator.uniform(0.5, 2.0, (40, 15)).astype(dtype)
+    shift = generator.uniform(-0.25, 0.25, 40)
+    points = generator.uniform(axis[0] + 0.26, axis[-1] - 0.26, 31)
+    found = interpolate_shifted(spectra, axis, points, shift.astype(dtype), interpolation)
+    for pixel in range(40):
+        own = axis + shift[pixel]
+        expected = (
+            np.interp(points, own, spectra[pixel])
+            if interpolation == "linear"
+            else PchipInterpolator(own, spectra[pixel])(points)
+        )
+        np.testing.assert_allclose(found[pixel], expected, rtol=2e-5 if dtype is np.float32 else 1e-10)
+    assert found.dtype == dtype
+
+
+@pytest.mark.parametrize("interpolation", ["linear", "pchip"])
+def test_no_shift_is_the_common_axis(interpolation):
+    """Beyond the ends, too: the window overshoots CRISP's H-alpha axis."""
+    spectra = np.random.default_rng(8).uniform(0.5, 2.0, (9, 15))
+    expected = interpolate(spectra, CRISP_HALPHA, HALPHA.wavelengths, interpolation)
+    found = interpolate_shifted(spectra, CRISP_HALPHA, HALPHA.wavelengths, np.zeros(9), interpolation)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("interpolation", ["linear", "pchip"])
+def test_a_shifted_straight_line_is_exact_and_extrapolated(interpolation):
+    shift = np.array([-0.06, 0.0, 0.03, 0.12])
+    own = CRISP_HALPHA + shift[:, None]
+    spectra = 3.0 * (own - 6564.0) + 10.0
+    points = HALPHA.wavelengths
+    found = interpolate_shifted(spectra, CRISP_HALPHA, points, shift, interpolation)
+    np.testing.assert_allclose(found, np.broadcast_to(3.0 * (points - 6564.0) + 10.0, (4, 30)), rtol=1e-12)
+
+
+def test_a_pixel_whose_wavelengths_do_not_reach_has_no_profile():
+    """The window ends 0.026 Angstrom beyond the axis, which serves 0.1; to the blue 0.126 are to spare."""
+    shift = np.array([-0.0741, -0.0739, 0.0, 0.1259, 0.1261, np.nan])
+    reached = np.array([False, True, True, True, False, False])
+    np.testing.assert_array_equal(covered(CRISP_HALPHA, HALPHA, shift), reached)
+    spectra = np.ones((6, 15))
+    found = interpolate_shifted(spectra, CRISP_HALPHA, HALPHA.wavelengths, shift)
+    np.testing.assert_array_equal(np.isfinite(found).all(axis=1), reached)
+    assert np.isnan(found[~reached]).all()
+    assert covers(CRISP_HALPHA, HALPHA)
+
+
+def test_shifted_lines_beside_lines_that_are_not():
+    generator = np.random.default_rng(9)
+    halpha = generator.uniform(0.5, 2.0, (7, 15))
+    ca8542 = generator.uniform(0.2, 1.0, (7, 25))
+    halpha[2, 0] = np.nan
+    shift = generator.uniform(-0.05, 0.05, 7)
+    lines, scale = network_lines(halpha, ca8542, CRISP_HALPHA, CRISP_CA8542, LAYOUT, shift_ca8542=shift)
+    unshifted, _ = network_lines(halpha, ca8542, CRISP_HALPHA, CRISP_CA8542, LAYOUT)
+    assert np.isnan(lines[2]).all()
+    good = np.delete(np.arange(7), 2)
+    for pixel in good:
+        expected = np.interp(CA8542.wavelengths, CRISP_CA8542 + shift[pixel], ca8542[pixel])
+        np.testing.assert_allclose(lines[pixel, 30:] * scale[pixel], expected, rtol=1e-10)
+    np.testing.assert_allclose((lines * scale[:, None])[good, :30], (unshifted * scale[:, None])[good, :30])
+
+
 # Other array libraries
 
 # Its arrays lie on a device that is not the host, as far as the standard allows anyone to see.
@@ -195,13 +267,17 @@ def test_any_array_library_will_do_and_nothing_comes_to_the_host(convert, dtype,
     ca8542 = generator.uniform(0.2, 1.0, (7, 25)).astype(dtype)
     halpha[3, 5] = np.nan
     axes = CRISP_HALPHA, CRISP_CA8542, LAYOUT, interpolation
-    expected = network_lines(halpha, ca8542, *axes)
+    # one line on the axis that all pixels share, the other on each pixel's own
+    shift = generator.uniform(-0.05, 0.05, 7).astype(dtype)
+    expected = network_lines(halpha, ca8542, *axes, shift_ca8542=shift)
     assert [values.dtype for values in expected] == [dtype, dtype]
     arrays = convert(halpha), convert(ca8542)
     if convert is on_strict_device:
         with pytest.raises(RuntimeError, match="device"):
             np.asarray(arrays[0])
-    for wanted, found in zip(expected, network_lines(*arrays, *axes), strict=True):
+    for wanted, found in zip(
+        expected, network_lines(*arrays, *axes, shift_ca8542=convert(shift)), strict=True
+    ):
         assert type(found) is type(arrays[0])
         assert found.device == arrays[0].device
         assert found.dtype == arrays[0].dtype

@@ -308,6 +308,50 @@ def test_wavelengths_that_do_not_reach_are_flagged(spec, tmp_path, toy):
     assert receipt.flags["wavelength_not_covered"] == 64 - receipt.flags["outside_field"]
 
 
+@pytest.mark.parametrize("of_time", [True, False])
+def test_a_pixel_is_interpolated_on_its_own_wavelengths(spec, tmp_path, toy, of_time):
+    """The same numbers as of an observation whose axis is where that pixel's is, in that pixel."""
+    observation = xr.open_zarr(toy, chunks=None).load()
+    shift = np.random.default_rng(8).uniform(-0.1, 0.1, (2, 20, 18) if of_time else (20, 18))
+    tile = Tile(1, 1, 1, (8, 16), (8, 16))
+
+    def inverted(name, dataset):
+        write_store(dataset, tmp_path / name)
+        given = replace(
+            spec, observation=str(tmp_path / name), observation_hash=observation_hash(tmp_path / name)
+        )
+        return tiles.compute_tile(given, tile)
+
+    names = ("time", "y", "x") if of_time else ("y", "x")
+    halpha = (names, shift, {"units": "Angstrom"})
+    found = inverted("shifted.zarr", observation.assign(wavelength_shift_halpha=halpha))
+    here = (shift[1] if of_time else shift)[8:, 8:]
+    for row, column in ((0, 0), (3, 4)):
+        axis = observation.wavelength_halpha + here[row, column]
+        moved = observation.assign_coords(wavelength_halpha=axis.assign_attrs(units="Angstrom"))
+        expected = inverted(f"{row}.zarr", moved)
+        for quantity in QUANTITIES:
+            np.testing.assert_allclose(
+                found[quantity][row, column], expected[quantity][row, column], rtol=2e-2, atol=1e-2
+            )
+
+
+def test_wavelengths_of_a_pixel_that_do_not_reach_are_flagged(spec, tmp_path, toy):
+    observation = xr.open_zarr(toy, chunks=None).load()
+    shift = np.zeros((20, 18))
+    shift[6, 5], shift[6, 6], shift[0, 0] = np.nan, 1.5, np.nan
+    path = tmp_path / "shifted.zarr"
+    write_store(observation.assign(wavelength_shift_ca8542=(("y", "x"), shift, {"units": "Angstrom"})), path)
+    given = replace(spec, observation=str(path), observation_hash=observation_hash(path))
+    values = tiles.compute_tile(given, Tile(0, 0, 0, (0, 8), (0, 8)))
+    assert values["quality"][6, 5] & (Flag.NOT_FINITE | Flag.WAVELENGTH_NOT_COVERED) == Flag.NOT_FINITE
+    assert values["quality"][6, 6] & Flag.WAVELENGTH_NOT_COVERED
+    assert values["quality"][0, 0] == Flag.OUTSIDE_FIELD
+    assert not values["quality"][5, 5] & (Flag.NOT_FINITE | Flag.WAVELENGTH_NOT_COVERED)
+    assert np.isnan(values["velocity"][6, 5:7]).all()
+    assert np.isfinite(values["velocity"][5, 5]).all()
+
+
 def test_the_receipt_is_that_of_what_is_stored(spec):
     tile = GRID[-1 + len(GRID)]  # at the edge: smaller than a shard
     receipt = invert_tile(spec, tile)
