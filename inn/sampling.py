@@ -44,9 +44,10 @@ LADDER = (16, 32, 64, 128, 256, 512)
 DRAWN: tuple[LatentKind, ...] = ("balanced", "sobol", "gaussian")
 """Kinds of latents that are drawn, whatever the network."""
 DEFAULT_ERROR = 0.13
-"""Error of the quantiles, in units of the posterior's spread, at which a network is sampled by default. What it
-adds to an interval's width is below one per cent (in quadrature), and the error curve of the bundled network
-flattens there."""
+"""Error of the quantiles at which networks are sampled by default, in units of the posterior's spread.
+
+It adds less than one per cent to an interval's width (in quadrature), and there the bundled network's error
+curve flattens."""
 OUTERMOST = 0.05
 """Quantiles nearer to 0 or 1 than this are beyond what is measured, and what latents are tuned for."""
 DRAWS_BEYOND = 8
