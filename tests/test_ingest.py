@@ -24,8 +24,9 @@ from pipeline.crisp.fchroma import write_fchroma
 from pipeline.crisp.scan import cosine_of_pointing
 from pipeline.crisp.wavelengths import vacuum_to_air
 from pipeline.errors import FlareFieldError, InputError, MisuseError, StoreError
-from pipeline.ingest import ingest, pair_scans
+from pipeline.ingest import ingest
 from pipeline.observation import CONTRACT, chunks_and_shards, fits_headers, open_observation, validate
+from pipeline.pairing import pair_scans
 from pipeline.provenance import sha256_file
 from pipeline.registration import Shift, move_mask, resample
 from pipeline.storage import Directory, lock
@@ -324,6 +325,7 @@ class TestMedium:
             np.testing.assert_allclose(wavelength, axis, rtol=0, atol=1e-9)
             assert wavelength.attrs["medium_of_files"] == "air"
             assert wavelength.attrs["medium_stated_by"] == "caller"
+        assert ingest([in_air], tmp_path / "obs.zarr", medium="air", call="").complete_before
 
 
 class TestPairing:
