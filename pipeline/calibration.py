@@ -598,24 +598,32 @@ class _Field:
                 expected="the cosine of the heliocentric angle, above 0 and at most 1",
                 remedy="mend the pointing in the headers",
             )
-        wavelengths = {line: dataset[f"wavelength_{line}"].to_numpy() for line in LINES}
+        axes = {line: dataset[f"wavelength_{line}"].to_numpy() for line in LINES}
         profiles, usable = {}, here["valid"].to_numpy().astype(bool)
+        moved = {}
         for line in LINES:
             profiles[line] = here[line].transpose("y", "x", ...).to_numpy()
+            moved[line] = np.zeros(usable.shape)
+            if (own := f"wavelength_shift_{line}") in here:
+                moved[line] = here[own].transpose("y", "x").to_numpy().astype(np.float64)
+                usable &= np.isfinite(moved[line])
             full = float(dataset[line].attrs.get("saturation", np.inf))
             for image in np.moveaxis(profiles[line], -1, 0):
                 with np.errstate(invalid="ignore"):
                     usable &= (image > 0.0) & (image < full)
         self._blocks(usable.shape, pixel)
         velocities = dict.fromkeys(LINES, 0.0)
+        quiet = usable
         # A second look, with wavelengths that are right, tells cores and wings better apart.
         for _ in range(2):
-            quiet = quiet_pixels(profiles, wavelengths, usable, mu=middle, pixel=pixel, velocities=velocities)
             if not quiet.any():
                 break
-            for line in LINES:
+            # Pixels whose wavelengths differ a little are as good as their mean at the wavelengths' mean.
+            wavelengths = {line: axes[line] + moved[line][quiet].mean() for line in LINES}
+            quiet = quiet_pixels(profiles, wavelengths, usable, mu=middle, pixel=pixel, velocities=velocities)
+            for line in LINES if quiet.any() else ():
                 mean = profiles[line][quiet].mean(axis=0, dtype=np.float64)
-                expected = _Expected(line, wavelengths[line], middle)
+                expected = _Expected(line, axes[line] + moved[line][quiet].mean(), middle)
                 velocities[line] = _velocity(line, _plausible(line, expected.shift_of(mean)))
         self.area = float(quiet.sum()) * pixel**2
         number = np.bincount(self._block[quiet], minlength=self._count)
@@ -633,9 +641,11 @@ class _Field:
                 np.bincount(self._block[quiet], image[quiet].astype(np.float64), minlength=self._count)
                 for image in np.moveaxis(profiles[line], -1, 0)
             ]
+            shift = np.bincount(self._block[quiet], moved[line][quiet], minlength=self._count)
             for block in np.flatnonzero(self.enough).tolist():
                 mean = np.array([total[block] for total in sums]) / number[block]
-                self._compare(line, wavelengths[line], mean, block, velocities[line])
+                axis = axes[line] + shift[block] / number[block]
+                self._compare(line, axis, mean, block, velocities[line])
 
     def _blocks(self, shape: tuple[int, int], pixel: float) -> None:
         side = max(round(BLOCK / pixel), 1)

@@ -153,6 +153,25 @@ class TestScenes:
         )
         assert calibrate(corrected).halpha.velocity_offset == pytest.approx(0.0, abs=0.06)
 
+    def test_pixels_with_wavelengths_of_their_own(self):
+        """Cavity errors that grow across the field, and a map that says by how much."""
+        dataset, _ = quiet_scene(counts=COUNTS, active=False, times=1)
+        columns = np.linspace(0.01, 0.07, dataset.sizes["x"])
+        for line, axis in AXES.items():
+            # What lies at a pixel's axis is the Sun at the axis plus the map.
+            seen = np.stack([quiet_spectrum(line, axis + error, 0.6) for error in columns])
+            ratio = seen / quiet_spectrum(line, axis, 0.6)
+            dataset[line] = dataset[line] * ratio.astype(np.float32)
+        blind = calibrate(dataset)
+        assert blind.ca8542.velocity_offset == pytest.approx(0.04 / REST["ca8542"] * 299792.458, abs=0.3)
+        for line in AXES:
+            shift = np.broadcast_to(columns.astype(np.float32), dataset.valid.shape)
+            dataset[f"wavelength_shift_{line}"] = (("time", "y", "x"), shift, {"units": "Angstrom"})
+        found = calibrate(dataset)
+        for line in AXES:
+            assert getattr(found, line).velocity_offset == pytest.approx(0.0, abs=0.08)
+            assert getattr(found, line).scale * COUNTS[line] == pytest.approx(1.0, abs=0.02)
+
     def test_spoilt_scans_do_not_count(self):
         dataset, _ = quiet_scene(counts=COUNTS, times=3, shape=(80, 100))
         dataset.halpha[1] = np.nan
