@@ -84,6 +84,12 @@ ClusterOption = Annotated[
         "those in deploy/, or a scheduler's address.",
     ),
 ]
+MediumOption = Annotated[
+    Literal["air", "vacuum"] | None,
+    typer.Option(
+        help="What the files' wavelengths are measured in, where they do not say.", show_default=False
+    ),
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Start over where the output exists.")]
 
 
@@ -104,12 +110,7 @@ def ingest_command(
     tolerance: Annotated[
         float, typer.Option(help="Largest time between the scans of a pair, in seconds.", min=0.0)
     ] = 15.0,
-    medium: Annotated[
-        Literal["air", "vacuum"] | None,
-        typer.Option(
-            help="What the files' wavelengths are measured in, where they do not say.", show_default=False
-        ),
-    ] = None,
+    medium: MediumOption = None,
     calibrate: Annotated[
         Literal["none", "quiet-sun"],
         typer.Option(
@@ -143,6 +144,28 @@ def ingest_command(
         call=_call(),
     )
     _say(report.summary())
+
+
+@app.command("inspect", epilog="Example: [bold]flarefield inspect '2014-09-06/*.fits'[/]")
+def inspect_command(
+    sources: Annotated[
+        list[str], typer.Argument(metavar="FILE...", help="Files, directories or globs, in any order.")
+    ],
+    tolerance: Annotated[
+        float, typer.Option(help="Largest time between the scans of a pair, in seconds.", min=0.0)
+    ] = 15.0,
+    medium: MediumOption = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Look at the intensities of every scan, not of three of each kind.")
+    ] = False,
+) -> None:
+    """Say what files are, what is wrong with them, and what ingest would do; exit 1 if any cannot be used."""
+    from pipeline.inspect import inspect, show
+
+    inspection = inspect(sources, medium=medium, tolerance=tolerance, every=every)
+    show(inspection, console)
+    if inspection.refused:
+        raise typer.Exit(1)
 
 
 @app.command(

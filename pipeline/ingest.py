@@ -644,7 +644,7 @@ def _media(output: Place) -> set[str]:
     """What an observation's files have their wavelengths in."""
     names = [f"wavelength_{line}" for line in LINES]
     arrays = (zarr.open_array(output.zarr, path=name, mode="r") for name in names)
-    return {str(array.attrs["medium_of_files"]) for array in arrays}
+    return {str(array.attrs.get("medium_of_files", "vacuum")) for array in arrays}
 
 
 def _references(attrs: dict[str, Any]) -> tuple[Reference, Reference]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -22,9 +23,11 @@ __all__ = [
     "Cube",
     "ForeignFileError",
     "Frame",
+    "Look",
     "Medium",
     "Scan",
     "find_scans",
+    "look_into",
     "open_intensity",
     "open_wavelength_shift",
     "read_headers",
@@ -193,18 +196,12 @@ def find_scans(
     scans: list[Scan] = []
     passed_over: list[ForeignFileError] = []
     refused: list[InputError] = []
-    found: dict[Path, bool] = {}
-    for source in sources:
-        for path, named in _files(source):
-            file = path.resolve()
-            found[file] = found.get(file, False) or named
-    for file, named in found.items():
-        try:
-            scans.extend(read_scans(file, medium))
-        except ForeignFileError as refusal:
-            (refused if named else passed_over).append(refusal)
-        except InputError as refusal:
-            refused.append(refusal)
+    for look in look_into(sources, medium):
+        scans.extend(look.scans)
+        if isinstance(look.refusal, ForeignFileError) and not look.named:
+            passed_over.append(look.refusal)
+        elif look.refusal is not None:
+            refused.append(look.refusal)
     if len(refused) == 1:
         raise refused[0]
     if refused:
@@ -217,6 +214,57 @@ def find_scans(
             remedy="mend these files or leave them out",
         )
     return sorted(scans, key=lambda scan: (scan.line, scan.time, scan.path, scan.index)), passed_over
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a file turned out to be.
+
+    Attributes
+    ----------
+    path : Path
+        The file, its links resolved.
+    named : bool
+        Whether it was given by name or pattern, rather than found in a directory.
+    scans : tuple of Scan
+        Its scans; none if it was refused.
+    refusal : InputError or None
+        Why it was refused; a `ForeignFileError` if it is something else.
+    """
+
+    path: Path
+    named: bool
+    scans: tuple[Scan, ...]
+    refusal: InputError | None
+
+
+def look_into(sources: Sequence[str | Path], medium: Medium | None = None) -> Iterator[Look]:
+    """Look into each file among files, directories and patterns once, and refuse none.
+
+    Parameters
+    ----------
+    sources, medium
+        As for `find_scans`.
+
+    Yields
+    ------
+    Look
+
+    Raises
+    ------
+    InputError
+        A name or pattern that nothing has.
+    """
+    found: dict[Path, bool] = {}
+    for source in sources:
+        for path, named in _files(source):
+            file = path.resolve()
+            found[file] = found.get(file, False) or named
+    for file, named in found.items():
+        try:
+            yield Look(file, named, read_scans(file, medium), None)
+        except InputError as refusal:
+            yield Look(file, named, (), refusal)
 
 
 def _files(source: str | Path) -> Iterator[tuple[Path, bool]]:

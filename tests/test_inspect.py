@@ -1,0 +1,180 @@
+"""What `flarefield inspect` says of files whose every property is known, and of what is no scan."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from astropy.io import fits
+from rich.console import Console
+
+from pipeline.cli import main
+from pipeline.crisp.fchroma import write_fchroma
+from pipeline.crisp.wavelengths import vacuum_to_air
+from pipeline.inspect import inspect, show
+from tests.fchroma_files import (
+    CADENCE,
+    PAD,
+    START,
+    WAVELENGTH_CA8542,
+    WAVELENGTH_HALPHA,
+    rotated_field,
+    write_pair,
+)
+from tests.sstred_files import write_sstred
+
+REAL = Path(__file__).parents[2] / "shared" / "data" / "crisp"
+SHAPE = (40, 50)
+
+
+def said(inspection):
+    """The report as text without borders or line breaks, by the titles of its tables."""
+    console = Console(width=400, record=True, file=io.StringIO())
+    show(inspection, console)
+    return " ".join(console.export_text().replace("│", " ").split())
+
+
+@pytest.fixture
+def series(tmp_path):
+    """Four scans of both lines; after the third there is a gap of two cadences."""
+    for number in (0, 1, 2, 5):
+        write_pair(tmp_path, shape=SHAPE, number=number, seed=number, angle=20.0)
+    return tmp_path
+
+
+def test_a_series_is_told_about_together(series):
+    (series / "notes.fits").write_text("no scan")
+    inspection = inspect([series], tolerance=15.0)
+    assert [(group.scans[0].line, len(group.scans)) for group in inspection.groups] == [
+        ("halpha", 4),
+        ("ca8542", 4),
+    ]
+    assert all(len(group.looked_at) == 3 for group in inspection.groups)
+    assert all(len(group.looked_at) == 4 for group in inspect([series], tolerance=15.0, every=True).groups)
+    share = rotated_field(SHAPE, 20.0).mean()
+    assert inspection.groups[0].field == pytest.approx(share)
+    assert inspection.groups[0].found == ()
+    assert len(inspection.pairs) == 4
+    assert not inspection.refused
+    assert not inspection.unpaired
+    assert [Path(refusal.where).name for refusal in inspection.passed_over] == ["notes.fits"]
+    text = said(inspection)
+    for words in (
+        "H-alpha 6563: 4 scans, format fchroma",
+        "15, every 0.200 Angstrom, 6563.184 to 6565.984 in vacuum",
+        "in the file in vacuum, as the format defines",
+        "middle -0.026 Angstrom (-1.2 km/s) from rest, 6564.61",
+        "DN; saturated at 32767",
+        "every 11.54 s in the median",
+        "1 gap: 34.6 s after 2014-09-06T15:27:47",
+        "40 x 50 pixels (y, x) of 0.057 x 0.057 arcsec",
+        f"{100 * share:.0f} % of the frame",
+        "(-729.8, -313.4) arcsec, mu = 0.551",
+        "nothing wrong in the 3 scans looked at",
+        "4, their lines 5.01 s apart in the median, 5.01 at most",
+        "an observation of 4 x 40 x 50 pixels",
+        "notes.fits: not a FITS file",
+    ):
+        assert words in text, words
+
+
+def test_scans_in_air_with_cavity_errors(tmp_path):
+    rng = np.random.default_rng(1)
+    axis = WAVELENGTH_HALPHA[[0, 2, 5, 7, 9, 12, 14]]
+    cavity = rng.normal(0.0, 0.02, (3, *SHAPE))
+    cavity[:, 3, 4] = np.nan
+    times = 61000.0 + 20.0 * np.arange(3)[:, None] + 0.5 * np.arange(7)
+    path = write_sstred(
+        tmp_path / "cube.fits",
+        rng.uniform(1e-8, 2e-8, (3, 1, 7, *SHAPE)),
+        vacuum_to_air(axis),
+        times,
+        angle=30.0,
+        cavity=cavity,
+        pointing=(0.0, 0.0),
+        padding="nan",
+    )
+    inspection = inspect([path], tolerance=15.0)
+    (group,) = inspection.groups
+    known = cavity[np.isfinite(cavity)]
+    assert group.shift == pytest.approx((np.sqrt(np.mean(known**2)), np.abs(known).max()), rel=1e-3)
+    assert len(group.found) == 3
+    text = said(inspection)
+    for words in (
+        "H-alpha 6563: 3 scans, format sstred",
+        "7, 0.400 to 0.600 Angstrom apart, 6563.184 to 6565.984 in vacuum",
+        "in the file in air (6561.371 to 6564.171), as the format defines",
+        "from 'W m^-2 Hz^-1 sr^-1' in the file",
+        "a scan takes 3.00 s, first to last wavelength",
+        "turned by +30.00 degrees",
+        "100 % of the frame; NaN around it, as the file says",
+        "mu = 1.000",
+        f"root mean square {1000 * group.shift[0]:.1f} mA",
+        "1 pixels in the field have no wavelength correction",
+        "only one line is given: there is no ca8542 scan",
+    ):
+        assert words in text, words
+
+
+def test_what_is_wrong_is_counted(tmp_path):
+    rng = np.random.default_rng(2)
+    cube = rng.integers(1000, 2000, (15, *SHAPE))
+    field = rotated_field(SHAPE, 20.0)
+    cube[3, 20, 20:24] = 0
+    cube[5, 21, 21], cube[6, 21, 21], cube[5, 22, 25] = 32767, 32767, 32767
+    cube[8] = 1500
+    write_fchroma(tmp_path / "bad.fits", np.where(field, cube, PAD), WAVELENGTH_HALPHA, START)
+    (group,) = inspect([tmp_path], tolerance=15.0).groups
+    sentences = [sentence for _, sentence in group.found]
+    missing = WAVELENGTH_HALPHA[8] - 6564.61
+    assert sentences == [
+        f"no image at {missing:+.3f} Angstrom from the line's rest: one value everywhere, or none",
+        f"4 pixels of {field.sum()} in the field are zero or negative at some wavelength",
+        f"2 pixels of {field.sum()} in the field are saturated at some wavelength",
+    ]
+
+
+def test_what_ingest_would_refuse_and_leave_out(series):
+    extra = WAVELENGTH_CA8542[:20]
+    late = START + 40 * CADENCE
+    write_fchroma(series / "late.fits", np.full((15, *SHAPE), 1000), WAVELENGTH_HALPHA, late)
+    inspection = inspect([series], tolerance=15.0)
+    assert [scan.time for scan in inspection.unpaired] == [late]
+    assert "1 scans without a partner: halpha of 2014-09-06T15:35:05.600" in said(inspection)
+    write_fchroma(series / "short.fits", np.full((20, *SHAPE), 1000), extra, late)
+    inspection = inspect([series], tolerance=15.0)
+    assert "different wavelengths" in str(inspection.refusal)
+    assert len(inspection.groups) == 3
+    assert "would refuse" in said(inspection)
+
+
+def test_the_command(series, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["inspect", str(series)])
+    assert not ended.value.code
+    assert "an observation of 4 x 40 x 50 pixels" in capsys.readouterr().out
+    (series / "torn.fits").write_bytes(next(series.glob("*6563*")).read_bytes()[:9000])
+    fits.PrimaryHDU(np.zeros((3, 3))).writeto(series / "other.fits")
+    with pytest.raises(SystemExit) as ended:
+        main(["inspect", str(series), str(series / "other.fits")])
+    assert ended.value.code == 1
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.out + captured.err
+    text = " ".join(captured.out.split())
+    assert "torn.fits: the file is truncated" in text
+    assert "other.fits: a file of no format that is known" in text
+    assert "H-alpha 6563: 4 scans" in text
+    with pytest.raises(SystemExit) as ended:
+        main(["inspect", str(series / "*.sav")])
+    assert ended.value.code == 1
+    assert "no file matches" in capsys.readouterr().err
+
+
+@pytest.mark.observation
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real pair is not here")
+def test_the_real_pair():
+    text = said(inspect([REAL], tolerance=15.0))
+    for words in ("21 x 21 pixels", "mu = 0.551", "nothing wrong", "1, their lines 5.01 s apart"):
+        assert words in text
