@@ -7,9 +7,9 @@ many draws a wanted error takes is read from there.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -152,6 +152,86 @@ class Measurement:
     half_precision: bool = False
 
 
+Answer = Callable[[int, int, LatentKind, Sequence[float]], Array]
+"""Quantiles (observations, levels, numbers) in network units by draws, seed, kind of latents and levels."""
+
+
+class Truth(NamedTuple):
+    """What estimates are held against.
+
+    Attributes
+    ----------
+    quantiles : ndarray, shape (observations, scored levels, numbers)
+    spread : ndarray, shape (observations, numbers)
+        The posterior's.
+    scored : ndarray of bool, shape (observations, numbers)
+        Not where it has two states far apart (`FAR`).
+    """
+
+    quantiles: Array
+    spread: Array
+    scored: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, quantiles: Array) -> Truth:
+        """Take quantiles at `SCORED`, `SPREAD`, `TAILS`, shape (observations, 7, numbers), for the truth."""
+        found, spread, tails = np.split(quantiles, (len(SCORED), len(SCORED) + len(SPREAD)), axis=1)
+        half = 0.5 * (spread[:, 1] - spread[:, 0])
+        furthest = np.abs(tails - found[:, 1, None]).max(axis=1)
+        return cls(found, half, np.asarray(furthest <= FAR * half))
+
+    def error(self, found: Sequence[Array]) -> tuple[float, float]:
+        """Error of estimates: root mean square in units of the spread.
+
+        Parameters
+        ----------
+        found : sequence of ndarray, shape (observations, scored levels, numbers)
+            With several seeds.
+
+        Returns
+        -------
+        scored, all : float
+            Of the numbers that are scored, and of all.
+        """
+        square = np.mean(np.square(np.stack(found) - self.quantiles), axis=(0, 2)) / self.spread**2
+        return float(np.sqrt(square[self.scored].mean())), float(np.sqrt(square.mean()))
+
+
+def error_curves(
+    answer: Answer,
+    *,
+    kinds: Sequence[LatentKind] = DRAWN,
+    ladder: Sequence[int] = LADDER,
+    tuned: Sequence[int] = (),
+    seeds: int = 4,
+    truth_draws: int = 16384,
+    truth_kind: LatentKind = "sobol",
+) -> QuantileErrors:
+    """Measure the error of quantiles against those of very many draws.
+
+    Parameters
+    ----------
+    answer : callable
+        Makes the quantiles.
+    kinds, ladder : sequence
+        Kinds of latents and numbers of draws.
+    tuned : sequence of int
+        Numbers of draws of which there are tuned latents.
+    seeds : int
+        Times that each is drawn.
+    truth_draws, truth_kind
+        Draws that count as the truth.
+    """
+    truth = Truth.of(answer(truth_draws, TRUTH_SEED, truth_kind, (*SCORED, *SPREAD, *TAILS)))
+    curves: dict[str, dict[int, float]] = {}
+    all_curves: dict[str, dict[int, float]] = {}
+    for kind, numbers, times in (("tuned", tuned, 1), *((kind, ladder, seeds) for kind in kinds)):
+        for draws in numbers:
+            error = truth.error([answer(draws, seed, kind, SCORED) for seed in range(times)])
+            curves.setdefault(kind, {})[draws], all_curves.setdefault(kind, {})[draws] = error
+    return QuantileErrors(curves, all_curves, float(truth.scored.mean()))
+
+
 def quantile_errors(
     model: Network,
     lines: Array,
@@ -163,7 +243,7 @@ def quantile_errors(
     seeds: int = 4,
     truth_draws: int = 16384,
 ) -> QuantileErrors:
-    """Measure the error of quantiles against those of very many draws of the same network.
+    """Measure the error of a network's quantiles against those of very many of its own draws.
 
     Parameters
     ----------
@@ -171,16 +251,8 @@ def quantile_errors(
         If it has tuned latents, all their sets are measured, too.
     lines, mu, calibration_error : ndarray
         Observations, as for `inn.posterior.posterior_quantiles`.
-    kinds, ladder : sequence
-        Kinds of latents and numbers of draws.
-    seeds : int
-        Times that each is drawn.
-    truth_draws : int
-        Sobol points that count as the truth.
-
-    Returns
-    -------
-    QuantileErrors
+    kinds, ladder, seeds, truth_draws
+        As for `error_curves`.
     """
 
     def answer(draws: int, seed: int, kind: LatentKind, levels: Sequence[float]) -> Array:
@@ -193,32 +265,14 @@ def quantile_errors(
             quantiles=levels,
             seed=seed,
             latent=kind,
+            # Batches are filled up, which is dear for few observations.
             batch_rows=max(draws, min(BATCH_ROWS, draws * len(lines))),
         )
         return scale_atmosphere(*(found[quantity].astype(np.float64) for quantity in QUANTITIES))
 
-    levels = (*SCORED, *SPREAD, *TAILS)
-    low, middle, high, first, second, *tails = np.moveaxis(
-        answer(truth_draws, TRUTH_SEED, "sobol", levels), 1, 0
-    )
-    spread, truth = 0.5 * (second - first), np.stack((low, middle, high), axis=1)
-    scored = np.all([np.abs(tail - middle) <= FAR * spread for tail in tails], axis=0)
-    curves: dict[str, dict[int, float]] = {}
-    all_curves: dict[str, dict[int, float]] = {}
-
-    def measure(kind: LatentKind, draws: int, seeds: int) -> None:
-        errors = [answer(draws, seed, kind, SCORED) - truth for seed in range(seeds)]
-        square = np.mean(np.square(errors), axis=(0, 2)) / spread**2
-        curves.setdefault(kind, {})[draws] = float(np.sqrt(square[scored].mean()))
-        all_curves.setdefault(kind, {})[draws] = float(np.sqrt(square.mean()))
-
-    if isinstance(tuned := getattr(model, "latents", None), TunedLatents):
-        for draws in tuned.draws:
-            measure("tuned", draws, 1)
-    for kind in kinds:
-        for draws in ladder:
-            measure(kind, draws, seeds)
-    return QuantileErrors(curves, all_curves, float(scored.mean()))
+    tuned = getattr(model, "latents", None)
+    sets = tuned.draws if isinstance(tuned, TunedLatents) else ()
+    return error_curves(answer, kinds=kinds, ladder=ladder, tuned=sets, seeds=seeds, truth_draws=truth_draws)
 
 
 def precision_error(

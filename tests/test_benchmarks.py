@@ -18,16 +18,12 @@ from benchmarks.emulator import (
 from benchmarks.posterior import (
     DRAWS,
     LEVELS,
-    TAILS,
     draws_needed,
     freia_network,
-    quantile_error,
     random_joint,
     reference,
-    truth_of,
 )
 from benchmarks.training import products
-from scipy.special import ndtri
 from torch import nn
 
 from inn.layout import HEIGHTS
@@ -50,7 +46,7 @@ def test_the_operations_of_a_step_are_those_of_its_matrix_products():
     # Forward; the gradients of both weights, and of the hidden layer. The input needs none.
     first, second, stacked = 2 * 11 * 7 * 5, 2 * 11 * 5 * 3, 2 * 4 * 6 * 2 * 9
     assert operations == 2 * first + 3 * second + stacked
-    assert sizes == {
+    assert {size[:4]: count for size, count in sizes.items()} == {
         (1, 11, 7, 5): 1, (1, 11, 5, 3): 1, (1, 3, 11, 5): 1, (1, 11, 3, 5): 1, (1, 5, 11, 7): 1,
         (4, 6, 2, 9): 1,
     }  # fmt: skip
@@ -135,30 +131,6 @@ def test_the_velocity_alone_can_come_from_points(sample):
     np.testing.assert_allclose(
         atmosphere.velocity(points, heights), atmosphere.velocity(from_points(sample), heights), atol=0.05
     )
-
-
-def test_quantile_errors_of_gaussian_draws_are_those_of_theory():
-    # Normal posteriors of other means and spreads; the quantile's error is sqrt(p (1 - p) / n) / density.
-    random = np.random.default_rng(0)
-    mean, spread = random.normal(size=(1, 400)), np.exp(random.normal(size=(1, 400)))
-    deviates = ndtri(np.array(LEVELS + TAILS))[:, None]
-    truth = truth_of(mean[:, None] + spread[:, None] * deviates)
-    assert truth.scored.all()
-    np.testing.assert_allclose(truth.spread, spread * ndtri(0.84))
-    drawn = mean + spread * random.normal(size=(20, 256, 400))
-    found = [np.quantile(values, LEVELS, axis=0)[None] for values in drawn]
-    level = np.array([0.05, 0.5, 0.95])
-    density = np.exp(-0.5 * ndtri(level) ** 2) / np.sqrt(2.0 * np.pi)
-    expected = np.sqrt(np.mean(level * (1.0 - level) / 256 / density**2)) / ndtri(0.84)
-    assert quantile_error(found, truth) == pytest.approx(expected, rel=0.05)
-
-
-def test_posteriors_of_two_states_far_apart_are_not_scored():
-    near, far = np.array([-2.05, -1.64, -1.0, 0.0, 1.0, 1.64, 2.05]), np.full(7, 50.0)
-    values = np.stack((near, np.where(near > 1.5, far, near)), axis=-1)[None]
-    truth = truth_of(values[:, [1, 2, 3, 4, 5, 0, 6]])
-    assert truth.scored.tolist() == [[True, False]]
-    assert quantile_error([truth.quantiles + np.array([0.5, 100.0])], truth) == pytest.approx(0.5)
 
 
 def test_the_fewest_draws_that_are_good_enough():

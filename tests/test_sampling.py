@@ -8,7 +8,7 @@ from test_distillation import Gaussian
 
 from inn.errors import MisuseError
 from inn.latent import TunedLatents
-from inn.sampling import Sampling, choose_sampling, quantile_errors
+from inn.sampling import SCORED, SPREAD, TAILS, Sampling, Truth, choose_sampling, quantile_errors
 
 CURVES = {
     "tuned": {"16": 0.2, "32": 0.12, "64": 0.08},
@@ -97,3 +97,28 @@ def test_errors_of_gaussian_posteriors_are_those_of_their_order_statistics():
         spread = 0.5 * (norm.ppf(0.84) - norm.ppf(0.16))
         assert error == pytest.approx(np.sqrt(variance.mean()) / spread, rel=0.12)
     assert found.to_json()["errors"]["tuned"].keys() == {"16"}
+
+
+def test_the_error_of_gaussian_draws_is_that_of_theory():
+    # Normal posteriors of other means and spreads; a quantile's error is sqrt(p (1 - p) / n) / density.
+    random = np.random.default_rng(0)
+    mean, spread = random.normal(size=(1, 400)), np.exp(random.normal(size=(1, 400)))
+    deviates = norm.ppf((*SCORED, *SPREAD, *TAILS))[:, None]
+    truth = Truth.of(mean[:, None] + spread[:, None] * deviates)
+    assert truth.scored.all()
+    np.testing.assert_allclose(truth.spread, spread * norm.ppf(0.84))
+    drawn = mean + spread * random.normal(size=(20, 256, 400))
+    found = [np.quantile(values, SCORED, axis=0)[None] for values in drawn]
+    level = np.array(SCORED)
+    expected = np.sqrt(np.mean(level * (1.0 - level) / 256 / norm.pdf(norm.ppf(level)) ** 2)) / norm.ppf(0.84)
+    scored, everything = truth.error(found)
+    assert scored == everything == pytest.approx(expected, rel=0.05)
+
+
+def test_posteriors_of_two_states_far_apart_are_not_scored():
+    near, far = norm.ppf((*SCORED, *SPREAD, *TAILS)), np.full(7, 50.0)
+    truth = Truth.of(np.stack((near, np.where(near > 1.5, far, near)), axis=-1)[None])
+    assert truth.scored.tolist() == [[True, False]]
+    scored, everything = truth.error([truth.quantiles + np.array([0.5, 100.0])])
+    assert scored == pytest.approx(0.5 / norm.ppf(0.84))
+    assert everything == pytest.approx(np.sqrt((0.5**2 + 100.0**2) / 2) / norm.ppf(0.84))

@@ -3,28 +3,27 @@
 The reference draws as the authors' tool does: FrEIA's network, two pixels a call, an inverse and a forward
 pass for every one of 128 Gaussian draws, median and median absolute deviation in NumPy. Beside it stand the
 same weights drawn by `inn.posterior_quantiles`, the recommended network, and a coupling flow of zuko with the
-recommended network's sizes. All answer observations of the bundled grid's test part, and each has its best
-number of threads.
+recommended network's sizes. All answer observations of the bundled grid's test part. Each is measured in one
+process with all threads, and in a process for each core, as the map engine runs; the better one counts.
 
-What draws cost means little without what they are worth. The quantile error is the root mean square, over
-pixels, heights and quantities, of estimated minus true quantiles at 5, 50 and 95 %, in units of half the
-distance between the true 16 and 84 % quantiles; the truth is 65,536 draws of the same network. Where a
-posterior has two states far apart and one of them holds about 5 %, that quantile lies in the gap between
-them, where no number of draws finds it: numbers whose true 2 or 98 % quantile is more than ten such units
-from the median are left out, and their share is printed. The draws that a network needs are the fewest whose
-error is not above that of 128 Gaussian draws, of the reference and of the network itself.
+What draws cost means little without what they are worth. The quantile error is that of `inn.sampling`: root
+mean square, over pixels, heights and quantities, of estimated minus true quantiles at 5, 50 and 95 %, in
+units of half the distance between the true 16 and 84 % quantiles; the truth is 65,536 draws of the same
+network. Numbers with two states far apart, whose 5 or 95 % quantile no number of draws finds, are left out of
+the first table and are in the second one. The draws that a network needs are the fewest whose error is not
+above that of 128 Gaussian draws, of the reference and of the network itself.
 
 The ceiling is what a machine would reach that did nothing but the matrix products: random matrices of the
-very same sizes, multiplied as often, in the same run. Where there is a CUDA device, both networks stand in
-the table once more, on it (those rows have never been filled).
+very same sizes and precision, multiplied as often, in the same run. Where there is a CUDA device, both
+networks stand in the table once more, on it (those rows have never been filled).
 
 Run with ``make bench``; ``--seconds`` bounds each measurement of speed.
 """
 
 import argparse
-import copy
 import json
 import math
+import multiprocessing
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -46,8 +45,10 @@ from torch import nn
 import inn
 from inn.conditional import ConditionalNetwork
 from inn.joint import JointNetwork
-from inn.layout import QUANTITIES, Layout
-from inn.scaling import scale_atmosphere
+from inn.layout import Layout
+from inn.posterior import BATCH_ROWS
+from inn.precision import multiplies_bfloat16
+from inn.sampling import error_curves, precision_error, quantile_errors
 from pipeline.grids.store import BUNDLED_GRID
 from pipeline.training_set import open_parts
 from tests.benchmarks.training import peak, products
@@ -56,12 +57,8 @@ WIDTH = 384
 DRAWS = 128
 TRUTH_DRAWS = 65536
 LADDER = (16, 32, 48, 64, 96, 128, 256, 512)
-KINDS = ("gaussian", "sobol", "balanced")
 LEVELS = (0.05, 0.16, 0.5, 0.84, 0.95)
-SCORED = [0, 2, 4]
-LOW, MEDIAN, HIGH = 1, 2, 3
-TAILS = (0.02, 0.98)
-FAR = 10.0
+LOW, HIGH = 1, 3
 
 Array = NDArray[np.floating]
 
@@ -222,102 +219,107 @@ def ours(model: nn.Module, observed: Observed, **settings: Any) -> dict[str, Arr
 # Accuracy
 
 
-class Truth(NamedTuple):
-    """What estimates are held against.
-
-    Attributes
-    ----------
-    quantiles : ndarray, shape (pixels, levels, numbers)
-        Network units.
-    scored : ndarray of bool, shape (pixels, numbers)
-        Not where the posterior has two states far apart.
-    """
-
-    quantiles: Array
-    scored: NDArray[np.bool_]
-
-    @property
-    def spread(self) -> Array:
-        """Half the distance between the 16 and 84 % quantiles, shape (pixels, numbers)."""
-        return 0.5 * (self.quantiles[:, HIGH] - self.quantiles[:, LOW])
-
-
-def truth_of(quantiles: Array) -> Truth:
-    """Take quantiles (pixels, levels and tails, numbers) of many draws for the truth."""
-    found, tails = quantiles[:, : len(LEVELS)], quantiles[:, len(LEVELS) :]
-    spread = 0.5 * (found[:, HIGH] - found[:, LOW])
-    return Truth(found, (np.abs(tails - found[:, MEDIAN, None]) <= FAR * spread[:, None]).all(axis=1))
-
-
-def quantile_error(found: Sequence[Array], truth: Truth) -> float:
-    """Root mean square error at 5, 50 and 95 %, in units of the posterior's own spread.
-
-    Parameters
-    ----------
-    found : sequence of ndarray, shape (pixels, levels, numbers)
-        Estimates with several seeds, in network units.
-    truth : Truth
-    """
-    errors = np.stack(found)[:, :, SCORED] - truth.quantiles[:, SCORED]
-    relative = errors.swapaxes(1, 2)[..., truth.scored] / truth.spread[truth.scored]
-    return float(np.sqrt(np.mean(np.square(relative))))
-
-
 def draws_needed(errors: Mapping[int, float], wanted: float) -> int | None:
     """Fewest draws whose error is not above the one wanted; None if there are none."""
     return min((draws for draws, error in errors.items() if error <= wanted), default=None)
 
 
-Answer = Callable[[int, int, str, tuple[float, ...]], Array]
-"""Quantiles (pixels, levels, numbers) by draws, seed, kind of latent and levels."""
-
-
-def answers(model: nn.Module, observed: Observed) -> Answer:
-    """Quantiles of one of our networks, in network units."""
-
-    def answer(draws: int, seed: int, latent: str, levels: tuple[float, ...]) -> Array:
-        # Batches are filled up, which is dear for few pixels.
-        rows = max(draws, min(4096, draws * len(observed.lines)))
-        found = ours(
-            model, observed, draws=draws, seed=seed, latent=latent, quantiles=levels, batch_rows=rows
-        )
-        return scale_atmosphere(*(found[quantity].astype(np.float64) for quantity in QUANTITIES))
-
-    return answer
-
-
-Curves = dict[str, dict[int, float]]
-"""Quantile error by kind of latent and by number of draws."""
-
-
-def error_curves(answer: Answer, kinds: Sequence[str], seeds: int, truth_draws: int) -> tuple[Curves, float]:
-    """Quantile errors, and the share of numbers that is scored."""
-    truth = truth_of(answer(truth_draws, 10**6, kinds[-1], LEVELS + TAILS))
-    curves = {
-        kind: {
-            draws: quantile_error([answer(draws, seed, kind, LEVELS) for seed in range(seeds)], truth)
-            for draws in LADDER
-        }
-        for kind in kinds
-    }
-    return curves, float(truth.scored.mean())
+def error_table(title: str, curves: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Table:
+    """Quantile error by draws."""
+    ladder = sorted({draws for kinds in curves.values() for errors in kinds.values() for draws in errors})
+    table = Table(title=title)
+    for heading in ("network", "draws of kind", *map(str, ladder)):
+        table.add_column(heading, justify="left" if heading in ("network", "draws of kind") else "right")
+    for name, kinds in curves.items():
+        for row, (kind, errors) in enumerate(kinds.items()):
+            shown = (f"{errors[draws]:.3f}" if draws in errors else "" for draws in ladder)
+            table.add_row("" if row else name, kind, *shown, end_section=row == len(kinds) - 1)
+    return table
 
 
 # Speed
 
 
-def pixels_per_second(
-    work: Callable[[Observed], object], observed: Observed, threads: int, seconds: float
-) -> float:
+@dataclass(frozen=True)
+class Job:
+    """What is timed; a process makes its own.
+
+    Attributes
+    ----------
+    what : {"reference", "published", "recommended", "zuko"}
+    pixels : int
+        In one call: whole batches, so that nothing is computed to fill one up.
+    draws, latent, precision
+        As for `inn.posterior_quantiles`.
+    device : str
+    joint : Path or None
+        A trained joint network in place of random weights.
+    """
+
+    what: str
+    pixels: int
+    draws: int
+    latent: str
+    precision: str = "float32"
+    device: str = "cpu"
+    joint: Path | None = None
+
+    def work(self) -> Callable[[], object]:
+        """Make what is timed."""
+        observed = observations(min(self.pixels, 256)).first(self.pixels)
+        if self.what == "zuko":
+            flow = ZukoPosterior(inn.load_model()).eval()
+            return partial(flow.quantiles, observed, draws=self.draws)
+        if self.what == "recommended":
+            model: nn.Module = inn.load_model()
+        else:
+            model = random_joint() if self.joint is None else inn.load_model(self.joint)
+        if self.what == "reference":
+            assert isinstance(model, JointNetwork)
+            return partial(reference, freia_network(model), observed.lines)
+        settings = {"draws": self.draws, "latent": self.latent, "precision": self.precision}
+        return partial(ours, model.to(self.device), observed, **settings)
+
+
+def pixels_per_second(work: Callable[[], object], pixels: int, threads: int, seconds: float) -> float:
     """Rate of `work`, after one call to warm up; the best of the repeats."""
     torch.set_num_threads(threads)
-    work(observed)
+    work()
     best, end = 0.0, time.perf_counter() + seconds
     while time.perf_counter() < end or best == 0.0:
         start = time.perf_counter()
-        work(observed)
-        best = max(best, len(observed.lines) / (time.perf_counter() - start))
+        work()
+        best = max(best, pixels / (time.perf_counter() - start))
     return best
+
+
+def _alone(job: Job, seconds: float, barrier: Any, answers: Any) -> None:
+    """Work in a process of its own, with one thread, while others do the same."""
+    torch.set_num_threads(1)
+    work = job.work()
+    work()
+    barrier.wait()
+    best, end = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < end or best == 0.0:
+        start = time.perf_counter()
+        work()
+        best = max(best, job.pixels / (time.perf_counter() - start))
+    answers.put(best)
+
+
+def pixels_per_second_of_processes(job: Job, processes: int, seconds: float) -> float:
+    """Rate of as many processes at once, one thread each: the sum of their best."""
+    context = multiprocessing.get_context("spawn")
+    barrier, answers = context.Barrier(processes), context.Queue()
+    workers = [
+        context.Process(target=_alone, args=(job, seconds, barrier, answers)) for _ in range(processes)
+    ]
+    for worker in workers:
+        worker.start()
+    rate = sum(answers.get() for _ in workers)
+    for worker in workers:
+        worker.join()
+    return float(rate)
 
 
 @dataclass(frozen=True)
@@ -328,7 +330,7 @@ class Speed:
     draws: int
     latent: str
     error: float
-    threads: int
+    ran: str
     rate: float
     operations: float
     """Floating-point operations of the matrix products, per pixel."""
@@ -341,54 +343,31 @@ class Speed:
         return self.peak / self.operations
 
 
-def speed(
-    what: str,
-    work: Callable[[Observed], object],
-    observed: Observed,
-    seconds: float,
-    *,
-    draws: int,
-    latent: str,
-    error: float,
-    device: str = "cpu",
-) -> Speed:
-    """Measure `work` with one thread and with all, and the products it consists of."""
-    rates = {
-        threads: pixels_per_second(work, observed, threads, seconds)
-        for threads in sorted({1, os.cpu_count() or 1})
-    }
-    threads = max(rates, key=rates.__getitem__)
-    torch.set_num_threads(threads)
-    operations, sizes = products(partial(work, observed))
-    return Speed(
-        what,
-        draws,
-        latent,
-        error,
-        threads,
-        rates[threads],
-        operations / len(observed.lines),
-        peak(sizes, torch.device(device), seconds),
-    )
+def speed(what: str, job: Job, seconds: float, error: float) -> Speed:
+    """Measure a job in one process and in one for each core, and the products it consists of."""
+    cores = os.cpu_count() or 1
+    work = job.work()
+    rates = {f"{cores} threads": pixels_per_second(work, job.pixels, cores, seconds)}
+    if job.device == "cpu" and cores > 1:
+        rates[f"{cores} processes"] = pixels_per_second_of_processes(job, cores, seconds)
+    ran = max(rates, key=rates.__getitem__)
+    torch.set_num_threads(1 if ran.endswith("processes") else cores)
+    operations, sizes = products(work)
+    highest = peak(sizes, torch.device(job.device), seconds) * (cores if ran.endswith("processes") else 1)
+    return Speed(what, job.draws, job.latent, error, ran, rates[ran], operations / job.pixels, highest)
 
 
-def error_table(curves: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Table:
-    """Quantile error by draws."""
-    table = Table(title="Quantile error (5, 50 and 95 %) over the posterior's own spread")
-    for heading in ("network", "draws of kind", *map(str, LADDER)):
-        table.add_column(heading, justify="left" if heading in ("network", "draws of kind") else "right")
-    for name, kinds in curves.items():
-        for row, (kind, errors) in enumerate(kinds.items()):
-            shown = (f"{errors[draws]:.3f}" if draws in errors else "" for draws in LADDER)
-            table.add_row("" if row else name, kind, *shown, end_section=row == len(kinds) - 1)
-    return table
+def whole_batches(draws: int, pixels: int) -> int:
+    """About so many pixels, in whole batches."""
+    batch = max(1, BATCH_ROWS // draws)
+    return batch * max(1, round(pixels / batch))
 
 
 def speed_table(speeds: Sequence[Speed]) -> Table:
     """Rates, as ratios over the first."""
     table = Table(title="Speed (the first row is the reference)")
     for heading in (
-        "what", "draws", "error", "threads", "pixels/s", "over the reference", "MFLOP/pixel", "GFLOP/s",
+        "what", "draws", "error", "ran in", "pixels/s", "over the reference", "MFLOP/pixel", "GFLOP/s",
         "peak, same sizes", "share of it", "ceiling over the reference",
     ):  # fmt: skip
         table.add_column(heading, justify="left" if heading == "what" else "right")
@@ -398,7 +377,7 @@ def speed_table(speeds: Sequence[Speed]) -> Table:
             each.what,
             f"{each.draws} {each.latent}",
             f"{each.error:.3f}",
-            str(each.threads),
+            each.ran,
             f"{each.rate:,.1f}",
             f"{each.rate / speeds[0].rate:,.1f} x",
             f"{1e-6 * each.operations:,.1f}",
@@ -427,71 +406,87 @@ def main() -> None:
     observed = observations(options.pixels)
     joint = random_joint() if options.joint is None else inn.load_model(options.joint)
     recommended = inn.load_model()
-    freia = freia_network(joint)
     flow = ZukoPosterior(recommended).eval()
 
     torch.set_num_threads(os.cpu_count() or 1)
-    truth_draws = options.truth_draws
-    few = observed.first(options.joint_pixels)
-    measured_on = {
-        "published": (answers(joint, few), KINDS),
-        "recommended": (answers(recommended, observed), KINDS),
-        "zuko": (
-            lambda draws, seed, _, levels: flow.quantiles(observed, draws, seed, levels),
-            ("gaussian",),
+    measuring: dict[str, Any] = {
+        "seeds": options.seeds, "truth_draws": options.truth_draws, "ladder": LADDER
+    }  # fmt: skip
+    errors = {
+        "published": quantile_errors(joint, *observed.first(options.joint_pixels), **measuring),
+        "recommended": quantile_errors(recommended, *observed, **measuring),
+        "zuko": error_curves(
+            lambda draws, seed, _, levels: flow.quantiles(observed, draws, seed, tuple(levels)),
+            kinds=("gaussian",),
+            truth_kind="gaussian",
+            **measuring,
         ),
     }
-    curves: dict[str, Curves] = {}
-    scored: dict[str, float] = {}
-    for name, (answer, kinds) in measured_on.items():
-        curves[name], scored[name] = error_curves(answer, kinds, options.seeds, truth_draws)
-    console = Console(width=160)
-    console.print(error_table(curves))
+    console = Console(width=170)
+    unit = "quantile error (5, 50 and 95 %) over the posterior's own spread"
     console.print(
-        "left out: " + ", ".join(f"{name} {100 * (1 - share):.1f} %" for name, share in scored.items())
+        error_table(f"{unit}, without two states far apart", {n: e.curves for n, e in errors.items()})
+    )
+    console.print("left out: " + ", ".join(f"{n} {100 * (1 - e.scored):.1f} %" for n, e in errors.items()))
+    console.print(error_table(f"{unit}, all numbers", {n: e.all_curves for n, e in errors.items()}))
+    changed = {
+        "published": precision_error(joint, *observed.first(options.joint_pixels)),
+        "recommended": precision_error(recommended, *observed),
+    }
+    console.print(
+        "change by products in bfloat16, in the same units: "
+        + ", ".join(f"{name} {change:.4f}" for name, change in changed.items())
     )
 
-    def measured(what: str, work: Callable[[Observed], object], pixels: int, **told: object) -> Speed:
-        return speed(what, work, observed.first(pixels), options.seconds, **told)
-
-    known = curves["published"]["gaussian"][DRAWS]
+    known = errors["published"].curves["gaussian"][DRAWS]
     speeds = [
-        measured(
+        speed(
             "FrEIA, two pixels a call, round trips",
-            lambda block: reference(freia, block.lines), 8, draws=DRAWS, latent="gaussian", error=known,
+            Job("reference", 8, DRAWS, "gaussian", joint=options.joint), options.seconds, known,
         )
     ]  # fmt: skip
-    places = [("published", joint, 64, "cpu"), ("recommended", recommended, 512, "cpu")]
+    half = multiplies_bfloat16("cpu")
+    places = [("published", 42, "cpu", half), ("recommended", 512, "cpu", half)]
     if torch.cuda.is_available():
         places += [
-            (name, copy.deepcopy(model).to("cuda"), pixels, "cuda")
-            for name, model, pixels in (("published", joint, 4096), ("recommended", recommended, 32768))
+            (name, pixels, "cuda", True) for name, pixels in (("published", 4096), ("recommended", 32768))
         ]
-    for name, model, pixels, device in places:
+    for name, pixels, device, halves in places:
         # No worse than the reference, and no worse than its number of draws would be here.
-        wanted = min(known, curves[name]["gaussian"][DRAWS])
-        chosen = {(DRAWS, "gaussian")}
-        for kind, errors in curves[name].items():
-            needed = draws_needed(errors, wanted)
-            if needed is not None:
-                chosen.add((needed, kind))
-        for draws, kind in sorted(chosen, reverse=True):
+        curves = errors[name].curves
+        wanted = min(known, curves["gaussian"][DRAWS])
+        chosen = {(DRAWS, "gaussian", "float32")}
+        for kind, by_draws in curves.items():
+            if (needed := draws_needed(by_draws, wanted)) is not None:
+                chosen.add((needed, kind, "float32"))
+        if halves:
+            fewest = min(chosen - {(DRAWS, "gaussian", "float32")}, default=(DRAWS, "gaussian", "float32"))
+            chosen.add((fewest[0], fewest[1], "bfloat16"))
+        for draws, kind, precision in sorted(chosen, reverse=True):
+            error = curves[kind][draws]
+            if precision == "bfloat16":  # independent errors
+                error = math.hypot(error, changed[name])
             speeds.append(
-                measured(
-                    f"{name} network" + (", one GPU" if device == "cuda" else ""),
-                    partial(ours, model, draws=draws, latent=kind), pixels,
-                    draws=draws, latent=kind, error=curves[name][kind][draws], device=device,
+                speed(
+                    f"{name} network" + (", one GPU" if device == "cuda" else "")
+                    + (", bfloat16 products" if precision == "bfloat16" else ""),
+                    Job(name, whole_batches(draws, pixels), draws, kind, precision, device, options.joint),
+                    options.seconds, error,
                 )
             )  # fmt: skip
     speeds.append(
-        measured(
-            "zuko, the recommended network's sizes", partial(flow.quantiles, draws=DRAWS), 128,
-            draws=DRAWS, latent="gaussian", error=curves["zuko"]["gaussian"][DRAWS],
+        speed(
+            "zuko, the recommended network's sizes", Job("zuko", 128, DRAWS, "gaussian"), options.seconds,
+            errors["zuko"].curves["gaussian"][DRAWS],
         )
     )  # fmt: skip
     console.print(speed_table(speeds))
     if options.output is not None:
-        written = {"errors": curves, "scored": scored, "speeds": [asdict(each) for each in speeds]}
+        written = {
+            "errors": {name: error.to_json() for name, error in errors.items()},
+            "bfloat16": changed,
+            "speeds": [asdict(each) for each in speeds],
+        }
         options.output.write_text(json.dumps(written, indent=1) + "\n")
 
 

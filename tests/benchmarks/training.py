@@ -26,11 +26,22 @@ from inn.training import Trainer
 from pipeline.grids.store import BUNDLED_GRID
 from pipeline.recipes import RECIPES, make_training
 
-Size = tuple[int, int, int, int]
-"""Matrices (or 1), rows, inner length, columns of a product."""
+Size = tuple[int, int, int, int, torch.dtype]
+"""Matrices (or 1), rows, inner length, columns of a product, and the precision of its factors."""
 
 aten = torch.ops.aten
-LARGE: Size = (1, 2048, 2048, 2048)
+LARGE: Size = (1, 2048, 2048, 2048, torch.float32)
+
+
+def math_shape(left: torch.Tensor, right: torch.Tensor) -> tuple[int, int, int, int]:
+    """Matrices, rows, inner length and columns of a product."""
+    return math.prod(left.shape[:-2]), left.shape[-2], left.shape[-1], right.shape[-1]
+
+
+def operations_of(size: Size) -> int:
+    """Floating-point operations of a product."""
+    batch, rows, inner, columns, _ = size
+    return 2 * batch * rows * inner * columns
 
 
 def products(step: Callable[[], object]) -> tuple[int, Counter[Size]]:
@@ -38,12 +49,13 @@ def products(step: Callable[[], object]) -> tuple[int, Counter[Size]]:
     sizes: Counter[Size] = Counter()
 
     def counting(skipped: int) -> Callable[..., int]:
-        def operations(*shapes: tuple[int, ...], **_: object) -> int:
-            left, right = shapes[skipped : skipped + 2]
-            size = (math.prod(left[:-2]), left[-2], left[-1], right[-1])
+        def operations(*factors: torch.Tensor, **_: object) -> int:
+            left, right = factors[skipped : skipped + 2]
+            size = (*math_shape(left, right), left.dtype)
             sizes[size] += 1
-            return 2 * math.prod(size)
+            return operations_of(size)
 
+        operations._get_raw = True  # the counter passes tensors on, not their shapes alone
         return operations
 
     # What is added to a product comes first in the arguments of these.
@@ -60,8 +72,8 @@ def products(step: Callable[[], object]) -> tuple[int, Counter[Size]]:
 
 def product_seconds(size: Size, device: torch.device, seconds: float) -> float:
     """Best time of one product of random matrices, one after the other as in a step."""
-    batch, rows, inner, columns = size
-    left, right = torch.randn(batch, rows, inner), torch.randn(batch, inner, columns)
+    batch, rows, inner, columns, dtype = size
+    left, right = torch.randn(batch, rows, inner).to(dtype), torch.randn(batch, inner, columns).to(dtype)
     if batch == 1:
         left, right = left[0], right[0]
     left, right = left.to(device), right.to(device)
@@ -80,7 +92,7 @@ def peak(sizes: Counter[Size], device: torch.device, seconds: float) -> float:
     # One product of many sizes in the time of all: what matters is the sum.
     each = seconds / len(sizes)
     spent = sum(count * product_seconds(size, device, each) for size, count in sizes.items())
-    return sum(2 * math.prod(size) * count for size, count in sizes.items()) / spent
+    return sum(operations_of(size) * count for size, count in sizes.items()) / spent
 
 
 def synchronise(device: torch.device) -> None:
@@ -129,7 +141,7 @@ def main() -> None:
             taken = step_seconds(trainer, device, options.seconds)
             # Right after, so that a machine that is shared is the same one for both.
             same = peak(sizes, device, options.seconds)
-            large = 2 * math.prod(LARGE) / product_seconds(LARGE, device, 0.1 * options.seconds)
+            large = operations_of(LARGE) / product_seconds(LARGE, device, 0.1 * options.seconds)
             rate = operations / taken
             table.add_row(
                 f"{name}: {stage}",
