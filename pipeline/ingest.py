@@ -43,6 +43,7 @@ from pipeline.registration import (
     find_shift,
     move_mask,
     move_values,
+    read_block,
     resample,
 )
 from pipeline.replacement import discard, finish_swaps, replacement, replacements, swap
@@ -331,7 +332,10 @@ def _write(
     pair = task.pair
     # Where the displacement is not known Ca II stays as it is: a shift of zero resamples nothing.
     moved = shift if shift.applied else Shift(0.0, 0.0, shift.confidence)
-    halpha, ca8542, valid = (_array(group, name) for name in (*LINES, "valid"))
+    # Whether a chunk is empty costs more to find out than it saves.
+    halpha, ca8542, valid = (
+        _array(group, name).with_config({"write_empty_chunks": True}) for name in (*LINES, "valid")
+    )
     overlap = fields[0] & move_mask(fields[1], moved)
     usable = dict.fromkeys(LINES, False)
     rows, columns = pair.halpha.shape
@@ -344,9 +348,9 @@ def _write(
             else:
                 other = _as_it_is(cubes[1], fields[1], y, x)
             for array, block, scan in ((halpha, own, pair.halpha), (ca8542, other, pair.ca8542)):
-                with np.errstate(invalid="ignore"):
-                    usable[scan.line] |= bool(np.any(np.isfinite(block) & (block > 0)))
-                array[task.time, y, x] = np.moveaxis(block, 0, -1)
+                if not usable[scan.line]:
+                    usable[scan.line] = bool(np.any((block > 0) & (block < np.inf)))
+                array[task.time, y, x] = block
             valid[task.time, y, x] = overlap[y, x]
     for scan in (pair.halpha, pair.ca8542):
         if not usable[scan.line]:
@@ -382,7 +386,9 @@ def _write_wavelength_shifts(
 
 
 def _as_it_is(cube: Cube, field: Mask, rows: slice, columns: slice) -> NDArray[np.float32]:
-    return np.where(field[rows, columns], cube[:, rows, columns].astype(np.float32), np.float32(np.nan))
+    block = read_block(cube, rows, columns)
+    block[~field[rows, columns]] = np.nan
+    return block
 
 
 def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:

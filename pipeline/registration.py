@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
-from scipy.fft import fftfreq, irfft2, next_fast_len, rfft2, rfftfreq
 from skimage.registration import phase_cross_correlation
 
 from pipeline.crisp.cube import Cube
@@ -35,9 +34,9 @@ CONFIDENT = 0.6
 """Least confidence at which a shift is applied."""
 
 AGREEMENT = 1.0  # pixels within which two estimates agree
-LARGEST = 768  # pixels: more of a large field adds time, not accuracy
-LARGEST_SEARCH = 384  # of these, the search in whole pixels needs no more than
-LARGEST_BLOCK = 160
+LARGEST = 512  # pixels: more of a large field adds time, not accuracy
+LARGEST_SEARCH = 256  # of these, the search in whole pixels needs no more than
+LARGEST_BLOCK = 96
 FINE_BLOCKS = 96  # fields at least so wide are checked on 3 x 3 blocks, smaller ones on 2 x 2
 FILLED = 0.4  # a block counts if at least this share of it lies in the field
 OVERLAP = 0.5  # share of the field that a shift must leave in common
@@ -45,9 +44,13 @@ SMALLEST_DETAIL = 0.7  # pixels: below is photon noise, CRISP resolves about two
 LARGEST_DETAIL = 3.0  # pixels: above, the lines differ (ribbons, limb darkening)
 TAPER = 8.0  # pixels over which the common field fades out
 UPSAMPLING = 100
+COARSE = 10  # upsampling of the first guess
 
 MARGIN = 16
 """Pixels around a block that cubic resampling needs: what lies further weighs less than 1e-8."""
+
+STRIP = 256
+"""Rows that are resampled at a time: what is in memory for it beside the block itself."""
 
 PAD_LEAST = 8  # pixels of the frame's edge that must be of one spectrum for it to be a pad
 PAD_SHARE = 0.005  # or this share of the edge
@@ -105,10 +108,18 @@ def field_of_view(cube: Cube) -> Mask:
         return np.ones(cube.shape[1:], dtype=np.bool_)
     constant = np.ones(cube.shape[1:], dtype=np.bool_)
     for image, value in zip(cube, values[counts.argmax()], strict=True):
-        constant &= np.isnan(image) if np.isinf(value) else image == value
+        constant &= np.isnan(image) if np.isinf(value) else _equal(image, value)
     labels, _ = ndimage.label(constant)
     touching = np.unique(labels[edge & constant])
     return np.asarray(~np.isin(labels, touching), dtype=np.bool_)
+
+
+def _equal(image: NDArray[Any], value: float) -> Mask:
+    if image.dtype.kind in "iu":
+        # Whether numbers are equal can be told in any byte order, and files have the slow one.
+        native = image.dtype.newbyteorder("=")
+        return np.asarray(image.view(native) == np.array(value, dtype=image.dtype).view(native))
+    return np.asarray(image == value)
 
 
 def band_images(cube: Cube, wavelength: ArrayLike, rest_wavelength: float) -> dict[str, Image]:
@@ -206,8 +217,26 @@ def move_mask(mask: Mask, shift: Shift) -> Mask:
     ndarray of bool, shape (y, x)
         In H-alpha's frame.
     """
-    moved: Mask = ndimage.shift(mask, (round(shift.y), round(shift.x)), order=0, cval=False, prefilter=False)
-    return moved
+    whole = (slice(0, mask.shape[0]), slice(0, mask.shape[1]))
+    return _moved_part(mask, (round(shift.y), round(shift.x)), *whole)
+
+
+def read_block(cube: Cube, rows: slice, columns: slice) -> Image:
+    """Read one block of a scan, spectrum by spectrum as the store holds it.
+
+    Parameters
+    ----------
+    cube : ndarray, shape (wavelength, y, x)
+        The scan, perhaps memory-mapped; only the block is read.
+    rows, columns : slice
+        The block.
+
+    Returns
+    -------
+    ndarray of float32, shape (rows, columns, wavelength)
+        A copy.
+    """
+    return np.moveaxis(cube[:, rows, columns], 0, -1).astype(np.float32, order="C")
 
 
 def move_values(values: NDArray[np.floating[Any]], shift: Shift) -> NDArray[np.float64]:
@@ -242,7 +271,7 @@ def resample(
     rows: slice,
     columns: slice,
     saturation: float = np.inf,
-) -> NDArray[np.float32]:
+) -> Image:
     """One block of Ca II in H-alpha's frame, by cubic splines that know the field's edge.
 
     Pixels outside the field, and those that are not finite, not positive or saturated, do not take part:
@@ -264,38 +293,75 @@ def resample(
 
     Returns
     -------
-    ndarray of float32, shape (wavelength, rows, columns)
+    ndarray of float32, shape (rows, columns, wavelength)
         NaN outside of the moved field.
     """
-    whole = (round(shift.y), round(shift.x))
-    sources, margins = [], []
-    for span, step, size in zip((rows, columns), whole, field.shape, strict=True):
-        first = span.start - step - MARGIN
-        wanted = first + np.arange(next_fast_len(span.stop - span.start + 2 * MARGIN, real=True))
-        # Beyond the frame its edge is repeated; those pixels are outside of the field in any case.
-        sources.append(np.clip(wanted, 0, size - 1))
-        margins.append((wanted >= 0) & (wanted < size))
-    inside = field[np.ix_(*sources)] & np.logical_and.outer(*margins)
-    middle = tuple(slice(MARGIN, MARGIN + span.stop - span.start) for span in (rows, columns))
-    block = np.full((len(cube), *inside[middle].shape), np.nan, dtype=np.float32)
-    if not inside[middle].any():
-        return block
-    transfer = np.multiply.outer(
-        _spline_transfer(fftfreq(len(sources[0])), shift.y - whole[0]),
-        _spline_transfer(rfftfreq(len(sources[1])), shift.x - whole[1]),
-    )
-    usual = _nearest(inside)
-    box = tuple(slice(int(source[0]), int(source[-1]) + 1) for source in sources)
-    within = np.ix_(*(source - source[0] for source in sources))
-    for image, out in zip(cube, block, strict=True):
-        plane = np.asarray(image[box], dtype=np.float64)[within]
-        good = inside & np.isfinite(plane) & (plane > 0) & (plane < saturation)
-        moved = plane
-        if good.any():
-            nearest = usual if np.array_equal(good, inside) else _nearest(good)
-            moved = irfft2(rfft2(plane[nearest]) * transfer, s=plane.shape)
-        out[:] = np.where(inside, np.where(good, moved, plane), np.nan)[middle]
+    block = np.full((rows.stop - rows.start, columns.stop - columns.start, len(cube)), np.nan, np.float32)
+    for first in range(rows.start, rows.stop, STRIP):
+        last = min(first + STRIP, rows.stop)
+        strip = block[first - rows.start : last - rows.start]
+        _resample_into(strip, cube, field, shift, slice(first, last), columns, saturation)
     return block
+
+
+def _resample_into(
+    block: Image,
+    cube: Cube,
+    field: Mask,
+    shift: Shift,
+    rows: slice,
+    columns: slice,
+    saturation: float,
+) -> None:
+    whole = (round(shift.y), round(shift.x))
+    seen = _moved_part(field, whole, rows, columns)
+    if not seen.any():
+        return
+    # A block in a corner of a rotated field's frame is mostly pad.
+    part = tuple(
+        slice(int(occupied[0]), int(occupied[-1]) + 1)
+        for occupied in (np.flatnonzero(seen.any(axis=axis)) for axis in (1, 0))
+    )
+    boxes, pads = [], []
+    for span, inner, step, size in zip((rows, columns), part, whole, field.shape, strict=True):
+        wanted = span.start - step + np.arange(inner.start - MARGIN, inner.stop + MARGIN)
+        # Beyond the frame its edge is repeated; those pixels are outside of the field in any case.
+        there = np.flatnonzero((wanted >= 0) & (wanted < size))
+        boxes.append(slice(int(wanted[there[0]]), int(wanted[there[-1]]) + 1))
+        pads.append((int(there[0]), len(wanted) - 1 - int(there[-1])))
+    inside = np.pad(field[tuple(boxes)], pads)
+    spectra = read_block(cube, boxes[0], boxes[1])
+    if any(map(any, pads)):
+        spectra = np.pad(spectra, (*pads, (0, 0)), mode="edge")
+    if not inside.all():
+        spectra[~inside] = spectra[_nearest(inside)]
+    middle = tuple(slice(MARGIN, size - MARGIN) for size in inside.shape)
+    bad = ~((spectra > 0) & (spectra < saturation))  # what is not finite is neither
+    damaged = np.flatnonzero(bad.any(axis=(0, 1))) if bad.any() else ()
+    kept = {index: spectra[*middle, index][bad[*middle, index]] for index in damaged}
+    known, nearest = inside, None
+    for index in damaged:
+        good = ~bad[..., index]
+        if good.any():
+            if nearest is None or not np.array_equal(good, known):  # mostly as at the wavelength before
+                known, nearest = good, _nearest(good)
+            spectra[~good, index] = spectra[*nearest, index]
+    moved = _spline_shift(spectra, (shift.y - whole[0], shift.x - whole[1]))
+    for index in damaged:
+        moved[bad[*middle, index], index] = kept[index]
+    moved[~inside[middle]] = np.nan
+    block[part] = moved
+
+
+def _moved_part(field: Mask, steps: tuple[int, int], rows: slice, columns: slice) -> Mask:
+    """One block of a mask that is moved by whole pixels; False comes in at the edges."""
+    indices = [
+        np.arange(span.start, span.stop) - step for span, step in zip((rows, columns), steps, strict=True)
+    ]
+    there = [(index >= 0) & (index < size) for index, size in zip(indices, field.shape, strict=True)]
+    moved = np.zeros((len(indices[0]), len(indices[1])), dtype=np.bool_)
+    moved[np.ix_(*there)] = field[np.ix_(*(index[one] for index, one in zip(indices, there, strict=True)))]
+    return moved
 
 
 @dataclass(frozen=True)
@@ -330,7 +396,7 @@ def _estimate(reference: Image, moving: Image, reference_mask: Mask, moving_mask
     window = np.square(np.sin(0.5 * np.pi * np.minimum(_depth(overlap) / TAPER, 1.0))).astype(np.float32)
     shift = np.array(steps)
     # The window stays in place and pulls the result towards no shift: the second time there is none left.
-    for order in (0, 3):
+    for order, upsampling in ((0, COARSE), (3, UPSAMPLING)):
         moved = ndimage.shift(moving, shift, order=order)
         # In double precision: on a grid as fine as this, single precision lets the number of threads decide.
         apodised = [
@@ -339,7 +405,7 @@ def _estimate(reference: Image, moving: Image, reference_mask: Mask, moving_mask
         ]
         if not all(image.any() for image in apodised):
             return _Estimate(shift, 0.0, 0.0)
-        fraction, _, _ = phase_cross_correlation(*apodised, upsample_factor=UPSAMPLING, normalization=None)
+        fraction, _, _ = phase_cross_correlation(*apodised, upsample_factor=upsampling, normalization=None)
         shift = shift + fraction
     power = [float(np.sum(image * image, dtype=np.float64)) for image in apodised]
     correlation = float(np.sum(apodised[0] * apodised[1], dtype=np.float64)) / np.sqrt(power[0] * power[1])
@@ -403,6 +469,9 @@ def _detail(image: Image, good: Mask, mask: Mask) -> Image:
 
 def _smooth(image: Image, mask: Mask, width: float) -> Image:
     """Gaussian mean over a mask; outside of it too, as far as its neighbourhood reaches."""
+    if mask.all():
+        whole: Image = ndimage.gaussian_filter(image, width, mode="nearest")
+        return whole
     weight = ndimage.gaussian_filter(mask.astype(np.float32), width, mode="constant")
     total = ndimage.gaussian_filter(np.where(mask, image, np.float32(0.0)), width, mode="constant")
     return np.asarray(total / np.maximum(weight, np.finfo(np.float32).tiny), dtype=np.float32)
@@ -434,22 +503,72 @@ def _centre(box: tuple[slice, ...], largest: int) -> tuple[slice, slice]:
 
 
 def _nearest(good: Mask) -> tuple[NDArray[np.intp], ...]:
-    """Index of the nearest good pixel, for every pixel."""
+    """Index of the nearest good pixel, for every pixel that is not good."""
+    if good.all():
+        return (np.empty(0, dtype=np.intp),) * 2
     indices = ndimage.distance_transform_edt(~good, return_distances=False, return_indices=True)
-    return tuple(indices)
+    return tuple(indices[:, ~good])
 
 
-def _spline_transfer(frequency: NDArray[np.float64], displacement: float) -> NDArray[np.complex128]:
-    """Cubic spline interpolation at minus `displacement` (half a pixel at most) as a transfer function.
+def _spline_shift(spectra: Image, displacement: tuple[float, float]) -> Image:
+    """Move images by half a pixel at most along both axes by cubic B-splines, and take off the margin.
 
-    The splines' coefficients and their sum at the displaced points are one multiplication in the Fourier
-    domain, five times as fast as filtering. It is periodic, which the margin hides.
+    Two recursions along each axis make the splines' coefficients (Unser 1999, doi:10.1109/79.799930), four of
+    which are then added up. Both go along rows and columns of whole spectra, several times as fast as
+    filtering image by image, and give the same bits whatever the block's place in memory.
+
+    Parameters
+    ----------
+    spectra : ndarray of float32, shape (y, x, wavelength)
+        Overwritten.
+    displacement : tuple of float
+        Along y and x, pixels.
+
+    Returns
+    -------
+    ndarray of float32
+        Smaller by `MARGIN` at every edge.
     """
+    rows, columns = (size - 2 * MARGIN for size in spectra.shape[:2])
+    points = spectra.shape[2]
+    along_y, along_x = (_spline_weights(one) for one in displacement)
+    _spline_coefficients(spectra)
+    lines = spectra.reshape(len(spectra), -1)
+    between = np.zeros((rows, lines.shape[1]), dtype=np.float32)
+    product = np.empty(lines.shape[1], dtype=np.float32)
+    for row, out in enumerate(between):
+        for step, weight in along_y:
+            out += np.multiply(lines[row + MARGIN + step], weight, out=product)
+    _spline_coefficients(between.reshape(rows, -1, points).swapaxes(0, 1))
+    moved = np.zeros((rows, columns * points), dtype=np.float32)
+    product = product[: moved.shape[1]]
+    for line, out in zip(between, moved, strict=True):
+        for step, weight in along_x:
+            first = (MARGIN + step) * points
+            out += np.multiply(line[first : first + out.size], weight, out=product)
+    return moved.reshape(rows, columns, points)
+
+
+POLE = np.float32(np.sqrt(3.0) - 2.0)
+"""Of the recursions that make cubic B-splines' coefficients."""
+
+
+def _spline_coefficients(values: Image) -> None:
+    """Replace values by their splines' coefficients along the first axis, but for a factor of -6 `POLE`."""
+    product = np.empty_like(values[0])
+    values[0] /= 1 - POLE
+    for index in range(1, len(values)):
+        values[index] += np.multiply(values[index - 1], POLE, out=product)
+    values[-1] /= 1 - POLE
+    for index in range(len(values) - 2, -1, -1):
+        values[index] += np.multiply(values[index + 1], POLE, out=product)
+
+
+def _spline_weights(displacement: float) -> list[tuple[int, np.float32]]:
+    """Steps to the coefficients that count at a point, and their weights."""
     knots = np.arange(-2, 3)
     distance = np.abs(knots + displacement)
     near = (4.0 - 6.0 * distance**2 + 3.0 * distance**3) / 6.0
     far = np.maximum(2.0 - distance, 0.0) ** 3 / 6.0
-    weights = np.where(distance <= 1.0, near, far)
-    turns = 2.0 * np.pi * frequency
-    transfer: NDArray[np.complex128] = np.exp(1j * np.multiply.outer(turns, knots)) @ weights
-    return transfer / ((4.0 + 2.0 * np.cos(turns)) / 6.0)
+    weights = -6.0 * float(POLE) * np.where(distance <= 1.0, near, far)
+    return [(int(step), np.float32(weight)) for step, weight in zip(knots, weights, strict=True) if weight]
