@@ -58,7 +58,12 @@ WORKER_SETTINGS = {
     "distributed.worker.memory.pause": 0.85,
     "distributed.worker.memory.terminate": 0.95,
 }
-
+# Dask has its workers give memory back to the system as soon as they can. With arrays of megabytes that come
+# and go, most of their time then goes into getting it again: ingest takes twice the processor time.
+NANNY_SETTINGS = {
+    "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": 64 << 20,
+    "distributed.nanny.pre-spawn-environ.MALLOC_MMAP_THRESHOLD_": 32 << 20,
+}
 
 NO_DASHBOARD = "127.0.0.1:0"
 
@@ -364,7 +369,7 @@ def connect(config: ClusterConfig) -> Iterator[Client]:
         The cluster cannot be started or reached, is not safe, or has other software.
     """
     with ExitStack() as stack:
-        stack.enter_context(dask.config.set({**SCHEDULER_SETTINGS, **WORKER_SETTINGS}))
+        stack.enter_context(dask.config.set({**SCHEDULER_SETTINGS, **WORKER_SETTINGS, **NANNY_SETTINGS}))
         if isinstance(config, LocalConfig):
             client = stack.enter_context(_local(config))
         elif isinstance(config, CudaConfig):

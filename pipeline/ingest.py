@@ -51,7 +51,7 @@ from pipeline.storage import Place, is_url, log_at, out_of_space, place
 
 logger = logging.getLogger("flarefield")
 
-KERNEL = 2
+KERNEL = 3
 """Version of what an observation's numbers depend on in this package; raised whenever they change."""
 
 LISTED = 10  # files that an error names one by one

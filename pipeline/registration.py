@@ -34,7 +34,7 @@ CONFIDENT = 0.6
 """Least confidence at which a shift is applied."""
 
 AGREEMENT = 1.0  # pixels within which two estimates agree
-LARGEST = 512  # pixels: more of a large field adds time, not accuracy
+LARGEST = 384  # pixels: more of a large field adds time, not accuracy
 LARGEST_SEARCH = 256  # of these, the search in whole pixels needs no more than
 LARGEST_BLOCK = 96
 FINE_BLOCKS = 96  # fields at least so wide are checked on 3 x 3 blocks, smaller ones on 2 x 2
@@ -236,7 +236,8 @@ def read_block(cube: Cube, rows: slice, columns: slice) -> Image:
     ndarray of float32, shape (rows, columns, wavelength)
         A copy.
     """
-    return np.moveaxis(cube[:, rows, columns], 0, -1).astype(np.float32, order="C")
+    block: Image = np.moveaxis(cube[:, rows, columns], 0, -1).astype(np.float32, order="C")
+    return block
 
 
 def move_values(values: NDArray[np.floating[Any]], shift: Shift) -> NDArray[np.float64]:
@@ -318,10 +319,7 @@ def _resample_into(
     if not seen.any():
         return
     # A block in a corner of a rotated field's frame is mostly pad.
-    part = tuple(
-        slice(int(occupied[0]), int(occupied[-1]) + 1)
-        for occupied in (np.flatnonzero(seen.any(axis=axis)) for axis in (1, 0))
-    )
+    part = _middle(seen, max(seen.shape))
     boxes, pads = [], []
     for span, inner, step, size in zip((rows, columns), part, whole, field.shape, strict=True):
         wanted = span.start - step + np.arange(inner.start - MARGIN, inner.stop + MARGIN)
@@ -335,20 +333,20 @@ def _resample_into(
         spectra = np.pad(spectra, (*pads, (0, 0)), mode="edge")
     if not inside.all():
         spectra[~inside] = spectra[_nearest(inside)]
-    middle = tuple(slice(MARGIN, size - MARGIN) for size in inside.shape)
+    middle = (slice(MARGIN, inside.shape[0] - MARGIN), slice(MARGIN, inside.shape[1] - MARGIN))
     bad = ~((spectra > 0) & (spectra < saturation))  # what is not finite is neither
-    damaged = np.flatnonzero(bad.any(axis=(0, 1))) if bad.any() else ()
-    kept = {index: spectra[*middle, index][bad[*middle, index]] for index in damaged}
+    damaged = np.flatnonzero(bad.any(axis=(0, 1))).tolist() if bad.any() else []
+    kept = {index: spectra[..., index][middle][bad[..., index][middle]] for index in damaged}
     known, nearest = inside, None
     for index in damaged:
         good = ~bad[..., index]
         if good.any():
             if nearest is None or not np.array_equal(good, known):  # mostly as at the wavelength before
                 known, nearest = good, _nearest(good)
-            spectra[~good, index] = spectra[*nearest, index]
+            spectra[~good, index] = spectra[..., index][nearest]
     moved = _spline_shift(spectra, (shift.y - whole[0], shift.x - whole[1]))
     for index in damaged:
-        moved[bad[*middle, index], index] = kept[index]
+        moved[bad[..., index][middle], index] = kept[index]
     moved[~inside[middle]] = np.nan
     block[part] = moved
 

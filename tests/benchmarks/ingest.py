@@ -2,16 +2,16 @@
 
     python -m tests.benchmarks.ingest [--pairs 4] [--shape 1470 1930] [--workers 1]
 
-A series of full CRISP frames is written to a temporary directory: two lines, a field rotated in its pad, Ca II
-displaced by a fraction of a pixel, 16-bit integers. Then, in one run,
+A series of full CRISP frames is written to a temporary directory: two lines, a field rotated in its pad, Ca
+II displaced by a fraction of a pixel, 16-bit integers. Then, in one run, on workers with one thread each,
 
 plain    reads every file's numbers as the store holds them (single precision), and writes the arrays of the
-         finished observation, which are in memory, with the same chunks, shards and codecs;
-ingest   is the real command, on a cluster of processes with one thread each; what it does once, however long
-         the series (coordinates of all pixels, the layout of the store), is in it.
+         finished observation, which are in memory, with the same chunks, shards and codecs, in one task;
+ingest   is the real command: reading twice, finding the displacement, resampling, hashing, and what is done
+         once, however long the series (coordinates of all pixels, the layout of the store).
 
-Compared are processor time (of all processes; the interpreters' start is not counted) and wall time. Memory is
-the resident set of each worker, less what it has before it begins; it must not depend on the number of pairs.
+Compared are processor time (of client, scheduler and workers, for ingest) and wall time. Memory is the
+resident set of each worker, less what it has before it begins; it must not depend on the number of pairs.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event, Thread
@@ -35,7 +36,6 @@ from inn.layout import CA8542, HALPHA
 from pipeline.cluster import LocalConfig, connect
 from pipeline.crisp.fchroma import file_name, write_fchroma
 from pipeline.ingest import ingest
-from pipeline.observation import lay_out
 from tests.fchroma_files import (
     BETWEEN_LINES,
     CADENCE,
@@ -55,12 +55,12 @@ WANTED = 0.6
 def write_series(folder: Path, shape: tuple[int, int], pairs: int) -> None:
     """Write scans of granulation and line cores, cheaply: two textures, weighted by wavelength, and noise."""
     rng = np.random.default_rng(0)
-    field = rotated_field(shape, 20.0)
-    moved = np.roll(field, [-round(step) for step in SHIFT], (0, 1))
+    whole = rotated_field(shape, 20.0)
+    moved = np.roll(whole, [-round(step) for step in SHIFT], (0, 1))
     textures = [smooth_noise(rng, shape, size) for size in (3.5, 2.5)]
     for number in range(pairs):
         for name, axis, rest, inside, shift, delay in (
-            ("halpha", WAVELENGTH_HALPHA, HALPHA.rest_wavelength, field, (0.0, 0.0), np.timedelta64(0, "s")),
+            ("halpha", WAVELENGTH_HALPHA, HALPHA.rest_wavelength, whole, (0.0, 0.0), np.timedelta64(0, "s")),
             ("ca8542", WAVELENGTH_CA8542, CA8542.rest_wavelength, moved, SHIFT, BETWEEN_LINES),
         ):
             seen = [displace(texture, -shift[0], -shift[1]) for texture in textures]
@@ -74,32 +74,36 @@ def write_series(folder: Path, shape: tuple[int, int], pairs: int) -> None:
             write_fchroma(folder / file_name(name, START, number), cube, axis, moment + delay)
 
 
+@dataclass
 class Usage:
-    """Processor time, wall time and memory of this process and of a cluster's workers, while a block runs.
+    """Processor time, wall time and memory of processes while something is done.
 
     Attributes
     ----------
     processor, wall : float
         Seconds.
     memory : list of int
-        Most bytes of each worker (of this process, if there is none) beyond what it had at the beginning.
+        Most bytes of each process beyond what it had at the beginning.
     """
 
-    def __init__(self, workers: list[psutil.Process]) -> None:
-        self._all = [psutil.Process(), *workers]
-        self._watched = workers or self._all
-        self.processor = self.wall = 0.0
-        self.memory: list[int] = []
+    processor: float = 0.0
+    wall: float = 0.0
+    memory: list[int] = field(default_factory=list)
 
     @contextmanager
-    def measured(self) -> Iterator[None]:
-        before, started = self._spent(), time.perf_counter()
-        first = [process.memory_info().rss for process in self._watched]
+    def measured(self, processes: list[psutil.Process]) -> Iterator[None]:
+        """Add what these processes use while the block runs; memory is of the last such block."""
+
+        def spent() -> float:
+            return sum(sum(process.cpu_times()[:2]) for process in processes)
+
+        before, started = spent(), time.perf_counter()
+        first = [process.memory_info().rss for process in processes]
         most, end = list(first), Event()
 
         def watch() -> None:
-            while not end.wait(0.02):
-                most[:] = map(max, most, (process.memory_info().rss for process in self._watched))
+            while not end.wait(0.05):
+                most[:] = map(max, most, (process.memory_info().rss for process in processes))
 
         watcher = Thread(target=watch, daemon=True)
         watcher.start()
@@ -108,41 +112,36 @@ class Usage:
         finally:
             end.set()
             watcher.join()
-            self.wall = time.perf_counter() - started
-            self.processor = self._spent() - before
+            self.wall += time.perf_counter() - started
+            self.processor += spent() - before
             self.memory = [high - low for high, low in zip(most, first, strict=True)]
-
-    def _spent(self) -> float:
-        return sum(sum(process.cpu_times()[:2]) for process in self._all)
 
 
 def plain(folder: Path, observation: Path, copy: Path) -> Usage:
-    """Read all files, and write all arrays of the observation anew."""
-    usage = Usage([])
+    """Read all files, and write all arrays of the observation anew, in this process."""
+    usage = Usage()
     source = zarr.open_group(observation, mode="r")
     target = zarr.open_group(copy, mode="w")
     names = ("halpha", "ca8542", "valid")
     for name in names:
-        target.create_array(name, **{
-            "shape": source[name].shape,
-            "dtype": source[name].dtype,
-            "chunks": source[name].chunks,
-            "shards": source[name].shards,
-            "compressors": source[name].compressors,
-            "fill_value": source[name].fill_value,
-        })  # fmt: skip
+        own = source[name]
+        target.create_array(
+            name,
+            shape=own.shape,
+            dtype=own.dtype,
+            chunks=own.chunks,
+            shards=own.shards,
+            compressors=own.compressors,
+            fill_value=own.fill_value,
+        )
     files = sorted(folder.glob("*.fits"))
     for pair in range(source["valid"].shape[0]):
         arrays = {name: source[name][pair] for name in names}
-        one = Usage([])
-        with one.measured():
+        with usage.measured([psutil.Process()]):
             for file in files[pair :: len(files) // 2]:
                 fits.getdata(file, memmap=False).astype(np.float32)
             for name, values in arrays.items():
                 target[name][pair] = values
-        usage.processor += one.processor
-        usage.wall += one.wall
-        usage.memory = one.memory
     return usage
 
 
@@ -158,10 +157,11 @@ def main() -> None:
         write_series(folder, tuple(arguments.shape), arguments.pairs)
         warm_up(Path(name, "warm"), client)
         workers = [psutil.Process(number) for number in client.run(os.getpid).values()]
-        whole = Usage(workers)
-        with whole.measured():
+        whole = Usage()
+        with whole.measured([*workers, psutil.Process()]):
             ingest([folder], observation, cluster=client, call="the benchmark")
-        report(arguments.pairs, plain(folder, observation, Path(name, "copy.zarr")), whole)
+        reference = client.submit(plain, folder, observation, Path(name, "copy.zarr")).result()
+        report(arguments.pairs, reference, whole)
 
 
 def warm_up(folder: Path, client: Client) -> None:
@@ -175,8 +175,8 @@ def report(pairs: int, reference: Usage, whole: Usage) -> None:
     table = Table(title=f"{pairs} pairs of scans")
     for heading in ("", "processor, s a pair", "wall, s a pair", "most memory, MB"):
         table.add_column(heading, justify="right" if heading else "left")
-    for name, usage in (("plain", reference), ("ingest", whole)):
-        memory = " ".join(f"{bytes_ / 1e6:.0f}" for bytes_ in usage.memory)
+    for name, usage, workers in (("plain", reference, 1), ("ingest", whole, len(whole.memory) - 1)):
+        memory = " ".join(f"{bytes_ / 1e6:.0f}" for bytes_ in usage.memory[:workers])
         table.add_row(name, f"{usage.processor / pairs:.2f}", f"{usage.wall / pairs:.2f}", memory)
     Console().print(table)
     ratio = reference.processor / whole.processor
