@@ -90,6 +90,14 @@ MediumOption = Annotated[
         help="What the files' wavelengths are measured in, where they do not say.", show_default=False
     ),
 ]
+GenericOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.yaml",
+        help="A description of FITS or NetCDF files of other instruments, such as deploy/ibis.yaml.",
+        show_default=False,
+    ),
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Start over where the output exists.")]
 
 
@@ -98,11 +106,12 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Start over w
     epilog="Example: [bold]flarefield ingest '2014-09-06/crisp_l2_*.fits' obs.zarr[/]"
     "\n\nWith quiet Sun in the field: [bold]flarefield ingest 2014-09-06 obs.zarr --calibrate quiet-sun "
     "--wavelength-zero quiet-sun[/]"
+    "\n\nOf another instrument: [bold]flarefield ingest --generic deploy/ibis.yaml 'ibis/*.fits' obs.zarr[/]"
     "\n\nTo an object store: [bold]flarefield ingest 2014-09-06 s3://bucket/obs.zarr[/]",
 )
 def ingest_command(
     sources: Annotated[
-        list[str], typer.Argument(metavar="FITS...", help="Files, directories or globs, in any order.")
+        list[str], typer.Argument(metavar="FILE...", help="Files, directories or globs, in any order.")
     ],
     output: Annotated[
         str, typer.Argument(metavar="OBS.zarr", help="The observation store to write, or its URL (s3://...).")
@@ -111,6 +120,7 @@ def ingest_command(
         float, typer.Option(help="Largest time between the scans of a pair, in seconds.", min=0.0)
     ] = 15.0,
     medium: MediumOption = None,
+    generic: GenericOption = None,
     calibrate: Annotated[
         Literal["none", "quiet-sun"],
         typer.Option(
@@ -140,6 +150,7 @@ def ingest_command(
         calibrate=calibrate,
         wavelength_zero=wavelength_zero,
         medium=medium,
+        description=generic,
         overwrite=overwrite,
         call=_call(),
     )
@@ -155,6 +166,7 @@ def inspect_command(
         float, typer.Option(help="Largest time between the scans of a pair, in seconds.", min=0.0)
     ] = 15.0,
     medium: MediumOption = None,
+    generic: GenericOption = None,
     every: Annotated[
         bool, typer.Option("--all", help="Look at the intensities of every scan, not of three of each kind.")
     ] = False,
@@ -162,7 +174,7 @@ def inspect_command(
     """Say what files are, what is wrong with them, and what ingest would do; exit 1 if any cannot be used."""
     from pipeline.inspect import inspect, show
 
-    inspection = inspect(sources, medium=medium, tolerance=tolerance, every=every)
+    inspection = inspect(sources, medium=medium, description=generic, tolerance=tolerance, every=every)
     show(inspection, console)
     if inspection.refused:
         raise typer.Exit(1)

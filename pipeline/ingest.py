@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -33,7 +32,7 @@ from pipeline.journal import Journal
 from pipeline.observation import SHARD, finish, is_observation, lay_out
 from pipeline.pairing import TOLERANCE, Pair, check_alike, label, pair_scans
 from pipeline.progress import Progress
-from pipeline.provenance import flarefield_version, provenance, sha256_file
+from pipeline.provenance import flarefield_version, provenance, sha256_source, stamp
 from pipeline.registration import (
     BANDS,
     CONFIDENT,
@@ -51,7 +50,7 @@ from pipeline.storage import Place, is_url, log_at, out_of_space, place
 
 logger = logging.getLogger("flarefield")
 
-KERNEL = 3
+KERNEL = 4
 """Version of what an observation's numbers depend on in this package; raised whenever they change."""
 
 LISTED = 10  # files that an error names one by one
@@ -138,6 +137,7 @@ def ingest(
     call: str,
     tolerance: float = TOLERANCE,
     medium: Medium | None = None,
+    description: str | Path | None = None,
     calibrate: Reference = "none",
     wavelength_zero: Reference = "none",
     overwrite: bool = False,
@@ -163,6 +163,8 @@ def ingest(
         Seconds between the mean times of a pair at most.
     medium : {"vacuum", "air"}, optional
         What the caller says of the files' wavelengths, where they leave it open; recorded.
+    description : str or Path, optional
+        A YAML file that describes FITS or NetCDF files of other instruments (`pipeline.crisp.generic`).
     calibrate : {"none", "quiet-sun"}
         Whether each line's intensities are compared with the quiet Sun's in the field
         (`pipeline.calibration`): the store is then in `pipeline.calibration.UNITS`, and says how well the
@@ -210,7 +212,7 @@ def ingest(
                 expected="a new name, or an observation store",
                 remedy="choose another name",
             )
-        pairs, unpaired, passed_over = _find_pairs(sources, tolerance, medium)
+        pairs, unpaired, passed_over = _find_pairs(sources, tolerance, medium, description)
         if target.exists() and not overwrite:
             _check_same(target, pairs, tolerance, calibrate, wavelength_zero, cluster)
             log_at(target.journal).remove()
@@ -226,10 +228,13 @@ def ingest(
 
 
 def _find_pairs(
-    sources: Sequence[str | Path], tolerance: float, medium: Medium | None
+    sources: Sequence[str | Path],
+    tolerance: float,
+    medium: Medium | None,
+    description: str | Path | None,
 ) -> tuple[tuple[Pair, ...], tuple[Scan, ...], tuple[str, ...]]:
     """Find the scans' pairs, the scans without a partner, and what is not a scan; say what is left out."""
-    scans, refusals = find_scans(sources, medium)
+    scans, refusals = find_scans(sources, medium, description)
     passed_over = tuple(f"{refusal.where}: {refusal.problem}" for refusal in refusals)
     if not scans:
         raise InputError(
@@ -295,7 +300,7 @@ def ingest_pair(task: PairTask) -> dict[str, Any] | FlareFieldError:
         "shift_x": shift.x,
         "confidence": shift.confidence,
         "stored": _stored(store, task.time),
-        "sha256": {path: sha256_file(path) for path in task.unhashed},
+        "sha256": {path: sha256_source(path) for path in task.unhashed},
     }
 
 
@@ -507,8 +512,8 @@ def _fingerprint(pairs: tuple[Pair, ...], tolerance: float) -> dict[str, Any]:
     files = []
     for pair in pairs:
         for scan in (pair.halpha, pair.ca8542):
-            status = os.stat(scan.path)
-            files.append([scan.path, scan.index, scan.medium, status.st_size, status.st_mtime_ns])
+            files.append([scan.path, scan.index, scan.medium, *stamp(scan.path)])
+            files.extend([sidecar, *stamp(sidecar)] for sidecar in scan.sidecars)
     return {
         "files": files,
         "tolerance": tolerance,
@@ -592,13 +597,15 @@ def _run(
 
 
 def _files_of_times(pairs: tuple[Pair, ...]) -> list[tuple[str, ...]]:
-    """Files of each time that no earlier one came from: a file may hold many scans."""
+    """Files (and sidecars) of each time that no earlier one came from: a file may hold many scans."""
     seen: set[str] = set()
     files = []
     for pair in pairs:
-        new = dict.fromkeys(scan.path for scan in (pair.halpha, pair.ca8542) if scan.path not in seen)
+        new = dict.fromkeys(
+            path for scan in (pair.halpha, pair.ca8542) for path in (scan.path, *scan.sidecars)
+        )
+        files.append(tuple(path for path in new if path not in seen))
         seen |= set(new)
-        files.append(tuple(new))
     return files
 
 
@@ -628,7 +635,7 @@ def _check_same(
         differs = f"made from {len(recorded)} files, now {len(paths)}"
     else:
         given = []
-        for outcome in _run(cluster, sha256_file, paths):
+        for outcome in _run(cluster, sha256_source, paths):
             if outcome.result is None:
                 raise InputError(
                     "the file cannot be read", where=outcome.task, found=outcome.error

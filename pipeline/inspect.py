@@ -140,6 +140,7 @@ def inspect(
     sources: Sequence[str | Path],
     *,
     medium: Medium | None = None,
+    description: str | Path | None = None,
     tolerance: float,
     every: bool = False,
 ) -> Inspection:
@@ -151,6 +152,8 @@ def inspect(
         Files, directories and patterns, in any order.
     medium : {"vacuum", "air"}, optional
         What the caller says of wavelengths, where the files leave it open.
+    description : str or Path, optional
+        A YAML file that describes FITS or NetCDF files of other instruments (`pipeline.crisp.generic`).
     tolerance : float
         Seconds between the mean times of a pair at most.
     every : bool
@@ -164,7 +167,7 @@ def inspect(
     scans: list[Scan] = []
     refused: list[InputError] = []
     passed_over: list[ForeignFileError] = []
-    for look in look_into(sources, medium):
+    for look in look_into(sources, medium, description):
         scans.extend(look.scans)
         if isinstance(look.refusal, ForeignFileError) and not look.named:
             passed_over.append(look.refusal)

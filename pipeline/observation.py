@@ -447,7 +447,7 @@ def fits_headers(dataset: xr.Dataset, line: str, time: int) -> list[fits.Header]
     Raises
     ------
     MisuseError
-        There is no such line or time.
+        There is no such line or time, or its scan is not of a FITS file.
     """
     of_time = dataset[line].attrs.get("header_of_time", []) if line in dataset else []
     if not 0 <= time < len(of_time):
@@ -457,7 +457,15 @@ def fits_headers(dataset: xr.Dataset, line: str, time: int) -> list[fits.Header]
             expected=f"halpha or ca8542, and a time of 0 to {dataset.sizes['time'] - 1}",
         )
     text = dataset[line].attrs["headers"][of_time[time]]
-    return [fits.Header.fromstring(part, sep="\n") for part in text.split(HEADER_END) if part]
+    # A description may follow; other formats have no FITS header at all.
+    parts = [part for part in text.split(HEADER_END) if part.startswith(("SIMPLE ", "XTENSION"))]
+    if not parts:
+        raise MisuseError(
+            "the scan's file has no FITS headers",
+            found=f"format {dataset[line].attrs.get('format')}",
+            remedy=f"see the attribute `headers` of {line}",
+        )
+    return [fits.Header.fromstring(part, sep="\n") for part in parts]
 
 
 def _headers(scans: Sequence[Scan]) -> dict[str, Any]:

@@ -46,6 +46,55 @@ def sha256_file(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def sha256_source(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, or of a directory: of its files' names and hashes, in order.
+
+    Parameters
+    ----------
+    path : path
+        The file, or a directory such as a Zarr group.
+
+    Returns
+    -------
+    str
+        64 hexadecimal digits.
+
+    Raises
+    ------
+    OSError
+        It cannot be read.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return sha256_file(path)
+    digest = hashlib.sha256()
+    for file in _files(folder):
+        digest.update(f"{file.relative_to(folder).as_posix()}\0{sha256_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def stamp(path: str | Path) -> tuple[int, int]:
+    """Size in bytes and time of the last change (nanoseconds) of a file, or of all files in a directory.
+
+    Parameters
+    ----------
+    path : path
+        The file or directory.
+
+    Raises
+    ------
+    OSError
+        It cannot be looked at.
+    """
+    files = _files(Path(path)) if Path(path).is_dir() else []
+    found = [file.stat() for file in (Path(path), *files)]
+    return sum(each.st_size for each in found), max(each.st_mtime_ns for each in found)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file())
+
+
 def provenance(call: str, made_from: Mapping[str, str]) -> dict[str, Any]:
     """Attributes that every store carries.
 

@@ -29,6 +29,7 @@ BANDS = ("blue wing", "core", "red wing")
 
 WING = 0.7  # wings begin at this share of the way from line centre to the nearer end of the axis
 CORE = 0.25  # and the core ends here
+ROUNDING = 1e-4  # Angstrom: wavelengths nearer to a band's end are at it
 
 CONFIDENT = 0.6
 """Least confidence at which a shift is applied."""
@@ -140,10 +141,12 @@ def band_images(cube: Cube, wavelength: ArrayLike, rest_wavelength: float) -> di
     """
     offset = np.asarray(wavelength, dtype=np.float64) - rest_wavelength
     reach = min(-offset[0], offset[-1])
+    # A wavelength at a band's end belongs to it, whatever the last digits of a conversion from air.
+    least = WING * reach - ROUNDING
     chosen = (
-        offset <= -WING * reach,
-        np.abs(offset) <= max(CORE * reach, np.abs(offset).min()),
-        offset >= WING * reach,
+        offset <= -least,
+        np.abs(offset) <= max(CORE * reach, np.abs(offset).min()) + ROUNDING,
+        offset >= least,
     )
     return {
         band: np.mean(cube[points], axis=0, dtype=np.float32)

@@ -12,9 +12,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.crisp import fchroma, sstred
+from pipeline.crisp import crispy, fchroma, generic, lapalma, sstred
 from pipeline.crisp.cube import Cube
-from pipeline.crisp.scan import LINES, ForeignFileError, Frame, OtherLineError, Scan
+from pipeline.crisp.scan import LINES, ForeignFileError, Frame, OtherKindError, OtherLineError, Scan
 from pipeline.crisp.wavelengths import Medium
 from pipeline.errors import InputError
 
@@ -35,21 +35,8 @@ __all__ = [
 ]
 
 
-class Reader(Protocol):
-    """What a reader module offers: one file format, known by content."""
-
-    @property
-    def SUFFIXES(self) -> tuple[str, ...]:
-        """Names, in lower case, that are looked into when a directory is given; a named file always is."""
-        ...
-
-    def read_scans(self, path: str | Path, medium: Medium | None = None) -> tuple[Scan, ...]:
-        """Describe a file's scans of the lines wanted, reading no intensities.
-
-        `ForeignFileError` if the file is not of the module's format, `OtherLineError` if it is, but without
-        such a scan; any other `InputError` if it should be usable and is not.
-        """
-        ...
+class Opener(Protocol):
+    """What every reader module offers: to open the scans that it has described."""
 
     def read_headers(self, path: str | Path) -> tuple[str, ...]:
         """What the file says of itself, whole, as text: of FITS every HDU's header, one card a line."""
@@ -64,13 +51,40 @@ class Reader(Protocol):
         ...
 
 
-READERS: dict[str, Reader] = {fchroma.FORMAT: fchroma, sstred.FORMAT: sstred}
-"""The readers, by the name that a `Scan` carries as its `format`."""
+class Reader(Opener, Protocol):
+    """What a module of a format that is known by content offers besides."""
+
+    @property
+    def SUFFIXES(self) -> tuple[str, ...]:
+        """Names, in lower case, that are looked into when a directory is given; a named file always is."""
+        ...
+
+    def read_scans(self, path: str | Path, medium: Medium | None = None) -> tuple[Scan, ...]:
+        """Describe a file's scans of the lines wanted, reading no intensities.
+
+        `ForeignFileError` if the file is not of the module's format, `OtherLineError` if it is, but without
+        such a scan; any other `InputError` if it should be usable and is not.
+        """
+        ...
+
+
+READERS: dict[str, Reader] = {
+    fchroma.FORMAT: fchroma,
+    sstred.FORMAT: sstred,
+    lapalma.FORMAT: lapalma,
+    crispy.FORMAT: crispy,
+}
+"""The readers of formats known by content, by the name that a `Scan` carries as its `format`."""
+
+OPENERS: dict[str, Opener] = {**READERS, generic.FORMAT: generic}
+"""The readers of all formats; of the last one, files that a description describes."""
 
 LISTED = 10  # files that an error names one by one
 
 
-def read_scans(path: str | Path, medium: Medium | None = None) -> tuple[Scan, ...]:
+def read_scans(
+    path: str | Path, medium: Medium | None = None, description: str | Path | None = None
+) -> tuple[Scan, ...]:
     """Describe the scans that a file holds, whatever its format.
 
     Parameters
@@ -79,6 +93,9 @@ def read_scans(path: str | Path, medium: Medium | None = None) -> tuple[Scan, ..
         The file, or the directory of a format that is one. Its content decides what it is.
     medium : {"vacuum", "air"}, optional
         What the caller says of wavelengths, where file and format leave it open.
+    description : str or Path, optional
+        A description in YAML (`pipeline.crisp.generic`) of files that it names, and that nothing else is
+        asked of.
 
     Returns
     -------
@@ -91,6 +108,8 @@ def read_scans(path: str | Path, medium: Medium | None = None) -> tuple[Scan, ..
     InputError
         It holds scans, but cannot be used.
     """
+    if description is not None and generic.is_described(path, generic.load_description(description)):
+        return generic.read_scans(path, description, medium)
     refusals: dict[str, ForeignFileError] = {}
     for name, reader in READERS.items():
         try:
@@ -99,14 +118,23 @@ def read_scans(path: str | Path, medium: Medium | None = None) -> tuple[Scan, ..
             raise
         except ForeignFileError as refusal:
             refusals[name] = refusal
-    if len({refusal.problem for refusal in refusals.values()}) == 1:
-        raise next(iter(refusals.values()))
+    told = {name: refusal for name, refusal in refusals.items() if not isinstance(refusal, OtherKindError)}
+    problems = list(dict.fromkeys(refusal.problem for refusal in (told or refusals).values()))
+    if not told or len(problems) == 1:
+        first = next(iter((told or refusals).values()))
+        raise type(first)(
+            ", ".join(problems),
+            where=first.where,
+            found=first.found,
+            expected=first.expected if told else None,
+            remedy=first.remedy,
+        )
     raise ForeignFileError(
         "a file of no format that is known",
         where=path,
         found="".join(
             f"\n    not {name}: {refusal.problem}" + (f" ({refusal.found})" if refusal.found else "")
-            for name, refusal in refusals.items()
+            for name, refusal in told.items()
         ),
         remedy="leave this file out",
     )
@@ -114,6 +142,8 @@ def read_scans(path: str | Path, medium: Medium | None = None) -> tuple[Scan, ..
 
 def read_headers(scan: Scan) -> tuple[str, ...]:
     """What a scan's file says of itself, whole, as text: of FITS every HDU's header, one card a line.
+
+    Where a description or a sidecar in YAML says more of it, that is the last of the texts.
 
     Parameters
     ----------
@@ -125,7 +155,11 @@ def read_headers(scan: Scan) -> tuple[str, ...]:
     InputError
         The file has changed or gone since it was described.
     """
-    return READERS[scan.format].read_headers(scan.path)
+    described = [Path(file) for file in scan.sidecars if Path(file).suffix.lower() in (".yaml", ".yml")]
+    return (
+        *OPENERS[scan.format].read_headers(scan.path),
+        *(file.read_text(encoding="utf-8") for file in described),
+    )
 
 
 def open_intensity(scan: Scan) -> Cube:
@@ -141,7 +175,7 @@ def open_intensity(scan: Scan) -> Cube:
     InputError
         The file has changed or gone since it was described.
     """
-    return READERS[scan.format].open_intensity(scan)
+    return OPENERS[scan.format].open_intensity(scan)
 
 
 def open_wavelength_shift(scan: Scan) -> NDArray[np.float64] | None:
@@ -162,11 +196,11 @@ def open_wavelength_shift(scan: Scan) -> NDArray[np.float64] | None:
     InputError
         The file has changed or gone since it was described.
     """
-    return READERS[scan.format].open_wavelength_shift(scan) if scan.has_wavelength_shift else None
+    return OPENERS[scan.format].open_wavelength_shift(scan) if scan.has_wavelength_shift else None
 
 
 def find_scans(
-    sources: Sequence[str | Path], medium: Medium | None = None
+    sources: Sequence[str | Path], medium: Medium | None = None, description: str | Path | None = None
 ) -> tuple[list[Scan], list[ForeignFileError]]:
     """Find the scans among files, directories and patterns, by the files' content.
 
@@ -180,6 +214,8 @@ def find_scans(
         Files, directories, and patterns such as ``"2014-09-06/*.fits"``, in any order.
     medium : {"vacuum", "air"}, optional
         As for `read_scans`; said of all files.
+    description : str or Path, optional
+        As for `read_scans`.
 
     Returns
     -------
@@ -196,7 +232,7 @@ def find_scans(
     scans: list[Scan] = []
     passed_over: list[ForeignFileError] = []
     refused: list[InputError] = []
-    for look in look_into(sources, medium):
+    for look in look_into(sources, medium, description):
         scans.extend(look.scans)
         if isinstance(look.refusal, ForeignFileError) and not look.named:
             passed_over.append(look.refusal)
@@ -238,12 +274,14 @@ class Look:
     refusal: InputError | None
 
 
-def look_into(sources: Sequence[str | Path], medium: Medium | None = None) -> Iterator[Look]:
+def look_into(
+    sources: Sequence[str | Path], medium: Medium | None = None, description: str | Path | None = None
+) -> Iterator[Look]:
     """Look into each file among files, directories and patterns once, and refuse none.
 
     Parameters
     ----------
-    sources, medium
+    sources, medium, description
         As for `find_scans`.
 
     Yields
@@ -256,18 +294,21 @@ def look_into(sources: Sequence[str | Path], medium: Medium | None = None) -> It
         A name or pattern that nothing has.
     """
     found: dict[Path, bool] = {}
+    suffixes = {suffix for reader in READERS.values() for suffix in reader.SUFFIXES}
+    if description is not None:
+        suffixes |= set(generic.SUFFIXES)
     for source in sources:
-        for path, named in _files(source):
+        for path, named in _files(source, suffixes):
             file = path.resolve()
             found[file] = found.get(file, False) or named
     for file, named in found.items():
         try:
-            yield Look(file, named, read_scans(file, medium), None)
+            yield Look(file, named, read_scans(file, medium, description), None)
         except InputError as refusal:
             yield Look(file, named, (), refusal)
 
 
-def _files(source: str | Path) -> Iterator[tuple[Path, bool]]:
+def _files(source: str | Path, suffixes: set[str]) -> Iterator[tuple[Path, bool]]:
     """Yield the files of one source, each with whether it was named (rather than found in a directory)."""
     path = Path(source)
     if path.exists():
@@ -284,14 +325,13 @@ def _files(source: str | Path) -> Iterator[tuple[Path, bool]]:
     for match in matches:
         file = Path(match)
         if file.is_dir() and not _is_group(file):
-            yield from ((found, False) for found in _inside(file))
+            yield from ((found, False) for found in _inside(file, suffixes))
         else:
             yield file, True
 
 
-def _inside(folder: Path) -> Iterator[Path]:
+def _inside(folder: Path, suffixes: set[str]) -> Iterator[Path]:
     """Yield what may be a scan in a directory and its subdirectories."""
-    suffixes = {suffix for reader in READERS.values() for suffix in reader.SUFFIXES}
     for parent, folders, files in os.walk(folder):
         groups = [name for name in folders if _is_group(Path(parent, name))]
         folders[:] = sorted(set(folders) - set(groups))

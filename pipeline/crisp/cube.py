@@ -53,7 +53,7 @@ class ScaledCube:
         Intensity of a step of one, at each wavelength.
     offset : ndarray, shape (wavelength,)
         Intensity of zero, at each wavelength.
-    blank : int, optional
+    blank : float, optional
         The number that stands for no intensity (FITS ``BLANK``); it becomes NaN.
     """
 
@@ -62,7 +62,7 @@ class ScaledCube:
         stored: Cube,
         scale: NDArray[np.float64],
         offset: NDArray[np.float64],
-        blank: int | None = None,
+        blank: float | None = None,
     ) -> None:
         self._stored = stored
         self._scale = scale.astype(np.float32)

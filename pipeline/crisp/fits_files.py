@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from astropy.io import fits
@@ -13,7 +14,7 @@ from astropy.io.fits.verify import VerifyError
 from astropy.time import ScaleValueError, Time
 from astropy.utils.exceptions import AstropyWarning
 
-from pipeline.crisp.scan import ForeignFileError
+from pipeline.crisp.scan import OtherKindError
 from pipeline.errors import InputError
 
 SUFFIXES = (".fits", ".fit", ".fts")
@@ -42,12 +43,16 @@ def opened(path: str | Path) -> Iterator[fits.HDUList]:
 
     Raises
     ------
-    ForeignFileError
+    OtherKindError
         The file is not FITS.
     InputError
         It cannot be read, is damaged or truncated; errors of astropy's inside the context become this, too.
     """
     file = Path(path)
+    if file.is_dir():
+        raise OtherKindError(
+            "not a FITS file", where=file, found="a directory", remedy="name the files that it holds"
+        )
     try:
         with file.open("rb") as stream:
             start = stream.read(len(SIGNATURE))
@@ -59,7 +64,7 @@ def opened(path: str | Path) -> Iterator[fits.HDUList]:
             remedy="check the name and the permissions",
         ) from failure
     if start != SIGNATURE:
-        raise ForeignFileError(
+        raise OtherKindError(
             "not a FITS file",
             where=file,
             found=f"it begins with {start!r}" if start else "an empty file",
@@ -87,8 +92,10 @@ def _check_length(hdus: fits.HDUList, file: Path) -> None:
     # astropy maps a truncated file without complaint, and the process dies when it touches the missing part.
     needed = 0
     for index in range(len(hdus)):
-        place = hdus.fileinfo(index)
-        needed = max(needed, place["datLoc"] + hdus[index].size)
+        place, hdu = hdus.fileinfo(index), hdus[index]
+        # Of a compressed image the size is that of its numbers, not of the bytes in the file.
+        size = place["datSpan"] if isinstance(hdu, fits.CompImageHDU) else hdu.size
+        needed = max(needed, place["datLoc"] + size)
     present = file.stat().st_size
     if present < needed:
         raise InputError(
@@ -134,6 +141,39 @@ def read_headers(path: str | Path) -> tuple[str, ...]:
 def _text(header: fits.Header) -> str:
     text = str(header.tostring(sep="\n", endcard=False, padding=False))
     return "\n".join(card.rstrip() for card in text.split("\n"))
+
+
+def find_hdu(hdus: fits.HDUList, hdu: str | int | None, where: object) -> Any:  # noqa: ANN401
+    """An HDU by its name or number; the first that holds anything if neither is said.
+
+    Parameters
+    ----------
+    hdus : astropy.io.fits.HDUList
+        The file's.
+    hdu : str or int, optional
+        ``EXTNAME``, in any case, or number from 0.
+    where : object
+        The file, for the error.
+
+    Raises
+    ------
+    InputError
+        There is none.
+    """
+    for number, candidate in enumerate(hdus):
+        if hdu is None:
+            matches = candidate.size > 0
+        else:
+            matches = candidate.name.lower() == hdu.lower() if isinstance(hdu, str) else number == hdu
+        if matches:
+            return candidate
+    raise InputError(
+        "no such HDU",
+        where=where,
+        found=", ".join(f"{number} {found.name!r}" for number, found in enumerate(hdus)),
+        expected="an HDU that holds numbers" if hdu is None else repr(hdu),
+        remedy="mend the description",
+    )
 
 
 def scaling(header: fits.Header) -> tuple[float, float, int | None]:

@@ -27,7 +27,8 @@ SOLAR_RADIUS = 695.7e6
 
 
 Stated = Literal["file", "format", "caller"]
-"""Who says what the wavelengths are measured in: the file itself, its format's definition, or the caller."""
+"""Who says what the wavelengths are measured in: the file itself (or its sidecar), its format's definition,
+or the caller."""
 
 Padding = Literal["none", "nan", "constant"]
 """What surrounds the field in the frame: nothing, NaN, or one value at each wavelength."""
@@ -35,6 +36,10 @@ Padding = Literal["none", "nan", "constant"]
 
 class ForeignFileError(InputError):
     """A file that is not a scan of the lines wanted in a known format; it may still be a sound file."""
+
+
+class OtherKindError(ForeignFileError):
+    """A file of another kind than those of a format: not FITS, for example."""
 
 
 class OtherLineError(ForeignFileError):
@@ -198,6 +203,8 @@ class Scan:
     has_wavelength_shift : bool
         Whether the file has a map of wavelengths that differ from pixel to pixel
         (`pipeline.crisp.open_wavelength_shift`).
+    sidecars : tuple of str
+        Other files that say something of the scan: its wavelengths, times or pointing.
 
     Raises
     ------
@@ -222,6 +229,7 @@ class Scan:
     begin: np.datetime64 | None = None
     end: np.datetime64 | None = None
     has_wavelength_shift: bool = False
+    sidecars: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_axis(np.asarray(self.wavelength), self.path)

@@ -1,0 +1,471 @@
+"""Cubes that a person described (`pipeline.crisp.statements`), as scans: statements and files become one."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import astropy.units as u
+import numpy as np
+from astropy.io import fits
+from astropy.utils.exceptions import AstropyWarning
+from astropy.wcs import WCS
+from numpy.typing import ArrayLike, NDArray
+
+from pipeline.crisp import arrays, fits_files
+from pipeline.crisp.axes import Axis, ScanOfArray, Stored
+from pipeline.crisp.cube import Cube, ScaledCube, intensity_scale
+from pipeline.crisp.scan import LINES, NEAR, Frame, Scan, vacuum_axis
+from pipeline.crisp.statements import CubeStatement, Located, Times
+from pipeline.crisp.wavelengths import Medium, air_to_vacuum, vacuum_to_air
+from pipeline.errors import InputError
+
+Moments = NDArray[np.datetime64]
+
+TIME_OF_DAY = re.compile(r"\d{1,2}:\d{2}(:\d{2}(\.\d*)?)?")
+LONGEST = 3.2e9  # s, a century: no count of seconds within an observation is larger
+
+
+@dataclass(frozen=True)
+class DescribedCube:
+    """A cube, what is stated of it, and where.
+
+    Attributes
+    ----------
+    file : Path
+        The cube's own file.
+    description : Path
+        The YAML.
+    statement : CubeStatement
+        What it states of this cube.
+    key : str
+        Where in the YAML that stands: ``""``, or such as ``"cubes.0."``.
+    axes : tuple of str
+        What the cube's axes are, in the order of its array.
+    shape : tuple of int
+        The array's.
+    dtype : numpy.dtype
+        The array's.
+    headers : tuple of fits.Header
+        Of a FITS file: the header of the cube's HDU, then the primary one.
+    """
+
+    file: Path
+    description: Path
+    statement: CubeStatement
+    key: str
+    axes: tuple[Axis, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    headers: tuple[fits.Header, ...] = ()
+
+    def size(self, axis: Axis) -> int:
+        """Size along an axis; 1 along one that the cube does not have."""
+        return self.shape[self.axes.index(axis)] if axis in self.axes else 1
+
+    @property
+    def sidecars(self) -> tuple[str, ...]:
+        """The description, and every other file that it names."""
+        parts = (self.statement.wavelength, self.statement.time, self.statement.cavity_map)
+        named = [self._file(part) for part in parts if part is not None and part.file is not None]
+        return tuple(dict.fromkeys(map(str, (self.description, *named))))
+
+    def scans(self, format: str, medium: Medium | None, first: int = 0) -> tuple[Scan, ...]:
+        """Describe the cube's scans.
+
+        Parameters
+        ----------
+        format : str
+            Name of the reader.
+        medium : {"vacuum", "air"}, optional
+            What the caller says of the wavelengths: the description may not say otherwise.
+        first : int
+            Index of the first of them.
+
+        Raises
+        ------
+        InputError
+            The description contradicts the cube, or what it refers to is not there.
+        """
+        stated = self.statement
+        self._check_stokes()
+        axis, _ = self._wavelengths()
+        self._check_line(axis)
+        vacuum, found, stated_by = vacuum_axis(
+            axis, (stated.wavelength.medium, "file"), medium, str(self.file)
+        )
+        try:
+            units, factors = intensity_scale(stated.unit, vacuum, str(self.file))
+        except InputError as failure:
+            self.refuse("unit", failure.problem, failure.found, failure.expected)
+        times = self._times()
+        frames = self._frames()
+        if stated.cavity_map is not None:
+            self._shift(0)
+        padding = "nan" if isinstance(stated.padding, float) else stated.padding
+        return tuple(
+            Scan(
+                path=str(self.file),
+                format=format,
+                index=first + index,
+                line=stated.line,
+                time=middle,
+                begin=begin,
+                end=end,
+                wavelength=tuple(vacuum.tolist()),
+                medium=found,
+                medium_stated_by=stated_by,
+                shape=(self.size("y"), self.size("x")),
+                units=units,
+                units_of_file=stated.unit,
+                saturation=self._saturation() * float(factors.min()),
+                frame=frame,
+                padding=padding,
+                has_wavelength_shift=stated.cavity_map is not None,
+                sidecars=self.sidecars,
+            )
+            for index, ((begin, middle, end), frame) in enumerate(zip(times, frames, strict=True))
+        )
+
+    def stated_wavelengths(self) -> int | None:
+        """How many wavelengths are stated; None where their number is that of the images."""
+        stated = self.statement.wavelength
+        if stated.values is not None:
+            return len(stated.values)
+        if stated.start is not None or stated.header:
+            return None
+        return self._numbers("wavelength", stated, "spect_pos").size
+
+    def cube(self, stored: Stored, index: int, scan: Scan) -> Cube:
+        """The intensities of one of the scans, in its units.
+
+        Parameters
+        ----------
+        stored : Stored
+            The whole array.
+        index : int
+            Which scan of this cube.
+        scan : Scan
+            Its description.
+        """
+        stokes = self.statement.stokes or ("I",)
+        _, order = self._wavelengths()
+        cube: Cube = ScanOfArray(stored, self.axes, {"time": index, "stokes": stokes.index("I")}, order)
+        step, zero, blank = fits_files.scaling(self.headers[0]) if self.headers else (1.0, 0.0, None)
+        if isinstance(self.statement.padding, float):
+            ones = np.ones(len(order))
+            cube = ScaledCube(cube, ones, 0.0 * ones, self.statement.padding)
+        _, factors = intensity_scale(scan.units_of_file, np.array(scan.wavelength), scan.path)
+        if (step, zero, blank) == (1.0, 0.0, None) and np.all(factors == 1.0):
+            return cube
+        return ScaledCube(cube, step * factors, zero * factors, blank)
+
+    def wavelength_shift(self, index: int) -> NDArray[np.float64] | None:
+        """What has to be added to the wavelengths in vacuum at each pixel (y, x), Angstrom."""
+        if self.statement.cavity_map is None:
+            return None
+        shift = self._shift(index)
+        if self.statement.wavelength.medium == "vacuum":
+            return shift
+        middle = vacuum_to_air(LINES[self.statement.line].rest_wavelength)
+        return np.asarray(air_to_vacuum(middle + shift) - air_to_vacuum(middle))
+
+    def refuse(
+        self, key: str, problem: str, found: object, expected: object = None, cause: Exception | None = None
+    ) -> NoReturn:
+        """Raise an error that names the file and the key of its description."""
+        raise InputError(
+            f"{problem}",
+            where=self.file,
+            found=found,
+            expected=expected,
+            remedy=f"mend `{self.key}{key}` in {self.description}",
+        ) from cause
+
+    def _file(self, part: Located) -> Path:
+        return self.file if part.file is None else self.description.parent / part.file
+
+    def _read(self, key: str, part: Located, default: str | None = None) -> NDArray[Any]:
+        """Numbers that stand in a file; `default` is the variable that IDL save files have them in."""
+        file = self._file(part)
+        if part.file is None and self.headers and part.hdu is None:
+            self.refuse(key, "the HDU is not named", "another HDU of the cube's own file", "hdu: its name")
+        try:
+            return arrays.read_array(
+                file, hdu=part.hdu, column=part.column, variable=part.variable or default
+            )
+        except InputError as failure:
+            found = failure.problem if failure.found is None else f"{failure.problem}: {failure.found}"
+            self.refuse(
+                key, "what it refers to cannot be read", f"{file}: {found}", failure.expected, failure
+            )
+
+    def _numbers(self, key: str, part: Located, default: str | None = None) -> NDArray[np.float64]:
+        values = self._read(key, part, default)
+        if values.dtype.kind not in "iuf":
+            self.refuse(key, "it refers to something else than numbers", f"{values.dtype}, {values.shape}")
+        return values.astype(np.float64)
+
+    def _check_stokes(self) -> None:
+        held, stated = self.size("stokes"), self.statement.stokes
+        if stated is None and "stokes" in self.axes:
+            self.refuse(
+                "stokes", "the Stokes parameters are not stated", f"{held} of them", "such as [I, Q, U, V]"
+            )
+        if stated is not None and (
+            len(stated) != held or "I" not in stated or len(set(stated)) < len(stated)
+        ):
+            self.refuse(
+                "stokes", "the Stokes parameters do not fit the cube", f"{list(stated)}, {held} in the cube",
+                "each once, I among them",
+            )  # fmt: skip
+
+    def _wavelengths(self) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+        """Wavelengths in their medium, Angstrom, increasing; and the cube's indices in that order."""
+        stated = self.statement.wavelength
+        points = self.size("wavelength")
+        if stated.values is not None:
+            axis = np.array(stated.values)
+        elif stated.start is not None and stated.step is not None:
+            axis = stated.start + stated.step * np.arange(points)
+        elif stated.header:
+            axis = self._header_axis()
+        else:
+            axis = self._numbers("wavelength", stated, "spect_pos")
+        if axis.shape != (points,):
+            self.refuse(
+                "wavelength",
+                "the wavelengths do not fit the cube",
+                f"{' x '.join(map(str, axis.shape))} wavelengths, {points} images",
+                "one wavelength for each image",
+            )
+        to_angstrom = u.Unit(stated.unit).to(u.Angstrom)
+        axis = np.asarray(axis * to_angstrom, dtype=np.float64)
+        if stated.line_centre is not None:
+            rest = LINES[self.statement.line].rest_wavelength
+            centre = rest if stated.medium == "vacuum" else float(vacuum_to_air(rest))
+            axis = axis - stated.line_centre * to_angstrom + centre
+        if not np.all(np.isfinite(axis)) or len(np.unique(axis)) < max(2, points):
+            self.refuse(
+                "wavelength",
+                "the wavelengths are no axis",
+                np.array2string(axis, threshold=6, precision=3),
+                "two or more, all finite and different",
+            )
+        order = np.argsort(axis)
+        return axis[order], order
+
+    def _header_axis(self) -> NDArray[np.float64]:
+        if not self.headers:
+            self.refuse("wavelength.header", "there is no FITS header", self.file.name)
+        header, stated = self.headers[0], self.statement.wavelength
+        number = len(self.axes) - self.axes.index("wavelength")
+        cards = [f"CRVAL{number}", f"CRPIX{number}", f"CDELT{number}"]
+        try:
+            value, pixel, step = (float(header[card]) for card in cards)
+        except (KeyError, ValueError, TypeError) as failure:
+            self.refuse(
+                "wavelength.header", "the header has no wavelengths", failure, ", ".join(cards), failure
+            )
+        unit = str(header.get(f"CUNIT{number}", "")).strip()
+        kind = str(header.get(f"CTYPE{number}", "")).strip()
+        if unit and _different(unit, stated.unit):
+            self.refuse(
+                "wavelength.unit", "the header has another unit", f"CUNIT{number} = {unit!r}", stated.unit
+            )
+        if kind == "AWAV" and stated.medium != "air":
+            self.refuse(
+                "wavelength.medium",
+                "the header's wavelengths are in air",
+                f"CTYPE{number} = {kind!r}",
+                stated.medium,
+            )
+        axis = value + (np.arange(self.size("wavelength")) + stated.first_pixel - pixel) * step
+        return np.asarray(axis, dtype=np.float64)
+
+    def _check_line(self, axis: NDArray[np.float64]) -> None:
+        centre, rest = 0.5 * (axis[0] + axis[-1]), LINES[self.statement.line].rest_wavelength
+        if not abs(centre - rest) <= NEAR:
+            self.refuse(
+                "wavelength",
+                "the wavelengths are not the line's",
+                f"an axis centred on {centre:.2f} Angstrom",
+                f"{self.statement.line}, {rest} in vacuum; of offsets from the line, or from a nominal "
+                "wavelength, line_centre says from which",
+            )
+
+    def _times(self) -> list[tuple[np.datetime64 | None, np.datetime64, np.datetime64 | None]]:
+        """Beginning, middle and end of each scan; beginning and end where they are known."""
+        stated, scans = self.statement.time, self.size("time")
+        half = None if stated.duration is None else _seconds(stated.duration / 2.0)
+        if stated.key is not None and not isinstance(stated.key, str):
+            first, last = (self._card(key) for key in stated.key)
+            moments = np.array([first + (last - first) // 2])
+            half = (last - first) // 2 if half is None else half
+            if last < first:
+                self.refuse("time.key", "the scan ends before it begins", f"{first}, {last}")
+        elif stated.key is not None:
+            moments = np.array([self._card(stated.key)])
+        elif stated.values is not None:
+            moments = self._moments("time.values", stated.values)
+        elif stated.start is not None and stated.step is not None:
+            moments = self._moments("time.start", [stated.start]) + _seconds(stated.step * np.arange(scans))
+        else:
+            moments = self._moments_of_file(stated)
+        if moments.shape != (scans,) or np.isnat(moments).any():
+            self.refuse(
+                "time",
+                "the times do not fit the cube",
+                f"{' x '.join(map(str, moments.shape))} times, {np.isnat(moments).sum()} of them undefined",
+                f"{scans}: one for each scan",
+            )
+        moments = moments + _seconds(stated.offset)
+        if half is None:
+            return [(None, moment, None) for moment in moments]
+        return [(moment - half, moment, moment + half) for moment in moments]
+
+    def _card(self, key: str) -> np.datetime64:
+        header = next((header for header in self.headers if key in header), None)
+        if header is None:
+            self.refuse("time.key", "no such card", "a FITS file" if self.headers else "no FITS header", key)
+        scale = str(header.get("TIMESYS", self.statement.time.scale)).strip()
+        if scale.lower() != self.statement.time.scale:
+            self.refuse("time.scale", "the header has another time scale", f"TIMESYS = {scale!r}")
+        return self._moment("time.key", str(header[key]), key)
+
+    def _moments(self, key: str, texts: Sequence[str]) -> Moments:
+        return np.array([self._moment(key, text, key) for text in texts], dtype="datetime64[ns]")
+
+    def _moment(self, key: str, text: str, card: str) -> np.datetime64:
+        day, separator, time_of_day = text.strip().replace(" ", "T").partition("T")
+        if not separator and self.statement.time.date is not None:
+            day, time_of_day = self.statement.time.date, day
+        # The pipelines of the SST write dates with points.
+        moment = f"{day.replace('.', '-').replace('/', '-')}T{time_of_day}" if time_of_day else day
+        try:
+            return fits_files.utc(moment, self.statement.time.scale, self.file, card)
+        except InputError as failure:
+            self.refuse(key, "no date and time", repr(text), failure.expected, failure)
+
+    def _moments_of_file(self, stated: Times) -> Moments:
+        values = self._read("time", stated, "time")
+        if values.dtype.kind == "M":
+            return np.asarray(values.astype("datetime64[ns]"))
+        if values.dtype.kind in "iuf":
+            if stated.since is None:
+                self.refuse(
+                    "time.since", "the times are numbers", f"{values[:3]} ...", "since: a date and time"
+                )
+            seconds = values.astype(np.float64) * u.Unit(stated.unit).to(u.s)
+            if not np.all(np.abs(seconds) < LONGEST):
+                self.refuse("time", "the times are no times", f"{np.abs(seconds).max():g} s after `since`")
+            return np.asarray(self._moments("time.since", [stated.since]) + _seconds(seconds))
+        if values.ndim != 1:
+            self.refuse("time", "the times are no list", f"{values.shape}")
+        texts = [text.decode("ascii", "replace") if isinstance(text, bytes) else str(text) for text in values]
+        return self._moments("time", texts if stated.date is not None else self._dated(stated, texts))
+
+    def _dated(self, stated: Times, texts: list[str]) -> list[str]:
+        """Times of day with the dates that the SST's pipelines keep beside them, in the variable ``date``."""
+        if not any(TIME_OF_DAY.fullmatch(text.strip()) for text in texts):
+            return texts
+        if "date" not in arrays.variables(self._file(stated)):
+            self.refuse("time.date", "the times have no date", repr(texts[0]), "date: such as 2014-09-06")
+        dates = arrays.read_array(self._file(stated), variable="date")
+        days = [day.decode("ascii", "replace") if isinstance(day, bytes) else str(day) for day in dates.flat]
+        days = days * len(texts) if len(days) == 1 else days
+        if len(days) != len(texts):
+            self.refuse("time", "dates and times do not fit", f"{len(days)} dates, {len(texts)} times")
+        return [f"{day}T{text}" for day, text in zip(days, texts, strict=True)]
+
+    def _frames(self) -> list[Frame]:
+        stated, scans = self.statement.pointing, self.size("time")
+        if stated.header:
+            return [self._header_frame()] * scans
+        assert stated.reference_value is not None
+        assert stated.scale is not None
+        values = stated.reference_value
+        pairs = values if isinstance(values[0], tuple) else (values,) * scans
+        if len(pairs) != scans:
+            self.refuse(
+                "pointing.reference_value", "the pointing does not fit", f"{len(pairs)}, {scans} scans"
+            )
+        (x, y), angle = stated.scale, np.deg2rad(stated.rotation)
+        if x == 0.0 or y == 0.0:
+            self.refuse("pointing.scale", "pixels have a size", stated.scale)
+        cosine, sine = float(np.cos(angle)), float(np.sin(angle))
+        middle = ((self.size("x") - 1) / 2.0, (self.size("y") - 1) / 2.0)
+        return [
+            Frame(
+                stated.reference_pixel or middle,
+                pair,
+                (x, y),
+                ((cosine, -sine * y / x), (sine * x / y, cosine)),
+            )
+            for pair in pairs
+        ]
+
+    def _header_frame(self) -> Frame:
+        if not self.headers:
+            self.refuse("pointing.header", "there is no FITS header", self.file.name)
+        numbers = [len(self.axes) - self.axes.index(axis) for axis in ("x", "y")]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", AstropyWarning)
+            try:
+                wcs = WCS(self.headers[0]).sub(numbers)
+                wcs.wcs.set()
+                types = list(wcs.wcs.ctype)
+                frame = Frame.from_wcs(wcs)
+            except Exception as failure:  # wcslib's, of many kinds
+                self.refuse(
+                    "pointing.header", "the header's coordinates cannot be read", failure, None, failure
+                )
+        if types != ["HPLN-TAN", "HPLT-TAN"]:
+            self.refuse(
+                "pointing.header",
+                "the header has no helioprojective coordinates",
+                f"CTYPE{numbers[0]}, CTYPE{numbers[1]} = {types}",
+                "HPLN-TAN, HPLT-TAN; or the other keys stated",
+            )
+        return frame
+
+    def _shift(self, index: int) -> NDArray[np.float64]:
+        stated = self.statement.cavity_map
+        assert stated is not None
+        frame = (self.size("y"), self.size("x"))
+        maps = self._numbers("cavity_map", stated)
+        several = (self.size("time"), *frame)
+        # Axes of one element may have been left out.
+        if [size for size in maps.shape if size > 1] == [size for size in several if size > 1]:
+            chosen = maps.reshape(several)[index]
+        elif [size for size in maps.shape if size > 1] == [size for size in frame if size > 1]:
+            chosen = maps.reshape(frame)
+        else:
+            self.refuse(
+                "cavity_map", "the map does not fit the cube", maps.shape, f"{frame} (y, x), or {several}"
+            )
+        return np.asarray(chosen * stated.factor * u.Unit(stated.unit).to(u.Angstrom))
+
+    def _saturation(self) -> float:
+        if self.statement.saturation is not None:
+            return self.statement.saturation
+        step, zero, _ = fits_files.scaling(self.headers[0]) if self.headers else (1.0, 0.0, None)
+        # Integers that are scaled span what the cube holds: their largest is no limit of the detector.
+        return zero + np.iinfo(self.dtype).max if self.dtype.kind in "iu" and step == 1.0 else float("inf")
+
+
+def _seconds(seconds: ArrayLike) -> Any:  # noqa: ANN401
+    """A time span, or several, to the nanosecond; undefined where it is longer than that allows for."""
+    with np.errstate(invalid="ignore"):
+        return np.rint(np.asarray(seconds) * 1e9).astype("timedelta64[ns]")
+
+
+def _different(unit: str, other: str) -> bool:
+    try:
+        return bool(abs(u.Unit(unit).to(other) - 1.0) > 1e-9)
+    except (ValueError, TypeError):
+        return True

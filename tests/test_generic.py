@@ -1,0 +1,657 @@
+"""Cubes with a description: whatever their axes, numbers and places, the same scans; else it is said why."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+import yaml
+from astropy.io import fits
+from astropy.time import Time
+from astropy.wcs import WCS
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from pipeline.cli import app
+from pipeline.crisp import find_scans, generic, open_intensity, open_wavelength_shift, read_headers
+from pipeline.crisp.cube import PER_ANGSTROM
+from pipeline.crisp.generic import load_description, read_scans
+from pipeline.crisp.scan import OtherKindError
+from pipeline.crisp.wavelengths import vacuum_to_air
+from pipeline.errors import InputError, MisuseError
+from pipeline.ingest import ingest
+from pipeline.observation import fits_headers, open_observation
+from pipeline.provenance import sha256_file
+from tests.fchroma_files import START, WAVELENGTH_HALPHA
+from tests.generic_files import write_dkist
+from tests.known_series import AXES, FORMATS, RELATIVE, described, in_ibis, known_series, per_frequency
+from tests.lapalma_files import write_idl
+
+DEPLOY = Path(__file__).parents[1] / "deploy"
+SIZES = {"time": 2, "stokes": 4, "wavelength": 15, "y": 6, "x": 8}
+IN_AIR = vacuum_to_air(WAVELENGTH_HALPHA)
+
+
+def fuzzed(examples):
+    return settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
+    )
+
+
+@pytest.fixture
+def cube():
+    """(time, stokes, wavelength, y, x)"""
+    return np.random.default_rng(1).integers(100, 3000, tuple(SIZES.values())).astype(">i2")
+
+
+def statement(**changes):
+    cube = {
+        "axes": list(SIZES),
+        "stokes": ["I", "Q", "U", "V"],
+        "line": "halpha",
+        "wavelength": {"values": IN_AIR.tolist(), "unit": "Angstrom", "medium": "air"},
+        "time": {"start": "2014-09-06T15:27:24", "step": 11.5},
+        "pointing": {"reference_value": [-729.8, -313.4], "scale": 0.1},
+        "unit": "DN",
+        **changes,
+    }
+    return {key: value for key, value in cube.items() if value is not None}
+
+
+def describe(folder, *cubes):
+    path = folder / "description.yaml"
+    path.write_text(yaml.safe_dump({"cubes": list(cubes)}))
+    return path
+
+
+@pytest.fixture
+def file(tmp_path, cube):
+    path = tmp_path / "cube.fits"
+    fits.PrimaryHDU(cube, fits.Header({"DATE-AVG": "2014-09-06T15:27:24.5"})).writeto(path)
+    return path
+
+
+def rewrite(path, change):
+    """Let `change` alter the file's HDU list, or replace it."""
+    with fits.open(path, memmap=False) as hdus:
+        hdus = fits.HDUList([hdu.copy() for hdu in hdus])
+    hdus = change(hdus) or hdus
+    hdus.writeto(path, overwrite=True)
+
+
+def test_examples_in_deploy_are_descriptions(tmp_path):
+    for name in ("ibis.yaml", "fiss.yaml", "dkist.yaml"):
+        description = load_description(DEPLOY / name)
+        assert {cube.line for cube in description.cubes} == {"halpha", "ca8542"}
+    (tmp_path / "example.yaml").write_text(generic.EXAMPLE)
+    assert load_description(tmp_path / "example.yaml").cubes[0].wavelength.medium == "air"
+
+
+def test_scans(file, cube, tmp_path):
+    description = describe(tmp_path, statement())
+    scans = read_scans(file, description)
+    assert [scan.index for scan in scans] == [0, 1]
+    for scan in scans:
+        assert (scan.format, scan.line, scan.units, scan.saturation) == ("generic", "halpha", "DN", 32767)
+        assert (scan.medium, scan.medium_stated_by) == ("air", "file")
+        assert scan.sidecars == (str(description),)
+        assert scan.frame.reference_pixel == (3.5, 2.5)
+        np.testing.assert_allclose(scan.wavelength, WAVELENGTH_HALPHA, rtol=0, atol=1e-9)
+        np.testing.assert_array_equal(open_intensity(scan), cube[scan.index, 0])
+    assert scans[1].time - scans[0].time == np.timedelta64(11500, "ms")
+    header, text = read_headers(scans[0])
+    assert header.startswith("SIMPLE")
+    assert yaml.safe_load(text)["cubes"]
+    with pytest.raises(InputError, match="otherwise of its wavelengths"):
+        read_scans(file, description, "vacuum")
+
+
+@fuzzed(40)
+@given(data=st.data())
+def test_any_axes_numbers_and_containers(tmp_path, cube, data):
+    """Written by numpy's transposing in any order and type, read as what it was."""
+    axes = data.draw(
+        st.sampled_from(
+            [
+                p
+                for n in (3, 4, 5)
+                for p in itertools.permutations(SIZES, n)
+                if {"wavelength", "y", "x"} <= {*p}
+            ]
+        )
+    )
+    stokes = data.draw(st.permutations(["I", "Q", "U", "V"])) if "stokes" in axes else None
+    order = np.array(data.draw(st.permutations(range(SIZES["wavelength"]))))
+    dtype = data.draw(st.sampled_from([">i2", ">i4", ">f4", ">f8", "u1"]))
+    container = data.draw(st.sampled_from(["fits", "compressed", "scipy", "h5netcdf"]))
+    numbers = (cube // 16).astype(dtype)
+    whole = numbers[:, :, order]
+    if stokes is not None:
+        whole = whole[:, ["IQUV".index(each) for each in stokes]]
+    kept = tuple(slice(None) if axis in axes else 0 for axis in SIZES)
+    left = [axis for axis in SIZES if axis in axes]
+    stored = np.ascontiguousarray(np.transpose(whole[kept], [left.index(axis) for axis in axes]))
+    path = tmp_path / "any.cube"
+    path.unlink(missing_ok=True)
+    changes = {}
+    if container == "fits":
+        fits.PrimaryHDU(stored).writeto(path)
+    elif container == "compressed":
+        image = fits.CompImageHDU(stored, name="CUBE", compression_type="GZIP_1", quantize_level=0)
+        fits.HDUList([fits.PrimaryHDU(), image]).writeto(path)
+        changes["hdu"] = data.draw(st.sampled_from(["cube", 1, None]))
+    else:
+        native = stored.astype(np.int16 if dtype == "u1" else stored.dtype.newbyteorder("="))
+        xr.Dataset({"intensity": (axes, native)}).to_netcdf(path, engine=container)
+        changes["variable"] = "intensity"
+    description = describe(
+        tmp_path,
+        statement(
+            axes=list(axes),
+            stokes=stokes,
+            wavelength={"values": IN_AIR[order].tolist(), "unit": "Angstrom", "medium": "air"},
+            **changes,
+        ),
+    )
+    scans = read_scans(path, description)
+    assert len(scans) == (2 if "time" in axes else 1)
+    for scan in scans:
+        intensity, expected = open_intensity(scan), numbers[scan.index, 0]
+        np.testing.assert_allclose(scan.wavelength, WAVELENGTH_HALPHA, rtol=0, atol=1e-9)
+        np.testing.assert_array_equal(intensity, expected)
+        np.testing.assert_array_equal(intensity[3:9, 1:4, 2], expected[3:9, 1:4, 2])
+
+
+class TestWavelengths:
+    def axis(self, file, /, **wavelength):
+        changes = {"unit": "Angstrom", "medium": "air", **wavelength}
+        scan = read_scans(file, describe(file.parent, statement(wavelength=changes)))[0]
+        return np.array(scan.wavelength)
+
+    @pytest.mark.parametrize("unit", ["Angstrom", "nm", "0.001 Angstrom", "m"])
+    def test_start_and_step_in_any_unit(self, file, unit):
+        step = {"Angstrom": 1.0, "nm": 10.0, "0.001 Angstrom": 1e-3, "m": 1e10}[unit]
+        for first, sign in ((0, 1.0), (-1, -1.0)):
+            start = float(WAVELENGTH_HALPHA[first]) / step
+            found = self.axis(file, unit=unit, medium="vacuum", start=start, step=sign * 0.2 / step)
+            np.testing.assert_allclose(found, WAVELENGTH_HALPHA, rtol=0, atol=1e-9)
+
+    def test_in_files(self, file, tmp_path):
+        np.savetxt(tmp_path / "axis.txt", IN_AIR, header="Angstrom, in air")
+        column = fits.BinTableHDU.from_columns([fits.Column("WAVE", "D", array=IN_AIR)], name="TABLE")
+        images = [fits.PrimaryHDU(), fits.ImageHDU(IN_AIR, name="AXIS"), column]
+        fits.HDUList(images).writeto(tmp_path / "axis.fits")
+        xr.Dataset({"wave": ("n", IN_AIR)}).to_netcdf(tmp_path / "axis.nc", engine="scipy")
+        xr.Dataset({"wave": ("n", IN_AIR)}).to_netcdf(tmp_path / "deep.nc", engine="h5netcdf", group="a/b")
+        write_idl(tmp_path / "axis.sav", {"wave": IN_AIR, "spect_pos": IN_AIR})
+        rewrite(file, lambda hdus: fits.HDUList([hdus[0], *images[1:]]))
+        for where in (
+            {"file": "axis.txt"},
+            {"file": "axis.fits"},
+            {"file": "axis.fits", "hdu": "axis"},
+            {"file": "axis.fits", "hdu": 2, "column": "WAVE"},
+            {"file": "axis.nc", "variable": "wave"},
+            {"file": "deep.nc", "variable": "a/b/wave"},
+            {"file": "axis.sav"},
+            {"file": "axis.sav", "variable": "WAVE"},
+            {"hdu": "AXIS"},
+            {"hdu": "TABLE", "column": "WAVE"},
+        ):
+            np.testing.assert_allclose(self.axis(file, **where), WAVELENGTH_HALPHA, rtol=0, atol=1e-9)
+
+    @pytest.mark.filterwarnings("ignore::astropy.wcs.FITSFixedWarning")
+    @pytest.mark.parametrize("first", [0, 1])
+    def test_in_the_header(self, file, first):
+        cards = {"CRVAL3": IN_AIR[3], "CRPIX3": 3.0 + first, "CDELT3": IN_AIR[1] - IN_AIR[0]}
+        rewrite(file, lambda hdus: hdus[0].header.update(cards))
+        found = self.axis(file, header=True, first_pixel=first)
+        np.testing.assert_allclose(found, WAVELENGTH_HALPHA, rtol=0, atol=1e-6)
+        # astropy's own reading of the same header
+        if first == 1:
+            with fits.open(file) as hdus:
+                expected = WCS(hdus[0].header).sub([3]).wcs_pix2world(np.arange(15), 0)[0]
+            np.testing.assert_allclose(vacuum_to_air(found), expected, rtol=0, atol=1e-9)
+
+    @pytest.mark.parametrize(
+        ("cards", "words"),
+        [
+            ({}, "no wavelengths"),
+            ({"CRVAL3": 656.0, "CRPIX3": 1.0, "CDELT3": 0.02, "CUNIT3": "nm"}, "another unit"),
+            (
+                {"CRVAL3": 6561.4, "CRPIX3": 1.0, "CDELT3": 0.2, "CUNIT3": "Angstrom", "CTYPE3": "AWAV"},
+                "in air",
+            ),
+            ({"CRVAL3": 5000.0, "CRPIX3": 1.0, "CDELT3": 0.2}, "not the line's"),
+            ({"CRVAL3": 6563.0, "CRPIX3": 1.0, "CDELT3": 0.0}, "no axis"),
+        ],
+    )
+    def test_headers_that_contradict(self, file, cards, words):
+        rewrite(file, lambda hdus: hdus[0].header.update(cards))
+        with pytest.raises(InputError, match=words) as caught:
+            self.axis(file, header=True, medium="vacuum")
+        assert "cubes.0.wavelength" in str(caught.value)
+
+
+class TestTimes:
+    def scans(self, file, /, **time):
+        changes = {"axes": ["wavelength", "y", "x"], "stokes": None, "time": time}
+        rewrite(file, lambda hdus: setattr(hdus[0], "data", hdus[0].data.reshape(-1, 15, 6, 8)[0]))
+        return read_scans(file, describe(file.parent, statement(**changes)))
+
+    @pytest.mark.parametrize(
+        "value",
+        ["2014-09-06T15:27:24.5", "2014-09-06 15:27:24.5", "2014.09.06 15:27:24.5", "2014-09-06T15:27:24.5Z"],
+    )
+    def test_as_people_write_them(self, file, value):
+        (scan,) = self.scans(file, values=[value])
+        assert scan.time == START + np.timedelta64(500, "ms")
+        assert scan.begin is scan.end is None
+
+    def test_card_offset_and_duration(self, file):
+        (scan,) = self.scans(file, key="DATE-AVG", offset=1.5, duration=3.0)
+        assert scan.time == START + np.timedelta64(2000, "ms")
+        assert scan.end - scan.begin == np.timedelta64(3, "s")
+        assert scan.time - scan.begin == np.timedelta64(1500, "ms")
+
+    def test_two_cards(self, file):
+        cards = {"STRTIME": "2014-09-06T15:27:20", "ENDTIME": "2014-09-06T15:27:28"}
+        rewrite(file, lambda hdus: hdus[0].header.update(cards))
+        (scan,) = self.scans(file, key=["STRTIME", "ENDTIME"])
+        assert (scan.begin, scan.time, scan.end) == tuple(START + np.array([-4, 0, 4], "timedelta64[s]"))
+        with pytest.raises(InputError, match="ends before it begins"):
+            self.scans(file, key=["ENDTIME", "STRTIME"])
+
+    def test_time_scale(self, file):
+        (scan,) = self.scans(file, values=["2014-09-06T15:27:24"], scale="tai")
+        assert scan.time == np.datetime64(Time("2014-09-06T15:27:24", scale="tai").utc.datetime64, "ns")
+        rewrite(file, lambda hdus: hdus[0].header.update({"TIMESYS": "TAI"}))
+        with pytest.raises(InputError, match="another time scale"):
+            self.scans(file, key="DATE-AVG")
+
+    def test_numbers_and_times_of_day(self, file, tmp_path):
+        (tmp_path / "numbers.txt").write_text("55644.0  # of the day\n")
+        (tmp_path / "times.txt").write_text("15:27:24.0\n")
+        write_idl(tmp_path / "old.sav", {"time": ["15:27:24"], "date": "2014.09.06"})
+        for time in (
+            {"file": "numbers.txt", "since": "2014-09-06T00:00:00"},
+            {"file": "times.txt", "date": "2014-09-06"},
+            {"file": "old.sav"},
+        ):
+            assert self.scans(file, **time)[0].time == START
+        for time, words in (
+            ({"file": "numbers.txt"}, "times are numbers"),
+            ({"file": "numbers.txt", "since": "2014-09-06T00:00:00", "unit": "yr"}, "no times"),
+            ({"file": "times.txt"}, "no date"),
+        ):
+            with pytest.raises(InputError, match=words) as caught:
+                self.scans(file, **time)
+            assert "cubes.0.time" in str(caught.value)
+
+
+class TestPointing:
+    def test_numbers_are_what_fits_means(self, file):
+        """CROTA2, and pixels that are not square: as astropy's WCS of the same cards has it."""
+        pointing = {"reference_value": [880.0, -350.0], "reference_pixel": [2.0, 700.0], "scale": [0.1, 0.3]}
+        pointing["rotation"] = 31.0
+        scan = read_scans(file, describe(file.parent, statement(pointing=pointing)))[0]
+        cards = {"CTYPE1": "HPLN-TAN", "CTYPE2": "HPLT-TAN", "CUNIT1": "arcsec", "CUNIT2": "arcsec"}
+        cards |= {"CRPIX1": 3.0, "CRPIX2": 701.0, "CRVAL1": 880.0, "CRVAL2": -350.0}
+        cards |= {"CDELT1": 0.1, "CDELT2": 0.3, "CROTA2": 31.0}
+        y, x = np.mgrid[:1000:250, :1500:300].astype(float)
+        expected = WCS(cards).all_pix2world(x, y, 0)
+        for found, degrees in zip(scan.frame.coordinates(x, y), expected, strict=True):
+            np.testing.assert_allclose(
+                found, (degrees + 180.0) % 360.0 * 3600.0 - 648000.0, rtol=0, atol=1e-6
+            )
+
+    def test_of_each_scan(self, file):
+        pointing = {"reference_value": [[1.0, 2.0], [3.0, 4.0]], "scale": 0.1}
+        scans = read_scans(file, describe(file.parent, statement(pointing=pointing)))
+        assert [scan.frame.reference_value for scan in scans] == [(1.0, 2.0), (3.0, 4.0)]
+
+    def test_of_the_header_whatever_the_axes(self, file, cube):
+        """x is the file's third axis, y its second: the frame takes their cards, in this order."""
+        angle = np.deg2rad(20.0)
+        cards = {"CTYPE3": "HPLN-TAN", "CTYPE2": "HPLT-TAN", "CUNIT3": "arcsec", "CUNIT2": "arcsec"}
+        cards |= {
+            "CRPIX3": 2.0,
+            "CRPIX2": 5.0,
+            "CRVAL3": -200.0,
+            "CRVAL2": 80.0,
+            "CDELT3": 0.16,
+            "CDELT2": 0.2,
+        }
+        cards |= {
+            "PC3_3": np.cos(angle),
+            "PC2_2": np.cos(angle),
+            "PC3_2": -np.sin(angle),
+            "PC2_3": np.sin(angle),
+        }
+        cards |= {"CTYPE1": "AWAV", "CUNIT1": "Angstrom", "CRPIX1": 1.0, "CRVAL1": IN_AIR[0], "CDELT1": 0.2}
+        stored = np.transpose(cube[0, 0], (2, 1, 0))
+        fits.PrimaryHDU(stored, fits.Header(cards)).writeto(file, overwrite=True)
+        changes = {"axes": ["x", "y", "wavelength"], "stokes": None, "pointing": {"header": True}}
+        time = {"values": ["2014-09-06T15:27:24"]}
+        (scan,) = read_scans(file, describe(file.parent, statement(time=time, **changes)))
+        np.testing.assert_array_equal(open_intensity(scan), cube[0, 0])
+        y, x = np.mgrid[:6, :8].astype(float)
+        with fits.open(file) as hdus:
+            world = WCS(hdus[0].header).all_pix2world(np.zeros_like(x), y, x, 0)
+        longitude, latitude = scan.frame.coordinates(x, y)
+        np.testing.assert_allclose(
+            longitude, (world[2] + 180.0) % 360.0 * 3600.0 - 648000.0, rtol=0, atol=1e-6
+        )
+        np.testing.assert_allclose(latitude, world[1] * 3600.0, rtol=0, atol=1e-6)
+        rewrite(file, lambda hdus: hdus[0].header.update({"CTYPE3": "SOLARX", "CTYPE2": "SOLARY"}))
+        with pytest.raises(InputError, match="no helioprojective coordinates"):
+            read_scans(file, describe(file.parent, statement(time=time, **changes)))
+
+
+class TestIntensities:
+    def cube_of(self, file, **changes):
+        scan = read_scans(file, describe(file.parent, statement(**changes)))[1]
+        return scan, open_intensity(scan)
+
+    def test_per_frequency(self, tmp_path):
+        counts = np.random.default_rng(1).uniform(1, 3, tuple(SIZES.values()))
+        path = tmp_path / "a.fits"
+        fits.PrimaryHDU((counts * per_frequency("halpha")).astype(">f4")).writeto(path)
+        scan, cube = self.cube_of(path, unit="W m-2 Hz-1 sr-1")
+        assert scan.units == PER_ANGSTROM.to_string()
+        assert scan.saturation == np.inf
+        np.testing.assert_allclose(cube, 1e3 * counts[1, 0], rtol=1e-6)
+
+    def test_scaled_and_blank_integers(self, file, cube):
+        cards = b"BSCALE  =                  0.5".ljust(80) + b"BZERO   =                 10.0".ljust(80)
+        cards += f"BLANK   = {cube[1, 0, 2, 3, 4]:20d}".encode().ljust(80)
+        raw = file.read_bytes()
+        end = raw.index(b"END" + b" " * 77)
+        file.write_bytes(raw[:end] + cards + raw[end : 2880 - len(cards)] + raw[2880:])
+        scan, found = self.cube_of(file)
+        expected = np.where(cube[1, 0] == cube[1, 0, 2, 3, 4], np.nan, 0.5 * cube[1, 0] + 10.0)
+        np.testing.assert_array_equal(found, expected.astype(np.float32))
+        assert scan.saturation == np.inf
+
+    def test_unsigned_integers(self, tmp_path, cube):
+        """FITS writes them as signed ones with an offset."""
+        path = tmp_path / "a.fits"
+        numbers = cube.astype("u2") + 40_000
+        fits.PrimaryHDU(numbers).writeto(path)
+        scan, found = self.cube_of(path)
+        np.testing.assert_array_equal(found, numbers[1, 0])
+        assert scan.saturation == 65535
+
+    def test_padding_and_saturation(self, file, cube):
+        pad = int(cube[1, 0, 2, 3, 4])
+        scan, found = self.cube_of(file, padding=pad, saturation=2500.0)
+        np.testing.assert_array_equal(found, np.where(cube[1, 0] == pad, np.nan, cube[1, 0]))
+        assert (scan.padding, scan.saturation) == ("nan", 2500.0)
+        assert self.cube_of(file, padding="constant")[0].padding == "constant"
+
+    def test_netcdf_scaled_as_cf_says(self, tmp_path, cube):
+        path = tmp_path / "a.nc"
+        numbers = cube.astype(float)
+        numbers[1, 0, 2, 3, 4] = np.nan
+        dataset = xr.Dataset({"intensity": (tuple(SIZES), numbers)})
+        dataset.intensity.encoding = {"scale_factor": 0.5, "add_offset": 1.0, "_FillValue": -1, "dtype": "i2"}
+        dataset.to_netcdf(path, engine="scipy")
+        _, found = self.cube_of(path, variable="intensity")
+        np.testing.assert_array_equal(found, numbers[1, 0])
+
+    def test_cavity_map(self, file, tmp_path):
+        errors = np.random.default_rng(4).normal(0.0, 0.05, (2, 6, 8))
+        for held, kept in ((errors, errors), (errors[0], errors[[0, 0]])):
+            rewrite(file, lambda hdus, held=held: fits.HDUList([hdus[0], fits.ImageHDU(held, name="CMAP")]))
+            cavity = {"hdu": "CMAP", "unit": "nm", "factor": 0.1}
+            for medium, index in (("air", 1.000276), ("vacuum", 1.0)):
+                wavelength = {"values": WAVELENGTH_HALPHA.tolist(), "unit": "Angstrom", "medium": medium}
+                description = describe(tmp_path, statement(cavity_map=cavity, wavelength=wavelength))
+                for scan in read_scans(file, description):
+                    assert scan.has_wavelength_shift
+                    shift = open_wavelength_shift(scan)
+                    np.testing.assert_allclose(shift, index * kept[scan.index], rtol=1e-5, atol=1e-8)
+        rewrite(file, lambda hdus: hdus.__setitem__(1, fits.ImageHDU(errors[0].T, name="CMAP")))
+        with pytest.raises(InputError, match="map does not fit"):
+            read_scans(file, describe(tmp_path, statement(cavity_map=cavity)))
+
+
+def several(tmp_path):
+    """Files of 8 MB each, of which a hundredth is looked at."""
+    cube = np.random.default_rng(1).integers(1, 255, (4, 1, 15, 200, 300)).astype("<i2")
+    fits.PrimaryHDU(cube.astype(">i2")).writeto(tmp_path / "plain.fits")
+    packed = fits.CompImageHDU(cube, compression_type="RICE_1", tile_shape=(1, 1, 1, 50, 50))
+    fits.HDUList([fits.PrimaryHDU(), packed]).writeto(tmp_path / "packed.fits")
+    dataset = xr.Dataset({"intensity": (tuple(SIZES), cube)})
+    dataset.to_netcdf(tmp_path / "three.nc", engine="scipy")
+    encoding = {"intensity": {"chunksizes": (1, 1, 1, 50, 50), "zlib": True}}
+    dataset.to_netcdf(tmp_path / "four.nc", engine="h5netcdf", encoding=encoding)
+    return cube
+
+
+def test_only_what_is_indexed_is_in_memory(tmp_path):
+    cube = several(tmp_path)
+    description = describe(tmp_path, statement(stokes=["I"], variable="intensity"))
+    for name in ("plain.fits", "packed.fits", "three.nc", "four.nc"):
+        read_scans(tmp_path / name, description)  # what is imported on the way is not counted
+        tracemalloc.start()
+        found = open_intensity(read_scans(tmp_path / name, description)[2])[:, 50:90, 100:140]
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        np.testing.assert_array_equal(found, cube[2, 0, :, 50:90, 100:140])
+        assert peak < cube.nbytes / 4, name
+
+
+def test_several_cubes_in_one_file_and_other_formats_beside(tmp_path, cube):
+    (tmp_path / "files").mkdir()
+    path = tmp_path / "files" / "both.fits"
+    other = fits.ImageHDU(cube + 5, name="OTHER")
+    fits.HDUList([fits.PrimaryHDU(cube), other]).writeto(path)
+    FORMATS["fchroma"][0](tmp_path / "files", known_series())
+    first = statement(files="both*", hdu=0)
+    second = statement(files="both*", hdu="OTHER", time={"start": "2014-09-06T16:00:00", "step": 1.0})
+    third = statement(files="*.nothing")
+    scans, _ = find_scans([tmp_path / "files"], description=describe(tmp_path, first, second, third))
+    described = [scan for scan in scans if scan.format == "generic"]
+    assert len(scans) == 4 + len(described) == 8
+    assert [scan.index for scan in described] == [0, 1, 2, 3]
+    for scan in described:
+        expected = cube[scan.index % 2, 0] + 5 * (scan.index // 2)
+        np.testing.assert_array_equal(open_intensity(scan), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"axes": ["time", "wavelength", "y", "x"], "stokes": None}, "other axes"),
+        ({"axes": ["time", "stokes", "wavelength", "y"]}, "axes"),
+        ({"axes": ["time", "time", "wavelength", "y", "x"]}, "axes"),
+        ({"axes": ["time", "stokes", "lambda", "y", "x"]}, "axes.2"),
+        ({"stokes": None}, "Stokes parameters are not stated"),
+        ({"stokes": ["I", "Q"]}, "do not fit"),
+        ({"stokes": ["Q", "Q", "U", "V"]}, "do not fit"),
+        ({"hdu": "CUBE"}, "no such HDU"),
+        ({"hdu": 4}, "no such HDU"),
+        ({"line": "sodium"}, "line"),
+        ({"wavelength": None}, "wavelength: Field required"),
+        ({"wavelength": {"hdu": 0, "unit": "nm", "medium": "air"}}, "other axes|do not fit|wavelengths"),
+        ({"wavelength": {"column": "A", "unit": "nm", "medium": "air"}}, "HDU is not named"),
+        ({"cubes": []}, "cubes: unknown key"),
+    ],
+)
+def test_descriptions_that_do_not_fit(file, tmp_path, changes, words):
+    description = describe(tmp_path, statement(**changes))
+    with pytest.raises(InputError, match=words) as caught:
+        read_scans(file, description)
+    assert "description" in str(caught.value) or "cube.fits" in str(caught.value)
+    assert caught.value.remedy
+
+
+def test_files_that_are_none(tmp_path):
+    description = describe(tmp_path, statement())
+    for content in (b"", b"GIF89a"):
+        (tmp_path / "a.fits").write_bytes(content)
+        with pytest.raises(OtherKindError, match="neither a FITS nor a NetCDF"):
+            read_scans(tmp_path / "a.fits", description)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_scans(tmp_path / "nowhere.fits", description)
+    with pytest.raises(InputError, match="description cannot be read"):
+        read_scans(tmp_path / "a.fits", tmp_path / "nowhere.yaml")
+    table = fits.BinTableHDU.from_columns([fits.Column("A", "D", array=IN_AIR)])
+    fits.HDUList([fits.PrimaryHDU(), table]).writeto(tmp_path / "b.fits")
+    with pytest.raises(InputError, match="holds no cube"):
+        read_scans(tmp_path / "b.fits", description)
+    xr.Dataset({"text": ("n", ["a", "b"])}).to_netcdf(tmp_path / "c.nc", engine="h5netcdf")
+    with pytest.raises(InputError, match="variable is not named"):
+        read_scans(tmp_path / "c.nc", description)
+    with pytest.raises(InputError, match="no such variable"):
+        read_scans(tmp_path / "c.nc", describe(tmp_path, statement(variable="intensity")))
+    with pytest.raises(InputError, match="other axes"):
+        read_scans(tmp_path / "c.nc", describe(tmp_path, statement(variable="text")))
+
+
+def test_netcdf4_without_its_library(tmp_path, monkeypatch, cube):
+    path = tmp_path / "a.nc"
+    xr.Dataset({"intensity": (tuple(SIZES), cube)}).to_netcdf(path, engine="h5netcdf")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MisuseError, match=r"need h5netcdf") as caught:
+        read_scans(path, describe(tmp_path, statement(variable="intensity")))
+    assert "flarefield[netcdf]" in str(caught.value)
+
+
+def test_changed_after_it_was_described(file, cube, tmp_path):
+    description = describe(tmp_path, statement())
+    scan = read_scans(file, description)[1]
+    fits.PrimaryHDU(cube[..., 1:]).writeto(file, overwrite=True)
+    with pytest.raises(InputError, match="has changed"):
+        open_intensity(scan)
+    fits.PrimaryHDU(cube[:1]).writeto(file, overwrite=True)
+    with pytest.raises(InputError, match="has changed"):
+        open_intensity(scan)
+
+
+def test_netcdf3_round_trip_and_headers(tmp_path):
+    """DKIST's example in NetCDF-3, which needs nothing that is not there anyway."""
+    series = known_series()
+    lines = {
+        line: (
+            np.stack([(series.noisy[line] * RELATIVE).astype("f4")] * 4),
+            vacuum_to_air(axis),
+            START + np.arange(2) * np.timedelta64(11, "s"),
+        )
+        for line, axis in AXES.items()
+    }
+    path = write_dkist(tmp_path / "dkist.nc", lines, engine="scipy")
+    scans = read_scans(path, described(tmp_path, "dkist.yaml")["description"])
+    assert len(scans) == 4
+    for scan in scans:
+        expected = lines[scan.line][0][0, scan.index % 2]
+        np.testing.assert_array_equal(open_intensity(scan), expected)
+    assert "halpha_wavelength" in read_headers(scans[0])[0]
+
+
+def test_command_line(tmp_path):
+    """A description is a source as the files are: kept, hashed, and asked for again."""
+    files = tmp_path / "files"
+    files.mkdir()
+    description = in_ibis(files, known_series(), compressed=True)["description"]
+    text = description.read_text().replace("hdu: 0", "hdu: 1")
+    description.write_text(text)
+    runner = CliRunner()
+    arguments = ["--generic", str(description), str(files)]
+    result = runner.invoke(app, ["inspect", *arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    ingest([files], tmp_path / "obs.zarr", call="", description=description)
+    dataset = open_observation(tmp_path / "obs.zarr")
+    paths = [description, *files.glob("*.fits")]
+    assert dataset.attrs["made_from"] == {str(path): sha256_file(path) for path in paths}
+    assert dataset.halpha.attrs["headers"][0].endswith(f"{text}\nEND\n")
+    assert len(fits_headers(dataset, "halpha", 0)) == 3
+    result = runner.invoke(app, ["ingest", *arguments, str(tmp_path / "obs.zarr")], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+
+
+# h5netcdf's, and xarray's, on the way to the error
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::UserWarning")
+@fuzzed(80)
+@given(data=st.data())
+def test_damage_gives_typed_errors_only(tmp_path, cube, data):
+    """Bytes changed or cut in headers and descriptions: scans of the true shape, or an `InputError`."""
+    kind = data.draw(st.sampled_from(["fits", "scipy", "h5netcdf", "description"]))
+    path = tmp_path / "a.cube"
+    path.unlink(missing_ok=True)
+    if kind in ("scipy", "h5netcdf"):
+        xr.Dataset({"intensity": (tuple(SIZES), cube.astype("i2"))}).to_netcdf(path, engine=kind)
+    else:
+        fits.PrimaryHDU(cube).writeto(path)
+    description = describe(tmp_path, statement(variable="intensity"))
+    damaged = description if kind == "description" else path
+    content = bytearray(damaged.read_bytes())
+    # In NetCDF-4 most of what precedes the numbers is HDF5's own, which it checks as it pleases.
+    for _ in range(data.draw(st.integers(1, 4), label="changes")):
+        content[data.draw(st.integers(0, min(len(content), 2880) - 1))] = data.draw(st.integers(0, 255))
+    if data.draw(st.booleans(), label="cut"):
+        del content[data.draw(st.integers(0, len(content))) :]
+    damaged.write_bytes(content)
+    try:
+        opened = [(scan, open_intensity(scan)[:, :2, 0]) for scan in read_scans(path, description)]
+    except InputError as error:
+        message, opened = str(error), []
+    else:
+        message = str(tmp_path)
+    assert str(tmp_path) in message
+    for scan, intensity in opened:
+        assert intensity.shape == (len(scan.wavelength), min(2, scan.shape[0]))
+
+
+@fuzzed(60)
+@given(data=st.data())
+def test_any_statement_is_taken_or_refused(tmp_path, file, data):
+    """Keys replaced by anything YAML can say: a typed error that names the file, or sound scans."""
+    anything = st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.dates(),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=2),
+        max_leaves=4,
+    )
+    stated = statement()
+    place = data.draw(st.sampled_from(["", "wavelength", "time", "pointing"]))
+    part = stated[place] if place else stated
+    keys = {
+        "": ["axes", "stokes", "line", "unit", "padding", "saturation", "hdu", "files", "cavity_map"],
+        "wavelength": ["values", "start", "step", "header", "file", "hdu", "line_centre", "unit", "medium"],
+        "time": ["values", "start", "step", "key", "file", "since", "date", "offset", "duration", "scale"],
+        "pointing": ["reference_value", "reference_pixel", "scale", "rotation", "header"],
+    }[place]
+    part[data.draw(st.sampled_from(keys))] = data.draw(anything)
+    description = tmp_path / "description.yaml"
+    description.write_text(yaml.safe_dump({"cubes": [stated]}), encoding="utf-8")
+    try:
+        scans = read_scans(file, description)
+    except InputError as error:
+        message, scans = str(error), ()
+    else:
+        message = str(tmp_path)
+    assert str(tmp_path) in message
+    for scan in scans:
+        assert open_intensity(scan).shape == (15, *scan.shape)
+
+
+def test_a_sparse_file_larger_than_memory(tmp_path):
+    """24 GB of FITS: nothing but what is indexed is touched."""
+    header = fits.Header([("SIMPLE", True), ("BITPIX", 16), ("NAXIS", 4)])
+    for number, size in enumerate((10_000, 8_000, 15, 10), start=1):
+        header[f"NAXIS{number}"] = size
+    path = tmp_path / "large.fits"
+    path.write_bytes(header.tostring().encode())
+    os.truncate(path, 2880 + -(-2 * 10_000 * 8_000 * 150 // 2880) * 2880)
+    changes = {"axes": ["time", "wavelength", "y", "x"], "stokes": None}
+    scan = read_scans(path, describe(tmp_path, statement(**changes)))[7]
+    assert (open_intensity(scan)[:, 7_000:7_002, 9_000:9_003] == 0).all()
