@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from pipeline.cli import app
 from pipeline.crisp import find_scans, generic, open_intensity, open_wavelength_shift, read_headers
 from pipeline.crisp.cube import PER_ANGSTROM
-from pipeline.crisp.generic import load_description, read_scans
+from pipeline.crisp.generic import load_description
 from pipeline.crisp.scan import OtherKindError
 from pipeline.crisp.wavelengths import vacuum_to_air
 from pipeline.errors import InputError, MisuseError
@@ -65,6 +65,10 @@ def statement(**changes):
         **changes,
     }
     return {key: value for key, value in cube.items() if value is not None}
+
+
+def read_scans(path, description, medium=None):
+    return generic.read_scans(path, load_description(description), medium)
 
 
 def describe(folder, *cubes):
@@ -466,6 +470,16 @@ def test_several_cubes_in_one_file_and_other_formats_beside(tmp_path, cube):
     for scan in described:
         expected = cube[scan.index % 2, 0] + 5 * (scan.index // 2)
         np.testing.assert_array_equal(open_intensity(scan), expected)
+
+
+def test_a_description_of_other_files(file, tmp_path):
+    description = describe(tmp_path, statement(files="*.nothing"))
+    with pytest.raises(InputError, match="no format that is known") as caught:
+        find_scans([file], description=description)
+    assert "not described: its name is none that the description has" in str(caught.value)
+    assert "not fchroma: a FITS file of another instrument" in str(caught.value)
+    with pytest.raises(InputError, match="description cannot be read"):
+        find_scans([file], description=tmp_path / "nowhere.yaml")
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from pipeline.crisp import (
     read_headers,
     read_scans,
 )
-from pipeline.crisp.scan import LINES, ForeignFileError, OtherKindError, OtherLineError
+from pipeline.crisp.scan import LINES, OtherKindError, OtherLineError
 from pipeline.crisp.statements import CubeStatement, load
 from pipeline.crisp.wavelengths import air_to_vacuum, vacuum_to_air
 from pipeline.errors import InputError, MisuseError
@@ -189,6 +189,17 @@ def test_in_a_directory(file, cube):
         find_scans([file.parent])
 
 
+def test_a_sidecar_may_lie_beside_a_link(file, cube, tmp_path):
+    """Archives cannot be written to: the sidecar is wherever the cube was linked to."""
+    (tmp_path / "archive").mkdir()
+    file.rename(tmp_path / "archive" / "cube.icube")
+    file.symlink_to(tmp_path / "archive" / "cube.icube")
+    scans, _ = find_scans([file, file])
+    assert len(scans) == SCANS
+    assert scans[0].path == str(file)
+    np.testing.assert_array_equal(open_intensity(scans[0]), cube[0, 0])
+
+
 def test_what_has_to_be_stated_is_said(file):
     file.with_suffix(".yaml").unlink()
     text = refused(file, "without a sidecar")
@@ -274,7 +285,7 @@ def test_other_files(tmp_path, content):
 
 
 def test_directories_and_missing_files(tmp_path):
-    with pytest.raises(ForeignFileError, match="not a La Palma cube"):
+    with pytest.raises(OtherKindError, match="a directory"):
         lapalma.read_scans(tmp_path)
     with pytest.raises(InputError, match="cannot be read"):
         lapalma.read_scans(tmp_path / "nowhere.icube")

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.crisp import crispy, fchroma, generic, lapalma, sstred
 from pipeline.crisp.cube import Cube
+from pipeline.crisp.generic import Description
 from pipeline.crisp.scan import LINES, ForeignFileError, Frame, OtherKindError, OtherLineError, Scan
 from pipeline.crisp.wavelengths import Medium
 from pipeline.errors import InputError
@@ -83,7 +84,7 @@ LISTED = 10  # files that an error names one by one
 
 
 def read_scans(
-    path: str | Path, medium: Medium | None = None, description: str | Path | None = None
+    path: str | Path, medium: Medium | None = None, description: Description | None = None
 ) -> tuple[Scan, ...]:
     """Describe the scans that a file holds, whatever its format.
 
@@ -93,9 +94,8 @@ def read_scans(
         The file, or the directory of a format that is one. Its content decides what it is.
     medium : {"vacuum", "air"}, optional
         What the caller says of wavelengths, where file and format leave it open.
-    description : str or Path, optional
-        A description in YAML (`pipeline.crisp.generic`) of files that it names, and that nothing else is
-        asked of.
+    description : Description, optional
+        What was stated of files that it names (`pipeline.crisp.generic`); nothing else is asked of these.
 
     Returns
     -------
@@ -108,9 +108,13 @@ def read_scans(
     InputError
         It holds scans, but cannot be used.
     """
-    if description is not None and generic.is_described(path, generic.load_description(description)):
-        return generic.read_scans(path, description, medium)
     refusals: dict[str, ForeignFileError] = {}
+    if description is not None:
+        if description.describes(path):
+            return generic.read_scans(path, description, medium)
+        refusals["described"] = ForeignFileError(
+            "its name is none that the description has", where=path, found=description.path
+        )
     for name, reader in READERS.items():
         try:
             return reader.read_scans(path, medium)
@@ -215,7 +219,7 @@ def find_scans(
     medium : {"vacuum", "air"}, optional
         As for `read_scans`; said of all files.
     description : str or Path, optional
-        As for `read_scans`.
+        A description in YAML (`pipeline.crisp.generic`) of files that it names.
 
     Returns
     -------
@@ -259,7 +263,7 @@ class Look:
     Attributes
     ----------
     path : Path
-        The file, its links resolved.
+        The file.
     named : bool
         Whether it was given by name or pattern, rather than found in a directory.
     scans : tuple of Scan
@@ -291,19 +295,22 @@ def look_into(
     Raises
     ------
     InputError
-        A name or pattern that nothing has.
+        A name or pattern that nothing has, or a description that cannot be used.
     """
-    found: dict[Path, bool] = {}
+    # A link counts as the file that it leads to, but under its own name: sidecars lie beside it.
+    found: dict[Path, tuple[Path, bool]] = {}
+    described = None if description is None else generic.load_description(description)
     suffixes = {suffix for reader in READERS.values() for suffix in reader.SUFFIXES}
     if description is not None:
         suffixes |= set(generic.SUFFIXES)
     for source in sources:
         for path, named in _files(source, suffixes):
             file = path.resolve()
-            found[file] = found.get(file, False) or named
-    for file, named in found.items():
+            first, already = found.get(file, (path.absolute(), False))
+            found[file] = (first, already or named)
+    for file, named in found.values():
         try:
-            yield Look(file, named, read_scans(file, medium, description), None)
+            yield Look(file, named, read_scans(file, medium, described), None)
         except InputError as refusal:
             yield Look(file, named, (), refusal)
 

@@ -11,16 +11,39 @@ from numpy.typing import NDArray
 from scipy.io import readsav
 
 from pipeline.crisp import fits_files, lapalma_files, netcdf_files
+from pipeline.crisp.axes import Stored
+from pipeline.crisp.signatures import beginning
 from pipeline.errors import InputError
 
 IDL_SIGNATURE = b"SR\x00"
 LONGEST_TEXT = 10_000_000  # bytes: text beyond is no list of wavelengths or times
 
 
-def read_array(
+class Scaled:
+    """An array of a FITS file, its numbers unscaled as it is indexed; NaN where the file has ``BLANK``."""
+
+    def __init__(self, stored: Stored, step: float, zero: float, blank: int | None) -> None:
+        self._stored, self._step, self._zero, self._blank = stored, step, zero, blank
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its size along each axis."""
+        return self._stored.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Double precision."""
+        return np.dtype(np.float64)
+
+    def __getitem__(self, key: Any, /) -> NDArray[np.float64]:  # noqa: ANN401
+        values = np.asarray(self._stored[key])
+        return np.where(values == self._blank, np.nan, self._step * values.astype(np.float64) + self._zero)
+
+
+def open_array(
     file: Path, *, hdu: str | int | None = None, column: str | None = None, variable: str | None = None
-) -> NDArray[Any]:
-    """Read an array, whole.
+) -> Stored:
+    """Open an array; of images no more is read than is indexed.
 
     Parameters
     ----------
@@ -35,42 +58,35 @@ def read_array(
 
     Returns
     -------
-    ndarray
-        Numbers, texts, or (of NetCDF, where the units say ``since``) ``datetime64``; axes of one element
-        removed. A text is split at white space if all of it is numbers, at the ends of lines otherwise.
+    Stored
+        Numbers, texts, or (of NetCDF, where the units say ``since``) ``datetime64``. A text is split at
+        white space if all of it is numbers, at the ends of lines otherwise.
 
     Raises
     ------
     InputError
         It cannot be read, or does not hold what was asked for.
     """
-    try:
-        with file.open("rb") as stream:
-            start = stream.read(lapalma_files.LENGTH)
-    except OSError as failure:
-        raise InputError("the file cannot be read", where=file, found=failure.strerror) from failure
+    start = beginning(file)
     if start.startswith(fits_files.SIGNATURE):
-        values = _from_fits(file, hdu, column)
-    elif netcdf_files.is_netcdf(start):
-        values = _from_netcdf(file, variable)
-    elif start.startswith(IDL_SIGNATURE):
-        values = _from_idl(file, variable)
-    elif lapalma_files.is_cube(start):
-        values = lapalma_files.mapped(file)
-    else:
-        values = _from_text(file)
-    return np.atleast_1d(np.squeeze(values))
+        return _from_fits(file, hdu, column)
+    if netcdf_files.is_netcdf(start):
+        return _from_netcdf(file, variable)
+    if start.startswith(IDL_SIGNATURE):
+        return _from_idl(file, variable)
+    if lapalma_files.is_cube(start):
+        return lapalma_files.mapped(file)
+    return _from_text(file)
 
 
 def variables(file: Path) -> list[str]:
     """Names of an IDL save file's variables; none of other files."""
-    with file.open("rb") as stream:
-        if not stream.read(16).startswith(IDL_SIGNATURE):
-            return []
+    if not beginning(file).startswith(IDL_SIGNATURE):
+        return []
     return sorted(_idl(file))
 
 
-def _from_fits(file: Path, hdu: str | int | None, column: str | None) -> NDArray[Any]:
+def _from_fits(file: Path, hdu: str | int | None, column: str | None) -> Stored:
     with fits_files.opened(file) as hdus:
         found = fits_files.find_hdu(hdus, hdu, file)
         if column is not None:
@@ -90,15 +106,14 @@ def _from_fits(file: Path, hdu: str | int | None, column: str | None) -> NDArray
                 found=f"{found.name or 'the primary HDU'}: {type(found).__name__}",
                 expected="an image, or the name of a table's column",
             )
-        step, zero, blank = fits_files.scaling(found.header)
-        values = step * np.asarray(found.data, dtype=np.float64) + zero
-        return values if blank is None else np.where(found.data == blank, np.nan, values)
+        return Scaled(found.data, *fits_files.scaling(found.header))
 
 
-def _from_netcdf(file: Path, variable: str | None) -> NDArray[Any]:
+def _from_netcdf(file: Path, variable: str | None) -> Stored:
     if variable is None:
         raise InputError("the variable is not named", where=file, expected="variable: its name")
-    return netcdf_files.NetcdfArray(file, variable).moments()
+    array = netcdf_files.NetcdfArray(file, variable)
+    return array.moments() if array.has_moments else array
 
 
 def _from_idl(file: Path, variable: str | None) -> NDArray[Any]:

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -179,7 +180,7 @@ class DescribedCube:
     ) -> NoReturn:
         """Raise an error that names the file and the key of its description."""
         raise InputError(
-            f"{problem}",
+            problem,
             where=self.file,
             found=found,
             expected=expected,
@@ -189,13 +190,13 @@ class DescribedCube:
     def _file(self, part: Located) -> Path:
         return self.file if part.file is None else self.description.parent / part.file
 
-    def _read(self, key: str, part: Located, default: str | None = None) -> NDArray[Any]:
-        """Numbers that stand in a file; `default` is the variable that IDL save files have them in."""
-        file = self._file(part)
+    def _open(self, key: str, part: Located, default: str | None = None) -> Stored:
+        """What stands in a file; `default` is the variable that IDL save files have it in."""
         if part.file is None and self.headers and part.hdu is None:
             self.refuse(key, "the HDU is not named", "another HDU of the cube's own file", "hdu: its name")
+        file = self._file(part)
         try:
-            return arrays.read_array(
+            return arrays.open_array(
                 file, hdu=part.hdu, column=part.column, variable=part.variable or default
             )
         except InputError as failure:
@@ -204,8 +205,14 @@ class DescribedCube:
                 key, "what it refers to cannot be read", f"{file}: {found}", failure.expected, failure
             )
 
+    def _read(self, key: str, part: Located, default: str | None = None) -> NDArray[Any]:
+        """The same, as a list: axes of one element removed."""
+        return np.atleast_1d(np.squeeze(np.asarray(self._open(key, part, default)[...])))
+
     def _numbers(self, key: str, part: Located, default: str | None = None) -> NDArray[np.float64]:
-        values = self._read(key, part, default)
+        return self._as_numbers(key, self._read(key, part, default))
+
+    def _as_numbers(self, key: str, values: NDArray[Any]) -> NDArray[np.float64]:
         if values.dtype.kind not in "iuf":
             self.refuse(key, "it refers to something else than numbers", f"{values.dtype}, {values.shape}")
         return values.astype(np.float64)
@@ -375,7 +382,7 @@ class DescribedCube:
             return texts
         if "date" not in arrays.variables(self._file(stated)):
             self.refuse("time.date", "the times have no date", repr(texts[0]), "date: such as 2014-09-06")
-        dates = arrays.read_array(self._file(stated), variable="date")
+        dates = np.asarray(arrays.open_array(self._file(stated), variable="date")[...])
         days = [day.decode("ascii", "replace") if isinstance(day, bytes) else str(day) for day in dates.flat]
         days = days * len(texts) if len(days) == 1 else days
         if len(days) != len(texts):
@@ -436,19 +443,15 @@ class DescribedCube:
     def _shift(self, index: int) -> NDArray[np.float64]:
         stated = self.statement.cavity_map
         assert stated is not None
-        frame = (self.size("y"), self.size("x"))
-        maps = self._numbers("cavity_map", stated)
-        several = (self.size("time"), *frame)
-        # Axes of one element may have been left out.
-        if [size for size in maps.shape if size > 1] == [size for size in several if size > 1]:
-            chosen = maps.reshape(several)[index]
-        elif [size for size in maps.shape if size > 1] == [size for size in frame if size > 1]:
-            chosen = maps.reshape(frame)
-        else:
+        maps = self._open("cavity_map", stated)
+        several, frame = maps.shape[:-2], (self.size("y"), self.size("x"))
+        if maps.shape[-2:] != frame or prod(several) not in (1, self.size("time")):
             self.refuse(
-                "cavity_map", "the map does not fit the cube", maps.shape, f"{frame} (y, x), or {several}"
+                "cavity_map", "the map does not fit the cube", maps.shape, f"{frame} (y, x), or one a scan"
             )
-        return np.asarray(chosen * stated.factor * u.Unit(stated.unit).to(u.Angstrom))
+        image = maps[(*np.unravel_index(min(index, prod(several) - 1), several), slice(None), slice(None))]
+        values = self._as_numbers("cavity_map", np.asarray(image))
+        return np.asarray(values * stated.factor * u.Unit(stated.unit).to(u.Angstrom))
 
     def _saturation(self) -> float:
         if self.statement.saturation is not None:

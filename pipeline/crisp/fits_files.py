@@ -15,6 +15,7 @@ from astropy.time import ScaleValueError, Time
 from astropy.utils.exceptions import AstropyWarning
 
 from pipeline.crisp.scan import OtherKindError
+from pipeline.crisp.signatures import beginning
 from pipeline.errors import InputError
 
 SUFFIXES = (".fits", ".fit", ".fts")
@@ -49,20 +50,7 @@ def opened(path: str | Path) -> Iterator[fits.HDUList]:
         It cannot be read, is damaged or truncated; errors of astropy's inside the context become this, too.
     """
     file = Path(path)
-    if file.is_dir():
-        raise OtherKindError(
-            "not a FITS file", where=file, found="a directory", remedy="name the files that it holds"
-        )
-    try:
-        with file.open("rb") as stream:
-            start = stream.read(len(SIGNATURE))
-    except OSError as failure:
-        raise InputError(
-            "the file cannot be read",
-            where=file,
-            found=failure.strerror,
-            remedy="check the name and the permissions",
-        ) from failure
+    start = beginning(file)[: len(SIGNATURE)]
     if start != SIGNATURE:
         raise OtherKindError(
             "not a FITS file",

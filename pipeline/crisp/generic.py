@@ -6,6 +6,7 @@ and what `pipeline.crisp.statements.CubeStatement` asks for.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -20,6 +21,7 @@ from pipeline.crisp.axes import OF_A_CUBE, Axis, Stored
 from pipeline.crisp.cube import Cube
 from pipeline.crisp.described import DescribedCube
 from pipeline.crisp.scan import OtherKindError, Scan
+from pipeline.crisp.signatures import beginning
 from pipeline.crisp.statements import CubeStatement, Statement, load
 from pipeline.crisp.wavelengths import Medium
 from pipeline.errors import InputError
@@ -61,11 +63,31 @@ class FileStatement(CubeStatement):
         return self
 
 
-class Description(Statement):
-    """What ``--generic`` takes."""
+class Cubes(Statement):
+    """What the YAML of ``--generic`` holds."""
 
     cubes: Annotated[tuple[FileStatement, ...], Field(min_length=1)]
     """The cubes; a file may hold several of them, each in its own HDU or variable."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """A description that was read.
+
+    Attributes
+    ----------
+    path : Path
+        The YAML file.
+    cubes : tuple of FileStatement
+        What it states.
+    """
+
+    path: Path
+    cubes: tuple[FileStatement, ...]
+
+    def describes(self, file: str | Path) -> bool:
+        """Whether it has a cube in a file, by the file's name."""
+        return any(fnmatch(Path(file).name, cube.files) for cube in self.cubes)
 
 
 class CompressedImage:
@@ -105,23 +127,19 @@ def load_description(path: str | Path) -> Description:
     InputError
         It cannot be read, or states something else than it should: every such key is named.
     """
-    return load(Path(path).absolute(), Description, EXAMPLE)
+    file = Path(path).absolute()
+    return Description(file, load(file, Cubes, EXAMPLE).cubes)
 
 
-def is_described(path: str | Path, description: Description) -> bool:
-    """Whether a description has a cube in a file, by the file's name."""
-    return any(fnmatch(Path(path).name, cube.files) for cube in description.cubes)
-
-
-def read_scans(path: str | Path, description: str | Path, medium: Medium | None = None) -> tuple[Scan, ...]:
+def read_scans(path: str | Path, description: Description, medium: Medium | None = None) -> tuple[Scan, ...]:
     """Describe a file's scans, in the order of the description's cubes.
 
     Parameters
     ----------
     path : str or Path
         A FITS or NetCDF file.
-    description : str or Path
-        The YAML.
+    description : Description
+        As `load_description` gives it.
     medium : {"vacuum", "air"}, optional
         What the caller says of the wavelengths: the description may not say otherwise.
 
@@ -133,7 +151,7 @@ def read_scans(path: str | Path, description: str | Path, medium: Medium | None 
         It cannot be read, or does not fit the description.
     """
     scans: list[Scan] = []
-    for cube, _ in _cubes(Path(path).absolute(), Path(description).absolute()):
+    for cube, _ in _cubes(Path(path).absolute(), description):
         scans.extend(cube.scans(FORMAT, medium, first=len(scans)))
     return tuple(scans)
 
@@ -172,7 +190,7 @@ def open_wavelength_shift(scan: Scan) -> NDArray[np.float64] | None:
 def _again(scan: Scan) -> tuple[DescribedCube, Stored, int]:
     """The cube of a scan that was described before, and the scan's index within it."""
     index = scan.index
-    for cube, stored in _cubes(Path(scan.path), Path(scan.sidecars[0])):
+    for cube, stored in _cubes(Path(scan.path), load_description(scan.sidecars[0])):
         if index < cube.size("time"):
             if (cube.size("wavelength"), cube.size("y"), cube.size("x")) == (
                 len(scan.wavelength),
@@ -184,22 +202,22 @@ def _again(scan: Scan) -> tuple[DescribedCube, Stored, int]:
     raise scan.changed("other scans, by what the file and its description say now")
 
 
-def _cubes(file: Path, description: Path) -> list[tuple[DescribedCube, Stored]]:
+def _cubes(file: Path, description: Description) -> list[tuple[DescribedCube, Stored]]:
     """The cubes that a description has in a file, each with its array."""
     found = []
-    for number, statement in enumerate(load_description(description).cubes):
+    for number, statement in enumerate(description.cubes):
         if not fnmatch(file.name, statement.files):
             continue
         key = f"cubes.{number}."
         headers: list[fits.Header]
         stored: Stored
         if _is_netcdf(file):
-            stored, headers = _of_netcdf(file, statement, key, description), []
+            stored, headers = _of_netcdf(file, statement, key, description.path), []
         else:
             stored, *headers = _of_fits(file, statement)
         cube = DescribedCube(
             file,
-            description,
+            description.path,
             statement,
             key,
             statement.axes,
@@ -254,16 +272,7 @@ def _of_netcdf(file: Path, statement: FileStatement, key: str, description: Path
 
 
 def _is_netcdf(file: Path) -> bool:
-    try:
-        with file.open("rb") as stream:
-            start = stream.read(16)
-    except OSError as failure:
-        raise InputError(
-            "the file cannot be read",
-            where=file,
-            found=failure.strerror,
-            remedy="check the name and the permissions",
-        ) from failure
+    start = beginning(file)
     if not netcdf_files.is_netcdf(start) and not start.startswith(fits_files.SIGNATURE):
         raise OtherKindError(
             "neither a FITS nor a NetCDF file",

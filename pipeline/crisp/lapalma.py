@@ -170,7 +170,7 @@ def _refuse_without(sidecar: Path, file: Path, header: Header) -> NoReturn:
         found=f"no {sidecar.name}; and the cube's header says no more than `{header.text}`",
         expected="line, wavelength, time, pointing and unit, for example\n"
         + "\n".join(f"    {line}" for line in EXAMPLE.strip().split("\n")),
-        remedy=f"write {sidecar}, or leave the cube out",
+        remedy=f"write {sidecar}, or one beside a link to the cube; or leave the cube out",
     )
 
 

@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.crisp.scan import OtherKindError
+from pipeline.crisp.signatures import beginning
 from pipeline.errors import InputError
 
 SUFFIXES = (".icube", ".fcube")
-LENGTH = 512  # bytes of the header
+HEADER = 512  # bytes
 
 TYPES = {1: "u1", 2: "i2", 3: "i4", 4: "f4", 5: "f8", 12: "u2", 13: "u4"}
 """Numbers by IDL's codes for them."""
@@ -45,7 +46,7 @@ class Header:
 
 
 def is_cube(start: bytes) -> bool:
-    """Whether a file that begins with these bytes (`LENGTH` of them) is a La Palma cube."""
+    """Whether a file that begins with these bytes (`HEADER` of them) is a La Palma cube."""
     return {b"datatype", b"nx", b"ny"} <= dict(STATEMENT.findall(start)).keys()
 
 
@@ -64,21 +65,8 @@ def read_header(file: Path) -> Header:
     InputError
         It cannot be read, says what cannot be, or is of another length.
     """
-    if file.is_dir():
-        raise OtherKindError(
-            "not a La Palma cube", where=file, found="a directory", remedy="name the files that it holds"
-        )
-    try:
-        with file.open("rb") as stream:
-            start = stream.read(LENGTH)
-        present = file.stat().st_size
-    except OSError as failure:
-        raise InputError(
-            "the file cannot be read",
-            where=file,
-            found=failure.strerror,
-            remedy="check the name and the permissions",
-        ) from failure
+    start = beginning(file)
+    present = file.stat().st_size
     if not is_cube(start):
         raise OtherKindError(
             "not a La Palma cube",
@@ -100,7 +88,7 @@ def read_header(file: Path) -> Header:
             expected=f"datatype one of {', '.join(map(str, TYPES))}; whole numbers; endian l or b",
             remedy="mend the header, or leave the file out",
         ) from failure
-    needed = LENGTH + nx * ny * nt * dtype.itemsize
+    needed = HEADER + nx * ny * nt * dtype.itemsize
     if min(nx, ny, nt) < 1 or present != needed:
         raise InputError(
             "the file is truncated" if present < needed else "the file is not as long as its header says",
@@ -127,4 +115,4 @@ def mapped(file: Path) -> NDArray[Any]:
         As `read_header` raises them.
     """
     header = read_header(file)
-    return np.memmap(file, header.dtype, "r", LENGTH, header.shape)
+    return np.memmap(file, header.dtype, "r", HEADER, header.shape)

@@ -14,6 +14,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from pipeline.crisp.signatures import beginning
 from pipeline.errors import InputError, MisuseError
 
 SUFFIXES = (".nc", ".nc3", ".nc4", ".cdf")
@@ -54,22 +55,13 @@ def opened(path: str | Path, group: str | None = None) -> xr.Dataset:
     MisuseError
         It is NetCDF-4, and h5netcdf is not installed.
     """
-    try:
-        with Path(path).open("rb") as stream:
-            start = stream.read(8)
-    except OSError as failure:
-        raise InputError(
-            "the file cannot be read",
-            where=path,
-            found=failure.strerror,
-            remedy="check the name and the permissions",
-        ) from failure
+    start = beginning(path)
     engine = next((name for signature, name in SIGNATURES.items() if start.startswith(signature)), None)
     if engine is None:
         raise InputError(
             "not a NetCDF file",
             where=path,
-            found=f"it begins with {start!r}",
+            found=f"it begins with {start[:8]!r}",
             expected=" or ".join(map(repr, SIGNATURES)),
             remedy="leave this file out",
         )
@@ -149,10 +141,13 @@ class NetcdfArray:
                 remedy="fetch the file again, or leave it out",
             ) from failure
 
+    @property
+    def has_moments(self) -> bool:
+        """Whether the numbers are times that count from a moment."""
+        return " since " in str(self._variable.attrs.get("units", ""))
+
     def moments(self) -> NDArray[Any]:
-        """The whole variable; ``datetime64`` where its units say ``since``."""
-        if " since " not in str(self._variable.attrs.get("units", "")):
-            return self[...]
+        """The whole variable, as ``datetime64``."""
         try:
             return np.asarray(xr.decode_cf(xr.Dataset({"moments": self._variable})).variables["moments"])
         except DAMAGE as failure:
