@@ -135,6 +135,14 @@ def ingest_command(
             "relative to the quiet Sun's surface there."
         ),
     ] = "none",
+    min_contrast: Annotated[
+        float,
+        typer.Option(
+            help="Flag the scans whose granulation has less contrast than this (`flarefield inspect` says "
+            "what they have), in either line: `poor_seeing`; they are kept.",
+            min=0.0,
+        ),
+    ] = 0.0,
     cluster: ClusterOption = "local",
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -149,6 +157,7 @@ def ingest_command(
         tolerance=tolerance,
         calibrate=calibrate,
         wavelength_zero=wavelength_zero,
+        min_contrast=min_contrast,
         medium=medium,
         description=generic,
         overwrite=overwrite,

@@ -65,8 +65,13 @@ FLAG_COLOURS = {
     Flag.NOT_POSITIVE: "#9e80c2",
     Flag.SATURATED: "#e7298a",
     Flag.WAVELENGTH_NOT_COVERED: "#80b1d3",
+    Flag.WAVELENGTH_MISSING: "#1f5f8b",
+    Flag.DEAD_PIXEL: "#3a3a3a",
+    Flag.SPIKE: "#ff6f59",
     Flag.NOVEL: "#f0a202",
     Flag.REGISTRATION_UNCERTAIN: "#8d6e4b",
+    Flag.POOR_SEEING: "#b9c0a8",
+    Flag.HEADER_CONTRADICTION: "#c9a9d6",
 }
 """Colour of every quality flag in pictures, what says most first: a pixel of several flags shows that one."""
 

@@ -26,6 +26,7 @@ from zarr.core.sync import sync
 from pipeline.calibration import QuietSunCalibration, Reference, calibrate_store, write_calibration
 from pipeline.cluster import ClusterConfig, opened
 from pipeline.crisp import LINES, Cube, Medium, Scan, find_scans, open_intensity, open_wavelength_shift
+from pipeline.defects import Survey, granulation_contrast, header_contradictions, survey
 from pipeline.driver import Outcome, run_bounded
 from pipeline.errors import FlareFieldError, InputError, MisuseError, StoreError
 from pipeline.journal import Journal
@@ -40,6 +41,7 @@ from pipeline.registration import (
     Shift,
     field_of_view,
     find_shift,
+    move_flags,
     move_mask,
     move_values,
     read_block,
@@ -86,6 +88,8 @@ class IngestReport:
         Scans without a partner.
     passed_over : tuple of str
         Files of given directories that are not scans.
+    found : tuple of str
+        What is wrong with the scans: spikes, dead pixels, missing images, poor seeing, headers at odds.
     calibration : QuietSunCalibration, optional
         What the quiet Sun in the field said, if it was asked.
     resumed : int
@@ -99,6 +103,7 @@ class IngestReport:
     shifts: tuple[Shift, ...]
     unpaired: tuple[Scan, ...]
     passed_over: tuple[str, ...]
+    found: tuple[str, ...] = ()
     calibration: QuietSunCalibration | None = None
     resumed: int = 0
     complete_before: bool = False
@@ -120,6 +125,10 @@ class IngestReport:
             if len(applied) < len(self.shifts):
                 text += "; elsewhere its displacement is not certain (`shift_confidence`) and it stays"
             lines.append(text)
+        if self.found:
+            lines.append(f"  something is wrong with scans (`defects`), {self.found[0]}")
+            if len(self.found) > 1:
+                lines[-1] += f"; and {len(self.found) - 1} more, see the log and the attribute `found`"
         if self.calibration is not None:
             lines.extend(f"  {line}" for line in self.calibration.summary().splitlines())
         if self.unpaired:
@@ -140,6 +149,7 @@ def ingest(
     description: str | Path | None = None,
     calibrate: Reference = "none",
     wavelength_zero: Reference = "none",
+    min_contrast: float = 0.0,
     overwrite: bool = False,
 ) -> IngestReport:
     """Make an observation store from CRISP scans of both lines.
@@ -171,6 +181,9 @@ def ingest(
         lines are known against one another.
     wavelength_zero : {"none", "quiet-sun"}
         Whether each line's wavelengths are moved so that the quiet Sun's core is where the atlas has it.
+    min_contrast : float
+        Contrast of the granulation (`pipeline.defects.granulation_contrast`) below which the seeing has
+        spoilt a scan. It is kept and flagged (``poor_seeing``, also in a map's quality).
     overwrite : bool
         Replace an observation made from other files. It stays as it is until the new one is finished; on an
         object store, which cannot rename, there is no observation for as long as it takes to copy the new
@@ -214,12 +227,21 @@ def ingest(
             )
         pairs, unpaired, passed_over = _find_pairs(sources, tolerance, medium, description)
         if target.exists() and not overwrite:
-            _check_same(target, pairs, tolerance, calibrate, wavelength_zero, cluster)
+            _check_same(target, pairs, tolerance, calibrate, wavelength_zero, min_contrast, cluster)
             log_at(target.journal).remove()
             return IngestReport(target.location, pairs, (), unpaired, passed_over, complete_before=True)
         try:
             return _make(
-                target, pairs, unpaired, passed_over, cluster, call, tolerance, calibrate, wavelength_zero
+                target,
+                pairs,
+                unpaired,
+                passed_over,
+                cluster,
+                call,
+                tolerance,
+                calibrate,
+                wavelength_zero,
+                min_contrast,
             )
         except OSError as failure:
             if (refusal := out_of_space(failure, target)) is not None:
@@ -264,9 +286,9 @@ def ingest_pair(task: PairTask) -> dict[str, Any] | FlareFieldError:
     Returns
     -------
     dict or FlareFieldError
-        The journal's record: displacement, confidence, the bytes written, and the SHA-256 of the task's
-        files. What a user has to mend comes back as a value: trying again would not help, and the worker has
-        nothing to say about it.
+        The journal's record: displacement, confidence, contrasts, what is wrong with the scans, the bytes
+        written, and the SHA-256 of the task's files. What a user has to mend comes back as a value: trying
+        again would not help, and the worker has nothing to say about it.
     """
     pair = task.pair
     store = place(task.store)
@@ -284,7 +306,11 @@ def ingest_pair(task: PairTask) -> dict[str, Any] | FlareFieldError:
             (pair.halpha.window.rest_wavelength, pair.ca8542.window.rest_wavelength),
             fields,
         )
-        _write(task, group, cubes, fields, shift)
+        surveys = (
+            survey(cubes[0], fields[0], pair.halpha.saturation),
+            survey(cubes[1], fields[1], pair.ca8542.saturation),
+        )
+        _write(task, group, cubes, fields, shift, surveys)
         _write_wavelength_shifts(task, group, fields, shift)
         for folder in _folders(task.time):
             store.bring_to_disk(folder)
@@ -299,15 +325,30 @@ def ingest_pair(task: PairTask) -> dict[str, Any] | FlareFieldError:
         "shift_y": shift.y,
         "shift_x": shift.x,
         "confidence": shift.confidence,
+        "contrast": [
+            _contrast(cube, scan, field)
+            for cube, scan, field in zip(cubes, (pair.halpha, pair.ca8542), fields, strict=True)
+        ],
+        "found": [
+            f"{scan.name}: {sentence}"
+            for scan, seen in zip((pair.halpha, pair.ca8542), surveys, strict=True)
+            for sentence in seen.sentences(np.subtract(scan.wavelength, scan.window.rest_wavelength))
+        ],
         "stored": _stored(store, task.time),
         "sha256": {path: sha256_source(path) for path in task.unhashed},
     }
 
 
+def _contrast(cube: Cube, scan: Scan, field: Mask) -> float | None:
+    """Contrast of a scan, None where there is none: a journal holds no NaN."""
+    value = granulation_contrast(cube, scan.wavelength, scan.window.rest_wavelength, field)
+    return value if np.isfinite(value) else None
+
+
 def _folders(time: int) -> list[str]:
     """Folders of a store that hold one time, and nothing else."""
     shifts = (f"wavelength_shift_{line}" for line in LINES)
-    return [f"{name}/c/{time}" for name in (*LINES, "valid", *shifts)]
+    return [f"{name}/c/{time}" for name in (*LINES, "valid", "defects", *shifts)]
 
 
 def _stored(store: Place, time: int) -> int:
@@ -333,15 +374,17 @@ def _write(
     cubes: tuple[Cube, Cube],
     fields: tuple[Mask, Mask],
     shift: Shift,
+    surveys: tuple[Survey, Survey],
 ) -> None:
     pair = task.pair
     # Where the displacement is not known Ca II stays as it is: a shift of zero resamples nothing.
     moved = shift if shift.applied else Shift(0.0, 0.0, shift.confidence)
     # Whether a chunk is empty costs more to find out than it saves.
-    halpha, ca8542, valid = (
-        _array(group, name).with_config({"write_empty_chunks": True}) for name in (*LINES, "valid")
+    halpha, ca8542, valid, defects = (
+        _array(group, name).with_config({"write_empty_chunks": True}) for name in (*LINES, "valid", "defects")
     )
     overlap = fields[0] & move_mask(fields[1], moved)
+    found = np.where(overlap, surveys[0].defects | move_flags(surveys[1].defects, moved), np.uint8(0))
     usable = dict.fromkeys(LINES, False)
     rows, columns = pair.halpha.shape
     for top in range(0, rows, SHARD):
@@ -349,7 +392,7 @@ def _write(
             y, x = slice(top, min(top + SHARD, rows)), slice(left, min(left + SHARD, columns))
             own = _as_it_is(cubes[0], fields[0], y, x)
             if shift.applied:
-                other = resample(cubes[1], fields[1], shift, y, x, pair.ca8542.saturation)
+                other = resample(cubes[1], fields[1], shift, y, x, pair.ca8542.saturation, surveys[1].spoilt)
             else:
                 other = _as_it_is(cubes[1], fields[1], y, x)
             for array, block, scan in ((halpha, own, pair.halpha), (ca8542, other, pair.ca8542)):
@@ -357,6 +400,7 @@ def _write(
                     usable[scan.line] = bool(np.any((block > 0) & (block < np.inf)))
                 array[task.time, y, x] = block
             valid[task.time, y, x] = overlap[y, x]
+            defects[task.time, y, x] = found[y, x]
     for scan in (pair.halpha, pair.ca8542):
         if not usable[scan.line]:
             raise InputError(
@@ -412,6 +456,7 @@ def _make(
     tolerance: float,
     calibrate: Reference,
     wavelength_zero: Reference,
+    min_contrast: float,
 ) -> IngestReport:
     store, journal = _begun(output, _fingerprint(pairs, tolerance), pairs)
     with journal:
@@ -452,6 +497,19 @@ def _make(
                     shift.x,
                     shift.confidence,
                 )
+        odd = _contradictions(pairs)
+        contrasts = np.array([record["contrast"] for record in records], dtype=np.float64)
+        poor = [bool((both < min_contrast).any()) for both in contrasts]
+        found = [sentence for record in records for sentence in record["found"]]
+        found += [f"{path}: {sentence}" for path, said in odd.items() for sentence in said]
+        found += [
+            f"{pair.halpha.name}: contrast of {both[0]:.3f} in H-alpha and {both[1]:.3f} in Ca II, less than "
+            f"{min_contrast:g}"
+            for pair, both, bad in zip(pairs, contrasts, poor, strict=True)
+            if bad
+        ]
+        for sentence in found:
+            logger.warning("%s", sentence)
         scans = (pairs[0].halpha, pairs[0].ca8542)
         # As in the files, also where an earlier run of this store was cut off after it had calibrated.
         applied = write_calibration(store.location, scans)
@@ -465,11 +523,36 @@ def _make(
                 intensities=calibrate == "quiet-sun",
                 wavelengths=wavelength_zero == "quiet-sun",
             )
-        _finish(store, shifts, records, unpaired, passed_over, call, tolerance, applied)
+        _finish(
+            store,
+            shifts,
+            records,
+            {
+                **{f"contrast_{line}": contrasts[:, index].tolist() for index, line in enumerate(LINES)},
+                "poor_seeing": poor,
+                "header_contradiction": [
+                    pair.halpha.path in odd or pair.ca8542.path in odd for pair in pairs
+                ],
+            },
+            {**applied, "least_contrast": min_contrast, "found": found},
+            unpaired,
+            passed_over,
+            call,
+            tolerance,
+        )
         journal.append({"finished": True})
     swap(output, store)
     log_at(output.journal).remove()
-    return IngestReport(output.location, pairs, shifts, unpaired, passed_over, calibration, resumed)
+    return IngestReport(
+        output.location, pairs, shifts, unpaired, passed_over, tuple(found), calibration, resumed
+    )
+
+
+def _contradictions(pairs: tuple[Pair, ...]) -> dict[str, tuple[str, ...]]:
+    """Files whose headers contradict themselves, and in what."""
+    scans = {scan.path: scan for pair in pairs for scan in (pair.halpha, pair.ca8542)}
+    said = {path: header_contradictions(scan) for path, scan in scans.items()}
+    return {path: sentences for path, sentences in said.items() if sentences}
 
 
 def _begun(output: Place, fingerprint: dict[str, Any], pairs: tuple[Pair, ...]) -> tuple[Place, Journal]:
@@ -527,11 +610,12 @@ def _finish(
     store: Place,
     shifts: tuple[Shift, ...],
     records: list[dict[str, Any]],
+    of_times: dict[str, list[Any]],
+    attrs: dict[str, Any],
     unpaired: tuple[Scan, ...],
     passed_over: tuple[str, ...],
     call: str,
     tolerance: float,
-    applied: dict[str, Any],
 ) -> None:
     hashes = {path: digest for record in records for path, digest in record["sha256"].items()}
     finish(
@@ -541,10 +625,11 @@ def _finish(
             "shift_x": [shift.x for shift in shifts],
             "shift_confidence": [shift.confidence for shift in shifts],
             "shift_applied": [shift.applied for shift in shifts],
+            **of_times,
         },
         {
             **provenance(call, hashes),
-            **applied,
+            **attrs,
             "reference_frame": "H-alpha, not resampled; Ca II 8542 moved onto it where shift_applied",
             "pairing_tolerance_seconds": tolerance,
             "unpaired": [{"file": scan.path, "line": scan.line, "time": str(scan.time)} for scan in unpaired],
@@ -615,6 +700,7 @@ def _check_same(
     tolerance: float,
     calibrate: Reference,
     wavelength_zero: Reference,
+    min_contrast: float,
     cluster: Cluster,
 ) -> None:
     """Accept an existing observation only if it was made from the same files in the same way."""
@@ -629,6 +715,8 @@ def _check_same(
             f"made with --calibrate {made[0]} and --wavelength-zero {made[1]}, now {calibrate} and "
             f"{wavelength_zero}"
         )
+    elif attrs.get("least_contrast", 0.0) != min_contrast:
+        differs = f"made with --min-contrast {attrs.get('least_contrast', 0.0)}, now {min_contrast}"
     elif (media := _media(output)) != {getattr(pairs[0], line).medium for line in LINES}:
         differs = f"made with wavelengths in {' and '.join(sorted(media))}"
     elif len(recorded) != len(paths):

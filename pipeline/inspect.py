@@ -6,7 +6,7 @@ Scans that differ in their times alone (a series of files, or the scans of one) 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -27,6 +27,7 @@ from pipeline.crisp import (
 )
 from pipeline.crisp.scan import cosine_of_pointing
 from pipeline.crisp.wavelengths import vacuum_to_air
+from pipeline.defects import granulation_contrast, header_contradictions, survey
 from pipeline.errors import FlareFieldError, InputError
 from pipeline.pairing import Pair, check_alike, label, pair_scans
 from pipeline.progress import Progress
@@ -79,7 +80,25 @@ def unusable_numbers(scan: Scan, cube: Cube, field: Mask) -> Iterator[str]:
             yield f"{count} pixels of {int(field.sum())} in the field are {kind} at some wavelength"
 
 
-CHECKS: tuple[Check, ...] = (unusable_numbers,)
+def defects(scan: Scan, cube: Cube, field: Mask) -> Iterator[str]:
+    """Say what spikes and bad pixels there are, and in what the header contradicts itself.
+
+    Parameters
+    ----------
+    scan, cube, field
+        As for `unusable_numbers`.
+
+    Yields
+    ------
+    str
+    """
+    found = survey(cube, field, scan.saturation)
+    # The other sentences are those of `unusable_numbers`, which tells more of them.
+    yield from replace(found, missing=(), unusable=0).sentences(())
+    yield from header_contradictions(scan)
+
+
+CHECKS: tuple[Check, ...] = (unusable_numbers, defects)
 """What is looked for in a scan's intensities."""
 
 
@@ -97,6 +116,8 @@ class Group:
         What is wrong with them.
     field : float
         Share of the frame that shows the Sun, in the scans looked at.
+    contrasts : tuple of float
+        Contrast of the granulation in each of them.
     shift : tuple of float or None
         Root mean square, and largest, of what is added to the wavelengths pixel by pixel, Angstrom.
     """
@@ -105,6 +126,7 @@ class Group:
     looked_at: tuple[Scan, ...]
     found: tuple[tuple[Scan, str], ...]
     field: float
+    contrasts: tuple[float, ...]
     shift: tuple[float, float] | None
 
 
@@ -205,12 +227,13 @@ def inspect(
 def _group(scans: list[Scan], some: list[Scan], progress: Progress) -> tuple[Group, list[InputError]]:
     found: list[tuple[Scan, str]] = []
     refused: list[InputError] = []
-    shares, squares, largest = [], [], 0.0
+    shares, contrasts, squares, largest = [], [], [], 0.0
     for scan in some:
         try:
             cube = open_intensity(scan)
             field = field_of_view(cube)
             shares.append(float(field.mean()))
+            contrasts.append(granulation_contrast(cube, scan.wavelength, scan.window.rest_wavelength, field))
             found.extend((scan, sentence) for check in CHECKS for sentence in check(scan, cube, field))
             shift = open_wavelength_shift(scan)
             if shift is not None:
@@ -229,6 +252,7 @@ def _group(scans: list[Scan], some: list[Scan], progress: Progress) -> tuple[Gro
             tuple(some),
             tuple(found),
             float(np.mean(shares)) if shares else float("nan"),
+            tuple(contrasts),
             (float(np.sqrt(np.mean(squares))), largest) if squares else None,
         ),
         refused,
@@ -276,6 +300,7 @@ def _table(group: Group) -> Table:
         ("times", _times(group.scans)),
         ("frame", _frame(first)),
         ("field", _field(group)),
+        ("contrast", _contrast(group)),
         ("pointing", _pointing(group.scans)),
         ("cavity map", _cavity(group)),
         ("found", _found(group)),
@@ -357,6 +382,13 @@ def _field(group: Group) -> str:
         None: "",
     }[group.scans[0].padding]
     return f"{100 * group.field:.0f} % of the frame{stated}"
+
+
+def _contrast(group: Group) -> str:
+    if not group.contrasts:
+        return "not known"
+    text = " to ".join(f"{value:.3f}" for value in sorted({min(group.contrasts), max(group.contrasts)}))
+    return f"{text} in the wings (ingest --min-contrast)"
 
 
 def _pointing(scans: tuple[Scan, ...]) -> str:

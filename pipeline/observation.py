@@ -8,9 +8,13 @@ variable                                           dimensions   meaning
 ``halpha``, ``ca8542``                             time, y, x,  intensity; NaN outside of the line's field
                                                    wavelength_
 ``valid``                                          time, y, x   both lines' fields cover the pixel
+``defects``                                        time, y, x   flags, see `pipeline.defects.Defect`
 ``shift_y``, ``shift_x``                           time         pixels by which Ca II was found displaced
 ``shift_confidence``                               time         0 to 1, see `pipeline.registration.Shift`
 ``shift_applied``                                  time         whether Ca II was moved by that shift
+``contrast_halpha``, ``contrast_ca8542``           time         contrast of the granulation in the wings
+``poor_seeing``                                    time         a contrast is below what was asked for
+``header_contradiction``                           time         a header contradicts itself or its wavelengths
 ``time``, ``time_halpha``                          time         mean time of the H-alpha scan, UTC
 ``time_ca8542``                                    time         mean time of the Ca II scan, UTC
 ``y``, ``x``                                       y; x         offset from the reference pixel, arcsec
@@ -46,6 +50,7 @@ from zarr.codecs import BloscCodec
 import pipeline.geometry  # noqa: F401  (gives datasets the accessor `flarefield`)
 from pipeline.crisp import read_headers
 from pipeline.crisp.scan import Scan, cosine_of_pointing
+from pipeline.defects import Defect
 from pipeline.errors import MisuseError, StoreError
 from pipeline.storage import place
 
@@ -126,7 +131,7 @@ def lay_out(
     attrs : mapping
         Attributes of the store, beside its kind.
     """
-    template = coordinates(halpha, ca8542).assign(_empty_shifts(len(halpha)))
+    template = coordinates(halpha, ca8542).assign(_of_times(len(halpha)))
     template.attrs = {"Conventions": "CF-1.11", "kind": KIND, "schema": SCHEMA, **attrs}
     with place(path).appearing() as store:
         template.to_zarr(store, mode="w", zarr_format=3, consolidated=False)
@@ -170,6 +175,21 @@ def _lay_out_variables(group: zarr.Group, halpha: Sequence[Scan], ca8542: Sequen
         compressors=_compressor(),
         dimension_names=("time", "y", "x"),
         attributes={"long_name": "both lines' fields of view cover the pixel"},
+    )
+    group.create_array(
+        "defects",
+        shape=frame,
+        dtype="uint8",
+        chunks=chunks,
+        shards=shards,
+        fill_value=0,
+        compressors=_compressor(),
+        dimension_names=("time", "y", "x"),
+        attributes={
+            "long_name": "what is wrong with the pixel in either line",
+            "flag_masks": [int(defect) for defect in Defect],
+            "flag_meanings": " ".join(str(defect.name).lower() for defect in Defect),
+        },
     )
     for scans in (halpha, ca8542):
         if any(scan.has_wavelength_shift for scan in scans):
@@ -309,7 +329,7 @@ def coordinates(halpha: Sequence[Scan], ca8542: Sequence[Scan]) -> xr.Dataset:
 
 def finish(
     path: str | Path,
-    shifts: Mapping[str, Sequence[float] | Sequence[bool]],
+    of_times: Mapping[str, Sequence[float] | Sequence[bool]],
     attrs: Mapping[str, Any],
 ) -> None:
     """Write what is known only at the end, and consolidate the metadata.
@@ -318,13 +338,13 @@ def finish(
     ----------
     path : str or Path
         A store that `lay_out` made, or its URL.
-    shifts : mapping
-        ``shift_y``, ``shift_x``, ``shift_confidence``, ``shift_applied``, one value for each time.
+    of_times : mapping
+        Variables over time alone that `lay_out` made, such as ``shift_y``, one value for each time.
     attrs : mapping
         More attributes of the store.
     """
     group = zarr.open_group(place(path).zarr, mode="r+")
-    for name, values in shifts.items():
+    for name, values in of_times.items():
         array = group[name]
         assert isinstance(array, zarr.Array)
         array[:] = np.asarray(values, dtype=array.dtype)
@@ -490,7 +510,7 @@ def _compressor() -> BloscCodec:
     return BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle")
 
 
-def _empty_shifts(times: int) -> dict[str, tuple[str, NDArray[Any], dict[str, str]]]:
+def _of_times(times: int) -> dict[str, tuple[str, NDArray[Any], dict[str, str]]]:
     move = "pixels along {} by which Ca II 8542 was found displaced from H-alpha"
     return {
         **{
@@ -514,5 +534,27 @@ def _empty_shifts(times: int) -> dict[str, tuple[str, NDArray[Any], dict[str, st
             "time",
             np.zeros(times, dtype=bool),
             {"long_name": "whether Ca II 8542 was moved by the shift"},
+        ),
+        **{
+            f"contrast_{line}": (
+                "time",
+                np.full(times, np.nan),
+                {
+                    "units": "1",
+                    "long_name": f"contrast of the granulation in the wings, {name}",
+                    "comment": "robust standard deviation of the mean of both wings over its local mean",
+                },
+            )
+            for line, name in LONG_NAMES.items()
+        },
+        "poor_seeing": (
+            "time",
+            np.zeros(times, dtype=bool),
+            {"long_name": "whether a contrast is below the attribute least_contrast"},
+        ),
+        "header_contradiction": (
+            "time",
+            np.zeros(times, dtype=bool),
+            {"long_name": "whether a header contradicts itself or its wavelengths"},
         ),
     }

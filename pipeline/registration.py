@@ -12,7 +12,7 @@ scenes where this one's are hundredths).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,6 +23,7 @@ from pipeline.crisp.cube import Cube
 
 Image = NDArray[np.float32]
 Mask = NDArray[np.bool_]
+Flags = TypeVar("Flags", NDArray[np.bool_], NDArray[np.uint8])
 
 BANDS = ("blue wing", "core", "red wing")
 """The images from which shifts are found; each is independent of the others' noise."""
@@ -52,6 +53,8 @@ MARGIN = 16
 
 STRIP = 256
 """Rows that are resampled at a time: what is in memory for it beside the block itself."""
+
+NOTHING = np.empty((0, 3), dtype=np.intp)
 
 PAD_LEAST = 8  # pixels of the frame's edge that must be of one spectrum for it to be a pad
 PAD_SHARE = 0.005  # or this share of the edge
@@ -180,7 +183,7 @@ def find_shift(
         The mean over the bands that convince, weighted by how well the images correlate. If none does, over
         those that agree with one another and weigh most.
     """
-    middle = _middle(fields[0] & fields[1], LARGEST)
+    middle = middle_box(fields[0] & fields[1], LARGEST)
     bands = [
         band_images(cube[:, *middle], wavelength, rest)
         for cube, wavelength, rest in zip((halpha, ca8542), wavelengths, rest_wavelengths, strict=True)
@@ -220,8 +223,26 @@ def move_mask(mask: Mask, shift: Shift) -> Mask:
     ndarray of bool, shape (y, x)
         In H-alpha's frame.
     """
-    whole = (slice(0, mask.shape[0]), slice(0, mask.shape[1]))
-    return _moved_part(mask, (round(shift.y), round(shift.x)), *whole)
+    return move_flags(mask, shift)
+
+
+def move_flags(flags: Flags, shift: Shift) -> Flags:
+    """Move flags with their frame, to the nearest pixel; zero comes in at the edges.
+
+    Parameters
+    ----------
+    flags : ndarray of bool or of integers, shape (y, x)
+        In Ca II's frame.
+    shift : Shift
+        The shift onto H-alpha.
+
+    Returns
+    -------
+    ndarray, shape (y, x)
+        In H-alpha's frame.
+    """
+    whole = (slice(0, flags.shape[0]), slice(0, flags.shape[1]))
+    return _moved_part(flags, (round(shift.y), round(shift.x)), *whole)
 
 
 def read_block(cube: Cube, rows: slice, columns: slice) -> Image:
@@ -275,12 +296,13 @@ def resample(
     rows: slice,
     columns: slice,
     saturation: float = np.inf,
+    spoilt: NDArray[np.intp] = NOTHING,
 ) -> Image:
     """One block of Ca II in H-alpha's frame, by cubic splines that know the field's edge.
 
-    Pixels outside the field, and those that are not finite, not positive or saturated, do not take part:
-    before the splines are fitted each takes the value of its nearest good neighbour, so that nothing rings
-    and nothing spreads. A bad pixel keeps its value, at the one pixel nearest to where it belongs.
+    Pixels outside the field, and those that are not finite, not positive, saturated or spoilt, do not take
+    part: before the splines are fitted each takes the value of its nearest good neighbour, so that nothing
+    rings and nothing spreads. A bad pixel keeps its value, at the one pixel nearest to where it belongs.
 
     Parameters
     ----------
@@ -294,6 +316,8 @@ def resample(
         The block in H-alpha's frame, with explicit start and stop.
     saturation : float
         Intensity from which a pixel is saturated.
+    spoilt : ndarray of int, shape (n, 3)
+        Wavelength, y, x of other numbers of the cube that say nothing of the Sun.
 
     Returns
     -------
@@ -304,7 +328,7 @@ def resample(
     for first in range(rows.start, rows.stop, STRIP):
         last = min(first + STRIP, rows.stop)
         strip = block[first - rows.start : last - rows.start]
-        _resample_into(strip, cube, field, shift, slice(first, last), columns, saturation)
+        _resample_into(strip, cube, field, shift, slice(first, last), columns, saturation, spoilt)
     return block
 
 
@@ -316,13 +340,14 @@ def _resample_into(
     rows: slice,
     columns: slice,
     saturation: float,
+    spoilt: NDArray[np.intp],
 ) -> None:
     whole = (round(shift.y), round(shift.x))
     seen = _moved_part(field, whole, rows, columns)
     if not seen.any():
         return
     # A block in a corner of a rotated field's frame is mostly pad.
-    part = _middle(seen, max(seen.shape))
+    part = middle_box(seen, max(seen.shape))
     boxes, pads = [], []
     for span, inner, step, size in zip((rows, columns), part, whole, field.shape, strict=True):
         wanted = span.start - step + np.arange(inner.start - MARGIN, inner.stop + MARGIN)
@@ -338,6 +363,9 @@ def _resample_into(
         spectra[~inside] = spectra[_nearest(inside)]
     middle = (slice(MARGIN, inside.shape[0] - MARGIN), slice(MARGIN, inside.shape[1] - MARGIN))
     bad = ~((spectra > 0) & (spectra < saturation))  # what is not finite is neither
+    place = spoilt[:, 1:] + [pad[0] - box.start for pad, box in zip(pads, boxes, strict=True)]
+    here = ((place >= 0) & (place < inside.shape)).all(axis=1)
+    bad[place[here, 0], place[here, 1], spoilt[here, 0]] = True
     damaged = np.flatnonzero(bad.any(axis=(0, 1))).tolist() if bad.any() else []
     kept = {index: spectra[..., index][middle][bad[..., index][middle]] for index in damaged}
     known, nearest = inside, None
@@ -354,14 +382,14 @@ def _resample_into(
     block[part] = moved
 
 
-def _moved_part(field: Mask, steps: tuple[int, int], rows: slice, columns: slice) -> Mask:
-    """One block of a mask that is moved by whole pixels; False comes in at the edges."""
+def _moved_part(flags: Flags, steps: tuple[int, int], rows: slice, columns: slice) -> Flags:
+    """One block of flags that are moved by whole pixels; zero comes in at the edges."""
     indices = [
         np.arange(span.start, span.stop) - step for span, step in zip((rows, columns), steps, strict=True)
     ]
-    there = [(index >= 0) & (index < size) for index, size in zip(indices, field.shape, strict=True)]
-    moved = np.zeros((len(indices[0]), len(indices[1])), dtype=np.bool_)
-    moved[np.ix_(*there)] = field[np.ix_(*(index[one] for index, one in zip(indices, there, strict=True)))]
+    there = [(index >= 0) & (index < size) for index, size in zip(indices, flags.shape, strict=True)]
+    moved: Flags = np.zeros((len(indices[0]), len(indices[1])), dtype=flags.dtype)
+    moved[np.ix_(*there)] = flags[np.ix_(*(index[one] for index, one in zip(indices, there, strict=True)))]
     return moved
 
 
@@ -387,7 +415,7 @@ def _estimate(reference: Image, moving: Image, reference_mask: Mask, moving_mask
     common = reference_mask & moving_mask
     if not common.any():
         return _Estimate(np.zeros(2), 0.0, 0.0)
-    search = _middle(common, LARGEST_SEARCH)
+    search = middle_box(common, LARGEST_SEARCH)
     steps = _whole_pixels(reference[search], moving[search], reference_mask[search], moving_mask[search])
     if steps is None:
         return _Estimate(np.zeros(2), 0.0, 0.0)
@@ -484,7 +512,7 @@ def _depth(mask: Mask) -> NDArray[np.float64]:
     return depth
 
 
-def _middle(mask: Mask, largest: int) -> tuple[slice, slice]:
+def middle_box(mask: Mask, largest: int) -> tuple[slice, slice]:
     """Return the box around a mask; of a large one its middle."""
     if not mask.any():
         return (slice(0, mask.shape[0]), slice(0, mask.shape[1]))

@@ -35,6 +35,11 @@ MEANINGS: dict[Flag, str] = {
     Flag.REGISTRATION_UNCERTAIN: "no reliable shift between the lines was found, and none was applied",
     Flag.NOT_DONE: "the run has not come to this pixel yet",
     Flag.NOT_SELECTED: "the run was not asked for this pixel",
+    Flag.SPIKE: "a cosmic ray or a glitch at some wavelength, not repaired",
+    Flag.DEAD_PIXEL: "a bad pixel of the detector",
+    Flag.WAVELENGTH_MISSING: "the scan has no image at some wavelength",
+    Flag.POOR_SEEING: "the scan's contrast is below what was asked for",
+    Flag.HEADER_CONTRADICTION: "the header of a scan contradicts itself or its wavelengths",
 }
 """What each quality flag says, in words."""
 

@@ -70,6 +70,16 @@ class Flag(IntFlag):
     """The run has not come to this pixel yet."""
     NOT_SELECTED = 512
     """The run was not asked for this pixel (`pipeline.selection`); nothing else is said of it."""
+    SPIKE = 1024
+    """A cosmic ray or a glitch at some wavelength (`pipeline.defects`); it was not repaired."""
+    DEAD_PIXEL = 2048
+    """A bad pixel of the detector."""
+    WAVELENGTH_MISSING = 4096
+    """The scan has no image at some wavelength."""
+    POOR_SEEING = 8192
+    """The scan's contrast is below what was asked for when the observation was made."""
+    HEADER_CONTRADICTION = 32768
+    """The header of one of the scans contradicts itself or its wavelengths."""
 
 
 WITHOUT_ANSWER = (
@@ -81,6 +91,8 @@ WITHOUT_ANSWER = (
     | Flag.FAILED
     | Flag.NOT_DONE
     | Flag.NOT_SELECTED
+    | Flag.DEAD_PIXEL
+    | Flag.WAVELENGTH_MISSING
 )
 
 

@@ -34,6 +34,7 @@ from inn.layout import QUANTITIES
 from inn.novelty import Novelty
 from inn.posterior import quantiles_and_misfit
 from inn.precision import Precision, multiplies_bfloat16
+from pipeline.defects import Defect
 from pipeline.devices import Device, array_library, to_torch
 from pipeline.errors import ClusterError, MisuseError, ModelError, StoreError
 from pipeline.results import NOVELTY_LEVEL, VARIABLES, WITHOUT_ANSWER, Flag, count_flags
@@ -515,6 +516,7 @@ def _compute(
         quality |= _where(valid & missed, Flag.WAVELENGTH_NOT_COVERED)
     if "shift_applied" in observation and not bool(observation["shift_applied"].isel(time=tile.time)):
         quality |= _where(valid, Flag.REGISTRATION_UNCERTAIN)
+    quality |= np.where(valid, _known_defects(observation, here), np.uint16(0))
 
     values = _empty(tile, len(spec.quantiles), model.layout.heights.size)
     values["quality"] = quality
@@ -579,6 +581,20 @@ def _compute(
     values["misfit"][good] = reproduced[kept]
     quality[good] |= flags
     return values
+
+
+def _known_defects(observation: xr.Dataset, here: Mapping[str, Any]) -> NDArray[np.uint16]:
+    """Flags (y, x) for what ingest has found, where the observation says."""
+    shape = (here["y"].stop - here["y"].start, here["x"].stop - here["x"].start)
+    quality = np.zeros(shape, dtype=np.uint16)
+    if "defects" in observation:
+        found = observation["defects"].isel(here).transpose("y", "x").values
+        for defect in Defect:
+            quality |= _where((found & defect) != 0, Flag[str(defect.name)])
+    for name in ("poor_seeing", "header_contradiction"):
+        if name in observation and bool(observation[name].isel(time=here["time"])):
+            quality |= np.uint16(Flag[name.upper()])
+    return quality
 
 
 def _shift(observation: xr.Dataset, line: str, here: Mapping[str, Any]) -> NDArray[np.float32] | None:

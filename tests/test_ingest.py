@@ -23,6 +23,7 @@ from pipeline.crisp import find_scans
 from pipeline.crisp.fchroma import write_fchroma
 from pipeline.crisp.scan import cosine_of_pointing
 from pipeline.crisp.wavelengths import vacuum_to_air
+from pipeline.defects import Defect
 from pipeline.errors import FlareFieldError, InputError, MisuseError, StoreError
 from pipeline.ingest import ingest
 from pipeline.observation import CONTRACT, chunks_and_shards, fits_headers, open_observation, validate
@@ -468,6 +469,48 @@ class TestBadInput:
         assert (halpha[20, 30] == 0.0).all()
         assert halpha[7, 8, 3] == -4.0
         assert np.isfinite(halpha).sum() == halpha.size - 1
+
+    def test_defects_are_flagged_and_stay_as_they_are(self, tmp_path, caplog):
+        """A spike in Ca II is where it belongs in H-alpha's frame, and its neighbours know nothing of it."""
+        clean = write_pair(tmp_path, shape=(90, 110), shift=(2.3, -1.4), angle=None)[:2]
+        ingest(clean, tmp_path / "clean.zarr", call="")
+        expected = open_observation(tmp_path / "clean.zarr").load()
+        assert not expected.defects.values.any()
+        assert not expected.poor_seeing.values.any()
+        assert not expected.header_contradiction.values.any()
+        assert expected.attrs["found"] == []
+
+        def spoil(data):
+            data = data.copy()
+            data[4, 40, 50] += 3000
+            data[:, 60, 70] = 1111
+            return data
+
+        change_data(clean[1], spoil)
+        change_header(clean[0], WDESC1="Ca II 8542")
+        report = ingest(clean, tmp_path / "obs.zarr", call="", min_contrast=0.5)
+        dataset = open_observation(tmp_path / "obs.zarr").load()
+        found = {
+            tuple(place): int(dataset.defects[0][tuple(place)])
+            for place in np.argwhere(dataset.defects.values[0])
+        }
+        assert found == {(42, 49): Defect.SPIKE, (62, 69): Defect.DEAD_PIXEL}
+        assert float(dataset.ca8542[0, 42, 49, 4]) == float(fits.getdata(clean[1])[4, 40, 50])
+        near = {"y": slice(39, 46), "x": slice(46, 53)}
+        change = np.abs(dataset.ca8542.isel(near) - expected.ca8542.isel(near)).values[0]
+        change[3, 3, 4] = 0.0
+        assert change.max() < 150.0  # of 3,000: what its neighbours' guess of its value is wrong by
+        np.testing.assert_array_equal(dataset.halpha, expected.halpha)
+        assert dataset.poor_seeing.values.all()
+        assert dataset.header_contradiction.values.all()
+        assert 0.05 < float(dataset.contrast_halpha[0]) < 0.1
+        for words in ("1 spikes", "1 dead or hot", "names 8542", "less than 0.5"):
+            assert any(words in sentence for sentence in report.found), words
+            assert words in caplog.text
+        assert dataset.attrs["found"] == list(report.found)
+        assert "something is wrong with scans" in report.summary()
+        with pytest.raises(MisuseError, match=r"--min-contrast 0\.5, now 0\.0"):
+            ingest(clean, tmp_path / "obs.zarr", call="")
 
     def test_one_bad_scan_of_a_series(self, tmp_path, caplog):
         for number in range(3):

@@ -103,6 +103,11 @@ def test_flags_are_written_as_the_conventions_want_them(empty_map):
         "registration_uncertain": 128,
         "not_done": 256,
         "not_selected": 512,
+        "spike": 1024,
+        "dead_pixel": 2048,
+        "wavelength_missing": 4096,
+        "poor_seeing": 8192,
+        "header_contradiction": 32768,
     }
 
 
@@ -122,6 +127,9 @@ def test_only_doubtful_pixels_keep_an_answer():
     assert set(Flag) - {flag for flag in Flag if flag & WITHOUT_ANSWER} == {
         Flag.NOVEL,
         Flag.REGISTRATION_UNCERTAIN,
+        Flag.SPIKE,
+        Flag.POOR_SEEING,
+        Flag.HEADER_CONTRADICTION,
     }
     assert NOVELTY_LEVEL == NOVEL
 

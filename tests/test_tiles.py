@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from toy_observation import FULL, NOT_A_NUMBER, OUTSIDE, ZERO, write_store
+from toy_observation import FULL, NOT_A_NUMBER, OUTSIDE, ZERO, toy_observation, write_store
 
 import pipeline.tiles as tiles
 from inn.checkpoint import load_model, model_hash
@@ -278,6 +278,34 @@ def test_nan_only_where_quality_says_why(spec):
     np.testing.assert_array_equal(np.isfinite(dataset["misfit"].values), answered)
     assert sum(receipt.answered for receipt in receipts) == answered.sum()
     assert sum(receipt.flags.get("outside_field", 0) for receipt in receipts) == 12
+
+
+def test_what_ingest_has_found_comes_into_quality(spec, tmp_path):
+    observation = tmp_path / "found.zarr"
+    dataset = toy_observation()
+    defects = np.zeros((2, 20, 18), np.uint8)
+    defects[0, 10, 11], defects[0, 12, 13], defects[1, 14, 15] = 1, 2, 4
+    defects[0, 0, 0] = 1  # outside of the field
+    dataset["defects"] = (("time", "y", "x"), defects)
+    dataset["poor_seeing"] = ("time", np.array([False, True]))
+    dataset["header_contradiction"] = ("time", np.array([True, False]))
+    write_store(dataset, observation)
+    plain = tiles.compute_tile(spec, GRID[0])
+    spec = replace(spec, observation=str(observation), observation_hash=observation_hash(observation))
+    whole = TileGrid((2, 20, 18), (20, 18))
+    first, second = (tiles.compute_tile(spec, tile) for tile in whole)
+    expected = np.where(dataset.valid[0], np.uint16(Flag.HEADER_CONTRADICTION), np.uint16(0))
+    expected[10, 11] |= np.uint16(Flag.SPIKE)
+    expected[12, 13] |= np.uint16(Flag.DEAD_PIXEL)
+    said = (
+        Flag.SPIKE | Flag.DEAD_PIXEL | Flag.WAVELENGTH_MISSING | Flag.POOR_SEEING | Flag.HEADER_CONTRADICTION
+    )
+    np.testing.assert_array_equal(first["quality"] & said, expected)
+    assert np.isfinite(first["temperature"][10, 11]).all()
+    assert np.isnan(first["temperature"][12, 13]).all()
+    assert second["quality"][14, 15] & said == Flag.WAVELENGTH_MISSING | Flag.POOR_SEEING
+    assert np.isnan(second["temperature"][14, 15]).all()
+    assert (plain["quality"] & said == 0).all()
 
 
 def test_a_pixel_that_a_network_answers_with_no_number_is_flagged(spec, monkeypatch):

@@ -1,0 +1,361 @@
+"""What is wrong with a scan: spikes, dead pixels, missing images, headers at odds; and how sharp it is.
+
+A spike (a cosmic ray, an electronic glitch) is told from a structure of the Sun by three properties, none of
+which depends on how bright the Sun is there:
+
+- it is sharper than the telescope can make anything: L.A.Cosmic's principle (van Dokkum 2001,
+  doi:10.1086/323894). CRISP's pixels sample the diffraction limit 2.4 (H-alpha) and 3.1 times (Ca II 8542),
+  so that the neighbours of the brightest pixel of a point have two thirds of its excess over what surrounds
+  it; of a spike, at least along one axis, they have little;
+- it is there at one wavelength, for the others were exposed at other times; a pixel that sticks out at most
+  wavelengths is a bad one of the detector;
+- it exceeds the noise, which is taken from the image itself by the median absolute deviation and grows with
+  the root of the intensity, many times over.
+
+Spikes wider than a pixel along both axes are not found. Nothing is repaired.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntFlag
+
+import numpy as np
+from astropy.io import fits
+from numpy.typing import ArrayLike, NDArray
+from scipy import ndimage
+
+from pipeline.crisp import Scan, read_headers
+from pipeline.crisp.cube import Cube
+from pipeline.registration import Image, Mask, band_images, middle_box
+
+SIGNIFICANT = 8.0
+"""Noise levels by which a spike exceeds the brighter of two opposite neighbours."""
+SHARP = 0.65
+"""Share of a pixel's excess over its surroundings that both of two opposite neighbours lack."""
+ISOLATED = 0.5
+"""Largest sharpness of the same pixel at the next wavelengths, of that of the spike."""
+ALWAYS = 0.8
+"""Share of the wavelengths at which a bad pixel of the detector is sharp."""
+
+FITS_FORMATS = ("fchroma", "sstred")
+LINE_NUMBERS = {"halpha": "6563", "ca8542": "8542"}
+OFF = 0.05  # Angstrom: what two statements about wavelengths may differ by
+A_SECOND = np.timedelta64(1, "s")
+
+SAMPLE = 160  # pixels of the field's middle from which the noise is taken
+MIDDLE = 512  # and from which the contrast is
+LARGE = 33  # pixels: what is larger than this, granulation is not
+ROWS = 32  # rows that are gone through at a time: they stay in the processor's cache
+NORMAL = 1.4826  # standard deviation of a normal distribution over its median absolute deviation
+
+RING = np.array([(y, x) for y in range(-2, 3) for x in range(-2, 3) if max(abs(y), abs(x)) == 2])
+Positions = tuple[NDArray[np.intp], NDArray[np.intp]]
+
+
+class Defect(IntFlag):
+    """Bits of an observation's ``defects``: what is wrong with a pixel in either line."""
+
+    SPIKE = 1
+    """A cosmic ray or a glitch at some wavelength."""
+    DEAD_PIXEL = 2
+    """One value at all wavelengths, or far brighter than its neighbours at most of them."""
+    WAVELENGTH_MISSING = 4
+    """The scan has no image at some wavelength."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What was found in a scan.
+
+    Attributes
+    ----------
+    spikes : ndarray of int, shape (n, 3)
+        Wavelength, y, x of each.
+    dead : ndarray of bool, shape (y, x)
+        Bad pixels of the detector.
+    missing : tuple of int
+        Wavelengths at which there is no image: one value everywhere, or none.
+    unusable : int
+        Pixels of the field that are not finite, not positive or saturated at some other wavelength.
+    wavelengths : int
+        Wavelengths of the scan.
+    """
+
+    spikes: NDArray[np.intp]
+    dead: Mask
+    missing: tuple[int, ...]
+    unusable: int
+    wavelengths: int
+
+    @property
+    def defects(self) -> NDArray[np.uint8]:
+        """Bits of `Defect` for each pixel (y, x)."""
+        bits = np.where(self.dead, np.uint8(Defect.DEAD_PIXEL), np.uint8(0))
+        bits[self.spikes[:, 1], self.spikes[:, 2]] |= np.uint8(Defect.SPIKE)
+        if self.missing:
+            bits |= np.uint8(Defect.WAVELENGTH_MISSING)
+        return bits
+
+    @property
+    def spoilt(self) -> NDArray[np.intp]:
+        """Wavelength, y, x of every number that says nothing of the Sun, shape (n, 3), but missing images."""
+        y, x = np.nonzero(self.dead)
+        at = np.arange(self.wavelengths)
+        dead = np.column_stack([np.repeat(at, y.size), np.tile(y, at.size), np.tile(x, at.size)])
+        return np.concatenate([self.spikes, dead.astype(np.intp)])
+
+    def sentences(self, offset: ArrayLike) -> Iterator[str]:
+        """Say what was found, a sentence each.
+
+        Parameters
+        ----------
+        offset : array_like, shape (wavelength,)
+            Wavelengths from the line's rest, Angstrom.
+        """
+        if self.missing:
+            named = ", ".join(f"{np.asarray(offset)[index]:+.3f}" for index in self.missing)
+            yield f"no image at {named} Angstrom from the line's rest: one value everywhere, or none"
+        if self.unusable:
+            yield f"{self.unusable} pixels of the field are not finite, not positive or saturated somewhere"
+        if len(self.spikes):
+            pixels = len(np.unique(self.spikes[:, 1:], axis=0))
+            yield f"{len(self.spikes)} spikes (cosmic rays or glitches) in {pixels} pixels"
+        if count := int(np.count_nonzero(self.dead)):
+            yield f"{count} dead or hot pixels"
+
+
+def survey(cube: Cube, field: Mask, saturation: float = np.inf) -> Survey:
+    """Look for everything that is wrong with a scan's pixels, in one pass, image by image.
+
+    Parameters
+    ----------
+    cube : Cube, shape (wavelength, y, x)
+        The scan, as it is in the file: not resampled.
+    field : ndarray of bool, shape (y, x)
+        Its field of view; what lies outside is not looked at.
+    saturation : float
+        Intensity from which a pixel is saturated.
+
+    Returns
+    -------
+    Survey
+    """
+    inner = ndimage.binary_erosion(field)
+    unusable = np.zeros(field.shape, dtype=np.bool_)
+    constant = np.nonzero(field)
+    often = np.zeros(field.shape, dtype=np.uint16)
+    spikes: list[NDArray[np.intp]] = []
+    missing: list[int] = []
+    first: Image | None = None
+    before: Image | None = None
+    waiting: tuple[int, Positions, NDArray[np.float32]] | None = None
+
+    def judge(after: Image | None) -> None:
+        """Decide on the sharp pixels of the image before, now that those beside it are known."""
+        if waiting is None:
+            return
+        index, where, excess = waiting
+        alone = np.ones(excess.size, dtype=np.bool_)
+        for beside in (before, after):
+            if beside is not None:
+                alone &= ~(_excess(beside, where) > ISOLATED * excess)
+        found = np.column_stack([np.full(excess.size, index), *where])[alone]
+        spikes.append(found.astype(np.intp))
+
+    last: Image | None = None
+    for index, values in enumerate(cube):
+        image = np.asarray(values, dtype=np.float32)
+        noise = _Noise.of(image, field)
+        if noise is None:
+            missing.append(index)
+            continue
+        if first is None:
+            first = image
+        else:
+            same = image[constant] == first[constant]
+            constant = (constant[0][same], constant[1][same])
+        candidates = _candidates(image, field, saturation, noise.level * SIGNIFICANT, unusable)
+        kept = inner[candidates] & (image[candidates] < saturation)  # what is saturated is known as that
+        where = (candidates[0][kept], candidates[1][kept])
+        excess, around = _excess(image, where), _around(image, where)
+        sharp = (excess > SIGNIFICANT * noise.at(around)) & (excess > SHARP * (image[where] - around))
+        where, excess = (where[0][sharp], where[1][sharp]), excess[sharp]
+        often[where] += 1
+        judge(image)
+        before, last, waiting = last, image, (index, where, excess)
+    judge(None)
+    images = len(cube) - len(missing)
+    hot = often >= max(ALWAYS * images, 2)
+    dead = hot
+    if images > 1:
+        dead[constant] = True
+    found = np.concatenate([np.empty((0, 3), dtype=np.intp), *spikes])
+    return Survey(
+        found[~dead[found[:, 1], found[:, 2]]],
+        dead,
+        tuple(missing),
+        int(np.count_nonzero(unusable & field)),
+        len(cube),
+    )
+
+
+def granulation_contrast(cube: Cube, wavelength: ArrayLike, rest_wavelength: float, field: Mask) -> float:
+    """Contrast of the line's wings: what the seeing has left of the granulation.
+
+    Parameters
+    ----------
+    cube : Cube, shape (wavelength, y, x)
+        The scan; of a large field the middle is read.
+    wavelength : array_like, shape (wavelength,)
+        Angstrom.
+    rest_wavelength : float
+        Of the line, Angstrom.
+    field : ndarray of bool, shape (y, x)
+        Its field of view.
+
+    Returns
+    -------
+    float
+        Robust standard deviation (by the median absolute deviation, so that ribbons count little) of the
+        mean of both wings over its local mean; NaN where there is nothing to measure. Noise is in it: compare
+        scans of one series.
+    """
+    box = middle_box(field, MIDDLE)
+    bands = band_images(cube[:, box[0], box[1]], wavelength, rest_wavelength)
+    image = 0.5 * (bands["blue wing"] + bands["red wing"])
+    good = field[box] & np.isfinite(image) & (image > 0)
+    if not good.any():
+        return float("nan")
+    weight = ndimage.uniform_filter(good.astype(np.float32), LARGE, mode="constant")
+    mean = ndimage.uniform_filter(np.where(good, image, np.float32(0.0)), LARGE, mode="constant")
+    return NORMAL * _deviation(image[good] * weight[good] / mean[good])
+
+
+def header_contradictions(scan: Scan) -> tuple[str, ...]:
+    """In what a scan's FITS header contradicts itself or the scan's wavelengths, a sentence each.
+
+    What decides (the wavelength axis, ``DATE-AVG``) is believed; a contradiction says: somebody has to look.
+
+    Parameters
+    ----------
+    scan : Scan
+        The scan; of a format without FITS headers nothing is said.
+
+    Returns
+    -------
+    tuple of str
+    """
+    if scan.format not in FITS_FORMATS:
+        return ()
+    header = fits.Header.fromstring(read_headers(scan)[0], sep="\n")
+    said = []
+    number = LINE_NUMBERS[scan.line]
+    for name in ("WDESC1", "EXTNAME"):
+        text = str(header.get(name, ""))
+        if others := [other for other in LINE_NUMBERS.values() if other in text and other != number]:
+            said.append(f"{name} = {text.strip()!r} names {others[0]}, the wavelengths are around {number}")
+    axis = np.asarray(scan.wavelength)
+    width = header.get("WWIDTH1")
+    if header.get("NWIN") == 1 and width is not None and width != axis.size:
+        said.append(f"WWIDTH1 = {width}, but there are {axis.size} wavelengths")
+    if scan.format == "fchroma":
+        target = header.get("TWAVE1")
+        if target is not None and not axis[0] - OFF <= float(target) <= axis[-1] + OFF:
+            said.append(f"TWAVE1 = {target} Angstrom, outside of the wavelengths")
+        if header.get("CTYPE3") == "WAVE" and {"CRVAL3", "CRPIX3", "CDELT3"} <= set(header):
+            steps = np.arange(axis.size) + 1 - header["CRPIX3"]
+            uniform = header["CRVAL3"] + steps * header["CDELT3"]
+            if (off := float(np.abs(uniform - axis).max())) > OFF:
+                said.append(f"CRVAL3 and CDELT3 are up to {off:.2f} Angstrom off the wavelengths")
+    moments = {"DATE-AVG": scan.time}
+    for name in ("POINT_ID", "DATE-BEG", "DATE-END"):
+        try:
+            moments[name] = np.datetime64(str(header[name]).strip().removesuffix("Z"), "ns")
+        except (KeyError, ValueError):
+            continue
+    for earlier, later in (("POINT_ID", "DATE-AVG"), ("DATE-BEG", "DATE-AVG"), ("DATE-BEG", "DATE-END")):
+        if earlier in moments and later in moments and moments[earlier] > moments[later] + A_SECOND:
+            said.append(f"{earlier} = {moments[earlier]} is after {later} = {moments[later]}")
+    if scan.format == "fchroma" and "DATE-END" in moments and moments["DATE-END"] + A_SECOND < scan.time:
+        said.append(f"DATE-AVG = {scan.time} is after DATE-END = {moments['DATE-END']}")
+    return tuple(said)
+
+
+@dataclass(frozen=True)
+class _Noise:
+    """Noise of an image, and the intensity at which it is so large."""
+
+    level: float
+    intensity: float
+
+    @classmethod
+    def of(cls, image: Image, field: Mask) -> _Noise | None:
+        """Take it from the differences of neighbours in the field's middle; None if all values are one."""
+        box = middle_box(field, SAMPLE)
+        part, seen = image[box], field[box]
+        good = seen & np.isfinite(part)
+        if not good.any() or np.ptp(part[good]) == 0.0:
+            whole = image[field & np.isfinite(image)]
+            if whole.size == 0 or np.ptp(whole) == 0.0:
+                return None
+            part, good = image, field & np.isfinite(image)
+        between = part[1:-1] - 0.5 * (part[:-2] + part[2:])
+        known = good[1:-1] & good[:-2] & good[2:]
+        values = between[known] if known.any() else part[good]
+        # A third of the variance of the difference is that of the two neighbours' mean.
+        level = NORMAL * _deviation(values) / np.sqrt(1.5)
+        return cls(float(level), float(np.median(part[good])))
+
+    def at(self, intensity: Image) -> Image:
+        """Noise at other intensities, by their photons; never less than usual."""
+        brighter = np.maximum(intensity / self.intensity, 1.0) if self.intensity > 0 else 1.0
+        return np.asarray(self.level * np.sqrt(brighter), dtype=np.float32)
+
+
+def _deviation(values: NDArray[np.floating]) -> float:
+    return float(np.median(np.abs(values - np.median(values))))
+
+
+def _candidates(image: Image, field: Mask, saturation: float, least: float, unusable: Mask) -> Positions:
+    """Pixels that exceed two opposite neighbours; on the way mark those whose values are of no use."""
+    rows: list[NDArray[np.intp]] = []
+    columns: list[NDArray[np.intp]] = []
+    for top in range(0, len(image), ROWS):
+        own = image[top : top + ROWS]
+        good = own > 0  # whatever is not a number is not either
+        if saturation < np.inf:
+            good &= own < saturation
+        if not good.all():
+            unusable[top : top + ROWS] |= ~good
+        block = image[max(top - 1, 0) : top + ROWS + 1]
+        hit = np.zeros(own.shape, dtype=np.bool_)
+        first = 1 if top == 0 else 0
+        inside = block[1:-1]
+        hit[first : first + len(inside)] = inside - np.maximum(block[:-2], block[2:]) > least
+        hit[:, 1:-1] |= own[:, 1:-1] - np.maximum(own[:, :-2], own[:, 2:]) > least
+        if hit.any():
+            y, x = np.nonzero(hit)
+            rows.append(y + top)
+            columns.append(x)
+    empty = [np.empty(0, dtype=np.intp)]
+    return np.concatenate(rows or empty), np.concatenate(columns or empty)
+
+
+def _excess(image: Image, where: Positions) -> Image:
+    """How far pixels exceed the brighter of two opposite neighbours, along the axis where it is more."""
+    y, x = where
+    rows, columns = image.shape
+    above, below = image[np.maximum(y - 1, 0), x], image[np.minimum(y + 1, rows - 1), x]
+    left, right = image[y, np.maximum(x - 1, 0)], image[y, np.minimum(x + 1, columns - 1)]
+    own = image[y, x]
+    return np.asarray(np.fmax(own - np.maximum(above, below), own - np.maximum(left, right)))
+
+
+def _around(image: Image, where: Positions) -> Image:
+    """Median of the ring two pixels away."""
+    rows, columns = image.shape
+    y = np.clip(where[0] + RING[:, 0, None], 0, rows - 1)
+    x = np.clip(where[1] + RING[:, 1, None], 0, columns - 1)
+    return np.asarray(np.median(image[y, x], axis=0))

@@ -1,0 +1,220 @@
+"""What is wrong with scans is found, and ribbons, however bright, are not among it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from astropy.io import fits
+from scipy import ndimage
+
+from inn.layout import HALPHA
+from pipeline.crisp import find_scans, open_intensity, read_scans
+from pipeline.defects import Defect, granulation_contrast, header_contradictions, survey
+from pipeline.registration import field_of_view
+from tests.fchroma_files import (
+    WAVELENGTH_HALPHA,
+    rotated_field,
+    scene,
+    smooth_noise,
+    write_pair,
+)
+
+REAL = Path(__file__).parents[2] / "shared" / "data" / "crisp"
+SHAPE = (90, 110)
+WHOLE = np.ones(SHAPE, bool)
+
+
+def noisy(cube, seed=0):
+    """Photon noise, and whole numbers, as in files."""
+    rng = np.random.default_rng(seed)
+    return np.rint(cube + np.sqrt(np.maximum(cube, 1.0)) * rng.standard_normal(cube.shape)).astype(">i2")
+
+
+@pytest.fixture(scope="module")
+def cube():
+    return noisy(scene(np.random.default_rng(3), SHAPE)[0])
+
+
+def positions(found):
+    return sorted(map(tuple, found.spikes.tolist()))
+
+
+class TestSpikes:
+    def test_each_is_found_and_nothing_else(self, cube):
+        rng = np.random.default_rng(1)
+        spoilt = cube.copy()
+        hits = set()
+        for _ in range(60):
+            index, y, x = rng.integers(0, 15), rng.integers(2, 88), rng.integers(2, 108)
+            if not any(abs(y - other[1]) < 4 and abs(x - other[2]) < 4 for other in hits):
+                hits.add((int(index), int(y), int(x)))
+        for index, y, x in hits:
+            # twenty times the photons' noise, on ribbons and on the quiet Sun alike
+            spoilt[index, y, x] += int(20 * np.sqrt(spoilt[index, y, x]) + 400)
+        found = survey(spoilt, WHOLE)
+        assert positions(found) == sorted(hits)
+        assert not found.dead.any()
+        assert next(found.sentences(WAVELENGTH_HALPHA)).startswith(f"{len(hits)} spikes")
+        bits = found.defects
+        assert {(y, x) for y, x in np.argwhere(bits & Defect.SPIKE)} == {hit[1:] for hit in hits}
+
+    def test_tracks_along_an_axis(self, cube):
+        spoilt = cube.copy()
+        spoilt[4, 30, 40:43] += 2500
+        spoilt[9, 60:62, 70] += 2500
+        expected = [(4, 30, 40), (4, 30, 41), (4, 30, 42), (9, 60, 70), (9, 61, 70)]
+        assert positions(survey(spoilt, WHOLE)) == expected
+
+    @pytest.mark.parametrize("brightness", [0.0, 1.0, 3.0, 6.0])
+    def test_ribbons_are_none_however_bright(self, brightness):
+        for seed in range(2):
+            for line in scene(np.random.default_rng(seed), SHAPE, brightness):
+                found = survey(noisy(line, seed), WHOLE)
+                assert len(found.spikes) == 0
+                assert not found.dead.any()
+
+    def test_a_ribbon_that_brightens_during_the_scan_is_none(self):
+        """Between two wavelengths the ribbons flare up threefold, and fade again two wavelengths later."""
+        faint, bright = (scene(np.random.default_rng(5), SHAPE, brightness)[0] for brightness in (1.0, 4.0))
+        flaring = faint.copy()
+        flaring[6:8] = bright[6:8]
+        assert len(survey(noisy(flaring), WHOLE).spikes) == 0
+
+    @pytest.mark.parametrize("height", [1000.0, 10000.0])
+    def test_what_the_telescope_can_make_is_none(self, cube, height):
+        """A point of light at one wavelength only, at the diffraction limit: Airy's core, 2.4 pixels wide."""
+        y, x = np.mgrid[: SHAPE[0], : SHAPE[1]]
+        for centre in ((40.0, 50.0), (40.5, 50.5), (40.2, 50.4)):
+            point = height * np.exp(-4 * np.log(2) * ((y - centre[0]) ** 2 + (x - centre[1]) ** 2) / 2.4**2)
+            lit = cube.astype(np.float32)
+            lit[7] += point
+            assert len(survey(lit, WHOLE).spikes) == 0
+        lit = cube.astype(np.float32)
+        lit[7, 40, 50] += height
+        assert positions(survey(lit, WHOLE)) == [(7, 40, 50)]
+
+    def test_the_field_and_its_pad(self, cube):
+        """The step at the field's edge is none; a spike next to it is not looked for, one inside is found."""
+        field = rotated_field(SHAPE, 20.0)
+        padded = np.where(field, cube, 1480)
+        padded[5, 45, 55] += 3000
+        assert positions(survey(padded, field)) == [(5, 45, 55)]
+
+    @pytest.mark.observation
+    @pytest.mark.skipif(not REAL.is_dir(), reason="the real pair is not here")
+    def test_the_real_ribbon_has_none(self):
+        for scan in find_scans([REAL])[0]:
+            cube = open_intensity(scan)
+            field = field_of_view(cube)
+            found = survey(cube, field, scan.saturation)
+            assert found.defects.sum() == 0
+            assert found.unusable == 0
+            # and one that is put there is found, at any wavelength, on the ribbon's brightest pixel too
+            core = len(scan.wavelength) // 2
+            brightest = np.unravel_index(np.argmax(cube[core, 2:-2, 2:-2]), (17, 17))
+            y, x = (int(index) + 2 for index in brightest)
+            for index in (0, core, len(scan.wavelength) - 1):
+                spoilt = cube.astype(np.float32)
+                spoilt[index, y, x] *= 3.0
+                assert positions(survey(spoilt, field)) == [(index, y, x)]
+
+
+class TestPixels:
+    def test_dead_and_hot(self, cube):
+        spoilt = cube.copy()
+        spoilt[:, 20, 30] = 0
+        spoilt[:, 21, 60] = 1234
+        spoilt[:, 50, 70] += 3000
+        found = survey(spoilt, WHOLE)
+        assert [tuple(place) for place in np.argwhere(found.dead)] == [(20, 30), (21, 60), (50, 70)]
+        assert len(found.spikes) == 0
+        assert found.unusable == 1
+        assert len(found.spoilt) == 3 * 15
+        assert list(found.sentences(WAVELENGTH_HALPHA)) == [
+            "1 pixels of the field are not finite, not positive or saturated somewhere",
+            "3 dead or hot pixels",
+        ]
+
+    @pytest.mark.parametrize("value", [0.0, 1480.0, np.nan])
+    def test_missing_images(self, cube, value):
+        spoilt = cube.astype(np.float32)
+        spoilt[[3, 11]] = value
+        spoilt[6, 40, 50] += 4000
+        found = survey(spoilt, WHOLE)
+        assert found.missing == (3, 11)
+        assert positions(found) == [(6, 40, 50)]
+        assert found.unusable == 0
+        assert (found.defects & Defect.WAVELENGTH_MISSING).all()
+        offset = WAVELENGTH_HALPHA - HALPHA.rest_wavelength
+        assert "no image at -0.826, +0.774 Angstrom" in next(found.sentences(offset))
+
+    def test_numbers_without_meaning(self, cube):
+        spoilt = cube.astype(np.float32)
+        spoilt[2, :, :3] = np.nan  # a border, at one wavelength
+        spoilt[4, 50, 60], spoilt[5, 51, 61], spoilt[6, 52, 62] = -1.0, np.inf, 40000.0
+        found = survey(spoilt, WHOLE, saturation=32767.0)
+        assert found.unusable == 3 * SHAPE[0] + 3
+        assert not found.dead.any()
+
+    def test_a_scan_of_nothing(self):
+        for value in (0.0, np.nan, 7.0):
+            found = survey(np.full((5, *SHAPE), value, np.float32), WHOLE)
+            assert found.missing == (0, 1, 2, 3, 4)
+            assert not found.dead.any()
+        assert len(survey(np.ones((5, *SHAPE)), ~WHOLE).spikes) == 0
+
+
+class TestContrast:
+    def test_is_that_of_the_granulation(self):
+        rng = np.random.default_rng(2)
+        shape = (200, 220)
+        for contrast in (0.03, 0.08):
+            image = 2000.0 * (1.0 + contrast * smooth_noise(rng, shape, 3.5))
+            slope = np.linspace(0.8, 1.2, shape[1])  # limb darkening
+            cube = np.repeat((image * slope)[None], 15, axis=0)
+            found = granulation_contrast(
+                cube, WAVELENGTH_HALPHA, HALPHA.rest_wavelength, np.ones(shape, bool)
+            )
+            assert found == pytest.approx(contrast, rel=0.1)
+
+    def test_poor_seeing_lowers_it(self):
+        cube = scene(np.random.default_rng(1), SHAPE)[0]
+        sharp, blurred = (
+            granulation_contrast(noisy(one), WAVELENGTH_HALPHA, HALPHA.rest_wavelength, WHOLE)
+            for one in (cube, ndimage.gaussian_filter(cube, (0, 5, 5)))
+        )
+        assert blurred < 0.6 * sharp
+
+    def test_nothing_to_measure(self):
+        nothing = np.zeros((15, *SHAPE))
+        assert np.isnan(granulation_contrast(nothing, WAVELENGTH_HALPHA, HALPHA.rest_wavelength, WHOLE))
+
+
+class TestHeaders:
+    @pytest.mark.parametrize(
+        ("cards", "words"),
+        [
+            ({"WDESC1": "Ca II 8542"}, "WDESC1 = 'Ca II 8542' names 8542"),
+            ({"WWIDTH1": 25}, "WWIDTH1 = 25, but there are 15"),
+            ({"TWAVE1": 8542.1}, "TWAVE1 = 8542.1"),
+            ({"CDELT3": 0.1}, "up to 0.70 Angstrom off"),
+            ({"CRVAL3": 6562.8}, "up to 1.78 Angstrom off"),
+            ({"POINT_ID": "2014-09-07T15:27:24"}, "POINT_ID = 2014-09-07"),
+            ({"DATE-END": "2014-09-06T15:00:00"}, "is after DATE-END"),
+        ],
+    )
+    def test_contradictions_are_said(self, tmp_path, cards, words):
+        path, _, _ = write_pair(tmp_path, shape=(20, 30), angle=None)
+        (scan,) = read_scans(path)
+        assert header_contradictions(scan) == ()
+        with fits.open(path, mode="update") as hdus:
+            hdus[0].header.update(cards)
+        (said,) = header_contradictions(read_scans(path)[0])
+        assert words in said
+
+    @pytest.mark.observation
+    @pytest.mark.skipif(not REAL.is_dir(), reason="the real pair is not here")
+    def test_the_real_pair_has_none(self):
+        assert [header_contradictions(scan) for scan in find_scans([REAL])[0]] == [(), ()]
