@@ -480,6 +480,8 @@ def test_a_description_of_other_files(file, tmp_path):
     assert "not fchroma: a FITS file of another instrument" in str(caught.value)
     with pytest.raises(InputError, match="description cannot be read"):
         find_scans([file], description=tmp_path / "nowhere.yaml")
+    with pytest.raises(InputError, match="cubes: there is none"):
+        find_scans([file], description=describe(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -495,7 +497,7 @@ def test_a_description_of_other_files(file, tmp_path):
         ({"hdu": "CUBE"}, "no such HDU"),
         ({"hdu": 4}, "no such HDU"),
         ({"line": "sodium"}, "line"),
-        ({"wavelength": None}, "wavelength: Field required"),
+        ({"wavelength": None}, "wavelength: missing"),
         ({"wavelength": {"hdu": 0, "unit": "nm", "medium": "air"}}, "other axes|do not fit|wavelengths"),
         ({"wavelength": {"column": "A", "unit": "nm", "medium": "air"}}, "HDU is not named"),
         ({"cubes": []}, "cubes: unknown key"),

@@ -122,6 +122,25 @@ def test_types_and_orders_of_bytes(file, cube, dtype):
     assert scan.saturation == (np.iinfo(dtype).max if np.dtype(dtype).kind in "iu" else np.inf)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "stokes=[I,Q,U,V], ns=4 :  datatype=2 (integer), dims=3, {}, endian=l",  # the SST's pipeline
+        " datatype=2 (integer), dims=3, {}, endian=l : , stokes=[I,Q,U,V], ns=4",  # helita, ISPy
+        "datatype=2 (integer), dims=3, {}, endian=l",  # the sidecar says it
+    ],
+)
+def test_headers_as_programs_write_them(file, cube, statement, text):
+    images = SCANS * PARAMETERS * POINTS
+    head = text.format(f"nx={COLUMNS}, ny={ROWS}, nt={images}").encode()
+    file.write_bytes(head.ljust(512, b"\0") + cube.tobytes())
+    if b"stokes" not in head:
+        refused(file, "times do not fit")
+        statement["stokes"] = ["I", "Q", "U", "V"]
+        state(file, statement)
+    np.testing.assert_array_equal(open_intensity(read_scans(file)[2]), cube[2, 0])
+
+
 def test_wavelengths_in_any_order(file, cube, statement):
     axis = vacuum_to_air(WAVELENGTH_HALPHA)
     order = np.random.default_rng(2).permutation(POINTS)
@@ -215,10 +234,10 @@ def test_the_example_is_one(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda s: s.pop("unit"), "unit: Field required"),
-        (lambda s: s.pop("line"), "line: Field required"),
+        (lambda s: s.pop("unit"), "unit: missing"),
+        (lambda s: s.pop("line"), "line: missing"),
         (lambda s: s.update(colour="red"), "colour: unknown key"),
-        (lambda s: s["wavelength"].pop("medium"), "wavelength.medium: Field required"),
+        (lambda s: s["wavelength"].pop("medium"), "wavelength.medium: missing"),
         (lambda s: s["wavelength"].update(unit="DN"), "'DN' is no unit of length"),
         (lambda s: s["wavelength"].update(values=[1.0, 2.0]), "stated by values, file, not in one way of"),
         (lambda s: s["wavelength"].pop("file"), "wavelength: stated by nothing"),

@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
 import numpy as np
 from astropy.io import fits
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from pipeline.crisp import fits_files, netcdf_files
 from pipeline.crisp.axes import OF_A_CUBE, Axis, Stored
@@ -66,8 +66,14 @@ class FileStatement(CubeStatement):
 class Cubes(Statement):
     """What the YAML of ``--generic`` holds."""
 
-    cubes: Annotated[tuple[FileStatement, ...], Field(min_length=1)]
+    cubes: tuple[FileStatement, ...]
     """The cubes; a file may hold several of them, each in its own HDU or variable."""
+
+    @model_validator(mode="after")
+    def _some(self) -> Self:
+        if not self.cubes:
+            raise ValueError("cubes: there is none")
+        return self
 
 
 @dataclass(frozen=True)

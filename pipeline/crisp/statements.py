@@ -27,6 +27,7 @@ from pipeline.crisp.wavelengths import Medium
 from pipeline.errors import InputError
 
 LISTED = 12  # faults that an error names one by one
+WORDS = {"missing": "missing", "extra_forbidden": "unknown key"}  # in place of pydantic's
 
 
 def _length(text: str) -> str:
@@ -251,9 +252,7 @@ def load(path: Path, model: type[Model], example: str) -> Model:
     except ValidationError as failure:
         faults = [
             f"{'.'.join(map(str, fault['loc'])) or 'the whole'}: "
-            + fault["msg"]
-            .removeprefix("Value error, ")
-            .replace("Extra inputs are not permitted", "unknown key")
+            + WORDS.get(fault["type"], fault["msg"].removeprefix("Value error, "))
             + ("" if fault["type"] in ("missing", "value_error") else f" (found {fault['input']!r:.60})")
             for fault in failure.errors()
         ]
