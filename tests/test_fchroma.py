@@ -209,6 +209,100 @@ def test_database_names():
     assert file_name("ca8542", "2014-09-06T15:27:24", 459) == "crisp_l2_20140906_152724_8542_r00459.fits"
 
 
+def crispex(path, cube, wavelength, *, lines=None, seconds=None):
+    """One file of several lines or times, as CRISPEX's keywords and extensions put them."""
+    first = slice(0, 15) if lines is None else slice(lines[0][0], sum(lines[0]))
+    write_fchroma(path, np.reshape(cube, (-1, *cube.shape[-3:]))[0][first], wavelength[first], START)
+
+    def change(hdus):
+        header = hdus[0].header
+        hdus[0].data = cube.astype(">i2")
+        hdus[1].data = wavelength
+        if lines is not None:
+            header["NWIN"] = len(lines)
+            for number, (start, width) in enumerate(lines, start=1):
+                header[f"WSTART{number}"], header[f"WWIDTH{number}"] = start, width
+        if seconds is not None:
+            header["CTYPE4"], header["CUNIT4"] = "UTC", "s"
+            header["STARTOBS"] = "2014-09-06T15:27:24"
+            hdus.append(fits.ImageHDU(np.asarray(seconds), name="time-coordinate"))
+
+    return rewrite(path, change)
+
+
+OXYGEN = 7774.0 + 0.1 * np.arange(5)
+
+
+@pytest.fixture
+def several_lines(tmp_path):
+    wavelength = np.concatenate([WAVELENGTH_HALPHA, OXYGEN, WAVELENGTH_CA8542])
+    cube = np.random.default_rng(4).integers(800, 6000, (45, 9, 13))
+    return crispex(tmp_path / "lines.fits", cube, wavelength, lines=((0, 15), (15, 5), (20, 25))), cube
+
+
+def test_several_lines_in_a_file(several_lines):
+    path, cube = several_lines
+    halpha, ca8542 = read_scans(path)
+    assert (halpha.line, halpha.index, ca8542.line, ca8542.index) == ("halpha", 0, "ca8542", 2)
+    np.testing.assert_array_equal(halpha.wavelength, WAVELENGTH_HALPHA)
+    np.testing.assert_array_equal(ca8542.wavelength, WAVELENGTH_CA8542)
+    np.testing.assert_array_equal(open_intensity(halpha), cube[:15])
+    np.testing.assert_array_equal(open_intensity(ca8542), cube[20:])
+
+
+def test_several_scans_in_a_file(tmp_path):
+    """Of both lines, and on an axis that is not uniform."""
+    axis = WAVELENGTH_HALPHA[[0, 2, 3, 5, 6, 7, 8, 9, 11, 14]]
+    wavelength = np.concatenate([axis, WAVELENGTH_CA8542])
+    cube = np.random.default_rng(5).integers(800, 6000, (3, 35, 9, 13))
+    seconds = [0.0, 11.54, 23.25]
+    path = crispex(tmp_path / "scans.fits", cube, wavelength, lines=((0, 10), (10, 25)), seconds=seconds)
+    scans, _ = find_scans([path])
+    assert [scan.line for scan in scans] == ["ca8542"] * 3 + ["halpha"] * 3
+    for number, scan in enumerate(scans[3:]):
+        assert scan.time == START + np.timedelta64(round(1000 * seconds[number]), "ms")
+        np.testing.assert_array_equal(scan.wavelength, axis)
+        np.testing.assert_array_equal(open_intensity(scan), cube[number, :10])
+    for number, scan in enumerate(scans[:3]):
+        np.testing.assert_array_equal(scan.wavelength, WAVELENGTH_CA8542)
+        np.testing.assert_array_equal(open_intensity(scan), cube[number, 10:])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda h: h[0].header.set("WSTART2", 14), "places along the wavelength axis"),
+        (lambda h: h[0].header.set("WWIDTH3", 26), "places along the wavelength axis"),
+        (lambda h: h[0].header.set("WWIDTH1", 0), "places along the wavelength axis"),
+        (lambda h: h[0].header.set("NWIN", 2_000_000_000), "places along the wavelength axis"),
+        (lambda h: h[0].header.remove("WSTART3"), "places along the wavelength axis"),
+        (lambda h: h[0].header.set("NWIN", 1), "another line"),
+    ],
+)
+def test_lines_that_do_not_fit(several_lines, change, words):
+    path, _ = several_lines
+    with pytest.raises(InputError, match=words):
+        read_scans(rewrite(path, change))
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "words"),
+    [
+        (lambda h: h[0].header.remove("STARTOBS"), InputError, "times are missing"),
+        (lambda h: h.pop(2), InputError, "times are missing"),
+        (lambda h: setattr(h[2], "data", h[2].data[:1]), InputError, "times are missing"),
+        (lambda h: setattr(h[2], "data", h[2].data * np.nan), InputError, "times are missing"),
+        (lambda h: h[0].header.set("STARTOBS", "noon"), InputError, "time cannot be read"),
+        (lambda h: h[0].header.set("CTYPE4", "STOKES"), ForeignFileError, "another layout"),
+    ],
+)
+def test_times_that_do_not_fit(tmp_path, change, kind, words):
+    cube = np.random.default_rng(6).integers(800, 6000, (2, 15, 9, 13))
+    path = crispex(tmp_path / "scans.fits", cube, WAVELENGTH_HALPHA, seconds=[0.0, 11.54])
+    with pytest.raises(kind, match=words):
+        read_scans(rewrite(path, change))
+
+
 def test_found_by_content_in_any_order(tmp_path):
     halpha, ca8542, _ = write_pair(tmp_path, shape=(30, 40))
     renamed = halpha.rename(tmp_path / "zz.fits")
@@ -270,7 +364,12 @@ def test_real_files(name):
 
 
 @pytest.mark.filterwarnings("ignore::astropy.utils.exceptions.AstropyUserWarning")
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(data=st.data())
 def test_damage_gives_typed_errors_only(tmp_path, file, cube, data):
     """Bytes changed or cut anywhere in the headers: a scan of the true shape, or an `InputError`."""
@@ -308,3 +407,63 @@ def test_wavelengths_in_air_on_the_callers_word(tmp_path, cube):
     (scan,) = read_scans(path, "air")
     assert (scan.medium, scan.medium_stated_by) == ("air", "caller")
     np.testing.assert_allclose(scan.wavelength, WAVELENGTH_HALPHA, rtol=0, atol=1e-9)
+
+
+DECIDES = {
+    "time": {"DATE-AVG", "TIMESYS"},
+    "pointing": {f"{card}{axis}" for card in ("CRPIX", "CRVAL", "CDELT", "CUNIT", "CTYPE") for axis in (1, 2)}
+    | {"PC1_1", "PC2_2"},
+    "intensity": {"BUNIT"},
+}
+VALUES = [None, "", "x", "2014-09-06", "TAI", "deg", -1, 0, 1, 2, 3, 0.5, 1e300, -1e-300, True]
+
+
+@pytest.mark.filterwarnings("ignore::astropy.utils.exceptions.AstropyWarning", "ignore::RuntimeWarning")
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_any_header_gives_the_true_axes_or_a_typed_error(tmp_path, data):
+    """Cards replaced or removed in scans of any size and number type: right, or refused, but never wrong."""
+    rows, columns, points = (data.draw(st.integers(1, 6), label=label) for label in "yxw")
+    rng = np.random.default_rng(data.draw(st.integers(0, 9), label="seed"))
+    axis = 6564.61 + np.sort(rng.uniform(-1.5, 1.5, points + 1))
+    values = rng.integers(0, 250, (points + 1, rows, columns))
+    path = write_fchroma(tmp_path / "fuzzed.fits", values, axis, START, overwrite=True)
+    # By bytes: astropy would mend what it writes.
+    content = path.read_bytes()
+    header = fits.Header.fromstring(content)
+    length, size = len(header.tostring()), 2 * values.size
+    rest = content[length + -(-size // 2880) * 2880 :]
+    cards = sorted({card for card in header if card and not card.startswith(("NAXIS", "BITPIX", "SIM"))})
+    changed = data.draw(
+        st.dictionaries(st.sampled_from(cards), st.sampled_from(VALUES), max_size=2), label="changed"
+    )
+    for card, value in changed.items():
+        if value is None:
+            header.remove(card)
+        else:
+            header[card] = value
+    kind = data.draw(st.sampled_from([">i2", "u1", ">i4", ">i8", ">f4", ">f8"]), label="type")
+    header["BITPIX"] = np.dtype(kind).itemsize * (-8 if "f" in kind else 8)
+    numbers = values.astype(kind).tobytes()
+    numbers += bytes(-len(numbers) % 2880)
+    path.write_bytes(header.tostring().encode("ascii") + numbers + rest)
+    try:
+        (scan,) = read_scans(path)
+        intensity = np.array(open_intensity(scan))
+    except InputError as error:
+        assert str(path) in str(error)  # noqa: PT017
+        return
+    touched = {name for name, deciding in DECIDES.items() if deciding & set(changed)}
+    np.testing.assert_array_equal(scan.wavelength, axis)
+    if "intensity" not in touched:
+        np.testing.assert_array_equal(intensity, values)
+    if "time" not in touched:
+        assert scan.time == START
+    if "pointing" not in touched:
+        assert scan.frame.reference_value == pytest.approx((-729.826, -313.432), abs=1e-9)
+        assert scan.frame.scale == pytest.approx((0.057, 0.057))

@@ -412,3 +412,87 @@ def test_damage_gives_typed_errors_only(tmp_path, file, data):
             assert intensity[0].dtype.kind in "iuf"
             assert shift is None or shift.shape == scan.shape
     assert str(damaged) in message
+
+
+# What each card may change without being a lie: a file that says another unit has another unit.
+DECIDES = {
+    "wavelength": {"CTYPE3", "CUNIT3", "CRPIX3", "CRVAL3", "CDELT3", "PS3_2", "PV3_3"},
+    "time": {"CTYPE5", "CUNIT5", "CRPIX5", "CRVAL5", "CDELT5", "PS5_2", "PV5_3", "DATEREF", "TIMESYS"},
+    "pointing": {f"{card}{axis}" for card in ("CUNIT", "CRPIX", "CRVAL", "CDELT") for axis in (1, 2)}
+    | {f"P{kind}_{part}" for kind in ("S1", "S2", "V1", "V2") for part in (2, 3)},
+    "intensity": {"BUNIT", "BSCALE", "BZERO", "BLANK", "CRPIX4", "CRVAL4", "CDELT4"},
+}
+VALUES = [None, "", "x", "nm", "UTC", "2014-09-06", "WCS-TAB", -1, 0, 1, 2, 3, 0.5, 1e300, -1e-300, True]
+
+
+@pytest.mark.filterwarnings("ignore::astropy.utils.exceptions.AstropyWarning", "ignore::RuntimeWarning")
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_any_header_gives_the_true_axes_or_a_typed_error(tmp_path, data):
+    """Cards replaced or removed in cubes of any size and number type: right, or refused, but never wrong."""
+    scans, stokes, rows, columns = (data.draw(st.integers(1, 3), label=label) for label in "tsyx")
+    rows, columns = rows + 1, columns + 1
+    rng = np.random.default_rng(data.draw(st.integers(0, 9), label="seed"))
+    cube = rng.uniform(5.0, 40.0, (scans, stokes, POINTS, rows, columns))
+    path = tmp_path / "fuzzed.fits"
+    path.unlink(missing_ok=True)
+    write(
+        path,
+        cube,
+        rng.normal(0.0, 0.03, (scans, rows, columns)) if data.draw(st.booleans(), label="map") else None,
+        unit="dn",
+        integers=data.draw(st.booleans(), label="integers"),
+        drop_single_axes=data.draw(st.booleans(), label="dropped"),
+    )
+    truth = [np.array(open_intensity(scan)) for scan in read_scans(path)]
+    # By bytes: astropy would mend what it writes.
+    content = path.read_bytes()
+    header = fits.Header.fromstring(content)
+    length, size = len(header.tostring()), cube.size * abs(header["BITPIX"]) // 8
+    stored = np.frombuffer(content, {16: ">i2", -32: ">f4"}[header["BITPIX"]], cube.size, length)
+    rest = content[length + -(-size // 2880) * 2880 :]
+    cards = sorted(
+        {card for card in header if card and not card.startswith(("NAXIS", "BITPIX", "DW3", "SIM"))}
+    )
+    changed = data.draw(
+        st.dictionaries(st.sampled_from(cards), st.sampled_from(VALUES), max_size=2), label="changed"
+    )
+    for card, value in changed.items():
+        if value is None:
+            header.remove(card)
+        else:
+            header[card] = value
+    bits, kind = data.draw(
+        st.sampled_from([(header["BITPIX"], stored.dtype), (32, ">i4"), (-64, ">f8"), (64, ">i8")]),
+        label="type",
+    )
+    if header["BITPIX"] < 0 < bits:  # rounded, which the intensities are compared with
+        truth = [np.trunc(cube[index, 0]) for index in range(scans)]
+    header["BITPIX"] = bits
+    numbers = stored.astype(kind).tobytes()
+    numbers += bytes(-len(numbers) % 2880)
+    path.write_bytes(header.tostring().encode("ascii") + numbers + rest)
+    try:
+        found = read_scans(path)
+        opened = [open_intensity(scan)[:] for scan in found]
+    except InputError as error:
+        assert str(path) in str(error)  # noqa: PT017
+        return
+    touched = {name for name, deciding in DECIDES.items() if deciding & set(changed)}
+    assert len(found) == scans
+    for scan, intensity, true in zip(found, opened, truth, strict=True):
+        assert intensity.shape == (POINTS, rows, columns) == (len(scan.wavelength), *scan.shape)
+        if "wavelength" not in touched:
+            np.testing.assert_allclose(scan.wavelength, air_to_vacuum(IN_AIR), rtol=0, atol=1e-9)
+        if "time" not in touched:
+            seconds = (scan.time - np.datetime64(DAY)) / np.timedelta64(1, "s")
+            assert seconds == pytest.approx(SECONDS[scan.index].mean(), abs=1e-6)
+        if "pointing" not in touched:
+            assert scan.frame.reference_value == pytest.approx(tuple(POINTING[scan.index]), abs=1e-4)
+        if "intensity" not in touched:
+            np.testing.assert_allclose(intensity, true, rtol=1e-6)

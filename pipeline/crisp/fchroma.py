@@ -1,9 +1,15 @@
-"""FITS files of the F-CHROMA flare database: one file is one CRISP scan of one line.
+"""FITS files of the F-CHROMA flare database: one file is one CRISP scan of one line, or several of them.
 
 The primary HDU holds 16-bit integers (wavelength, y, x), in data numbers; the image extension
-``lambda-coordinate`` the vacuum wavelengths in Angstrom. ``DATE-AVG`` is the only time. The field may lie
-rotated within a pad of one constant value. The database: Cauzzi et al. 2014, "F-CHROMA flare database",
-https://star.pst.qub.ac.uk/wiki/doku.php/public/solarflares/start.
+``lambda-coordinate`` the vacuum wavelengths in Angstrom, uniform or not. ``DATE-AVG`` is the only time. The
+field may lie rotated within a pad of one constant value. The database: Cauzzi et al. 2014, "F-CHROMA flare
+database", https://star.pst.qub.ac.uk/wiki/doku.php/public/solarflares/start.
+
+Its layout is that of CRISPEX (Lofdahl et al. 2021, A&A 653, A68, doi:10.1051/0004-6361/202141326, table C.1),
+which has two ways to put several scans into a file. ``NWIN`` lines may follow one another along the
+wavelength axis, from ``WSTARTi`` (counted from 0) on, ``WWIDTHi`` wavelengths each: each is a scan of its
+own, and other lines than the two are passed over. And there may be a fourth axis, of time: the extension
+``time-coordinate`` then has a time for each scan, in seconds since ``STARTOBS``.
 """
 
 from __future__ import annotations
@@ -17,14 +23,26 @@ from astropy.wcs import WCS
 from numpy.typing import ArrayLike, NDArray
 
 from pipeline.crisp import fits_files
-from pipeline.crisp.cube import Cube, ScaledCube
+from pipeline.crisp.cube import Cube, ScaledCube, intensity_scale
 from pipeline.crisp.fits_files import FETCH_AGAIN
-from pipeline.crisp.scan import ForeignFileError, Frame, Scan, identify_line, vacuum_axis
+from pipeline.crisp.scan import (
+    ForeignFileError,
+    Frame,
+    OtherLineError,
+    Scan,
+    Stated,
+    identify_line,
+    vacuum_axis,
+)
 from pipeline.crisp.wavelengths import Medium
 from pipeline.errors import InputError, MisuseError
 
 FORMAT = "fchroma"
 AXIS_HDU = "lambda-coordinate"
+TIME_HDU = "time-coordinate"
+TIMES = ("TIME", "UTC", "TAI")
+"""What a fourth axis is called."""
+
 UNITS = "DN"
 SUFFIXES = fits_files.SUFFIXES
 
@@ -33,7 +51,7 @@ DESIGNATIONS = {"halpha": ("H_I_6563", "H I 6563", "6563"), "ca8542": ("Ca_II_85
 
 
 def read_scans(path: str | Path, medium: Medium | None = None) -> tuple[Scan, ...]:
-    """Describe the one scan of an F-CHROMA file, from its headers and wavelength axis alone.
+    """Describe the scans of an F-CHROMA file, from its headers and axes alone.
 
     Parameters
     ----------
@@ -45,7 +63,7 @@ def read_scans(path: str | Path, medium: Medium | None = None) -> tuple[Scan, ..
     Returns
     -------
     tuple of Scan
-        One scan.
+        One, in the database's own files.
 
     Raises
     ------
@@ -56,7 +74,7 @@ def read_scans(path: str | Path, medium: Medium | None = None) -> tuple[Scan, ..
     """
     file = Path(path).absolute()
     with fits_files.opened(file) as hdus:
-        return (_describe(hdus, file, medium),)
+        return _describe(hdus, file, medium)
 
 
 read_headers = fits_files.read_headers
@@ -83,13 +101,23 @@ def open_intensity(scan: Scan) -> Cube:
     """
     points = len(scan.wavelength)
     with fits_files.opened(scan.path) as hdus:
+        header = hdus[0].header
         data: NDArray[Any] | None = hdus[0].data
-        if data is None or data.shape != (points, *scan.shape):
-            raise scan.changed(None if data is None else data.shape)
-        step, zero, blank = fits_files.scaling(hdus[0].header)
-    if (step, zero, blank) == (1.0, 0.0, None):
-        return data
-    return ScaledCube(data, np.full(points, step), np.full(points, zero), blank)
+        found = None if data is None else data.shape
+        windows = _windows(header, 0 if data is None else data.shape[-3] if data.ndim > 2 else 0, scan.path)
+        moment, window = divmod(scan.index, len(windows))
+        if data is not None and data.ndim == 4 and moment < len(data):
+            data, moment = data[moment], 0
+        if data is None or data.ndim != 3 or moment > 0:
+            raise scan.changed(found)
+        stored = data[windows[window]]
+        if stored.shape != (points, *scan.shape):
+            raise scan.changed(found)
+        step, zero, blank = fits_files.scaling(header)
+    _, factors = intensity_scale(scan.units_of_file, np.array(scan.wavelength), scan.path)
+    if (step, zero, blank) == (1.0, 0.0, None) and np.all(factors == 1.0):
+        return stored
+    return ScaledCube(stored, step * factors, zero * factors, blank)
 
 
 def open_wavelength_shift(scan: Scan) -> NDArray[np.float64] | None:
@@ -228,7 +256,7 @@ def file_name(line: str, start: np.datetime64 | str, number: int) -> str:
     return f"crisp_l2_{moment}_{DESIGNATIONS[line][2]}_r{number:05d}.fits"
 
 
-def _describe(hdus: fits.HDUList, file: Path, medium: Medium | None) -> Scan:
+def _describe(hdus: fits.HDUList, file: Path, medium: Medium | None) -> tuple[Scan, ...]:
     header = hdus[0].header
     instrument = str(header.get("INSTRUME", "")).strip()
     if instrument.upper() != "CRISP":
@@ -240,12 +268,14 @@ def _describe(hdus: fits.HDUList, file: Path, medium: Medium | None) -> Scan:
             remedy="leave this file out",
         )
     axes = tuple(header.get(f"NAXIS{number}") for number in range(header["NAXIS"], 0, -1))
-    if len(axes) != 3:
+    fourth = str(header.get("CTYPE4", "")).strip().upper()
+    if len(axes) not in (3, 4) or (len(axes) == 4 and fourth not in TIMES):
         raise ForeignFileError(
             "a CRISP file of another layout than F-CHROMA's",
             where=file,
-            found=f"a primary array of {len(axes)} axes {axes}",
-            expected="three: (wavelength, y, x)",
+            found=f"a primary array of {len(axes)} axes {axes}"
+            + (f", the fourth {fourth!r}" if fourth else ""),
+            expected="three, (wavelength, y, x), or a fourth of time",
             remedy="leave this file out",
         )
     names = [hdu.name.lower() for hdu in hdus]
@@ -258,29 +288,90 @@ def _describe(hdus: fits.HDUList, file: Path, medium: Medium | None) -> Scan:
             remedy=FETCH_AGAIN,
         )
     wavelength = np.asarray(hdus[names.index(AXIS_HDU)].data, dtype=np.float64)
-    if wavelength.shape != axes[:1]:
+    points, rows, columns = (int(size) for size in axes[-3:])
+    if wavelength.shape != (points,):
         raise InputError(
             "the wavelength axis does not fit the intensities",
             where=file,
-            found=f"{wavelength.shape} wavelengths, {axes[0]} images",
+            found=f"{wavelength.shape} wavelengths, {points} images",
             expected="one wavelength for each image",
             remedy=FETCH_AGAIN,
         )
-    vacuum, medium, stated_by = vacuum_axis(wavelength, ("vacuum", "format"), medium, str(file))
-    return Scan(
-        path=str(file),
-        format=FORMAT,
-        line=identify_line(vacuum, str(file)),
-        time=_time(header, file),
-        wavelength=tuple(vacuum.tolist()),
-        medium=medium,
-        medium_stated_by=stated_by,
-        shape=(int(axes[1]), int(axes[2])),
-        units=UNITS,
-        units_of_file=UNITS,
-        saturation=_saturation(header),
-        frame=_frame(header, file),
-    )
+    times = _times(hdus, axes[0], file) if len(axes) == 4 else [_time(header, file)]
+    windows = _windows(header, points, str(file))
+    units_of_file = str(header.get("BUNIT", UNITS)).strip()
+    frame = _frame(header, file)
+    described, others = [], []
+    for number, window in enumerate(windows):
+        stated: tuple[Medium, Stated] = ("vacuum", "format")
+        vacuum, found, stated_by = vacuum_axis(wavelength[window], stated, medium, str(file))
+        try:
+            line = identify_line(vacuum, str(file))
+        except OtherLineError as other:
+            others.append(other)
+            continue
+        units, _ = intensity_scale(units_of_file, vacuum, str(file))
+        described += [
+            Scan(
+                path=str(file),
+                format=FORMAT,
+                index=index * len(windows) + number,
+                line=line,
+                time=time,
+                wavelength=tuple(vacuum.tolist()),
+                medium=found,
+                medium_stated_by=stated_by,
+                shape=(rows, columns),
+                units=units,
+                units_of_file=units_of_file,
+                saturation=_saturation(header) if units == UNITS else float("inf"),
+                frame=frame,
+            )
+            for index, time in enumerate(times)
+        ]
+    if not described:
+        raise others[0]
+    return tuple(described)
+
+
+def _windows(header: fits.Header, points: int, where: str) -> list[slice]:
+    """Places of the lines along the wavelength axis."""
+    count = int(header.get("NWIN", 1))
+    if count <= 1:
+        return [slice(0, points)]
+    numbers = range(1, min(count, points) + 1)
+    starts = [int(header.get(f"WSTART{number}", -1)) for number in numbers]
+    widths = [int(header.get(f"WWIDTH{number}", 0)) for number in numbers]
+    windows = [slice(start, start + width) for start, width in zip(starts, widths, strict=True)]
+    edges = [0, *(edge for window in windows for edge in (window.start, window.stop)), points]
+    if len(windows) < count or min(widths) < 1 or sorted(edges) != edges:
+        raise InputError(
+            "the lines' places along the wavelength axis do not fit it",
+            where=where,
+            found=f"WSTART {starts}, WWIDTH {widths}",
+            expected=f"{count} lines, one after the other, among {points} wavelengths",
+            remedy=FETCH_AGAIN,
+        )
+    return windows
+
+
+def _times(hdus: fits.HDUList, count: int, file: Path) -> list[np.datetime64]:
+    """Times of the scans along the fourth axis."""
+    header = hdus[0].header
+    hdu = next((hdu for hdu in hdus[1:] if hdu.name.lower() == TIME_HDU and hdu.data is not None), None)
+    since = next((name for name in ("STARTOBS", "DATE_OBS", "DATE-OBS") if header.get(name)), None)
+    seconds = np.zeros(0) if hdu is None else np.asarray(hdu.data, dtype=np.float64)
+    if since is None or seconds.shape != (count,) or not np.all(np.abs(seconds) < 1e8):
+        raise InputError(
+            "the scans' times are missing",
+            where=file,
+            found=f"{seconds.shape} numbers in {TIME_HDU!r}, {since or 'no STARTOBS'}",
+            expected=f"{count} times in seconds, and STARTOBS, from which they count",
+            remedy="add them, or leave the file out",
+        )
+    scale = str(header.get("TIMESYS", "UTC"))
+    start = fits_files.utc(str(header[since]), scale, file, since)
+    return list(start + np.rint(seconds * 1e9).astype("timedelta64[ns]"))
 
 
 def _time(header: fits.Header, file: Path) -> np.datetime64:
