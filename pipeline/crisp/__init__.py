@@ -342,6 +342,8 @@ def _inside(folder: Path, suffixes: set[str]) -> Iterator[Path]:
     for parent, folders, files in os.walk(folder):
         groups = [name for name in folders if _is_group(Path(parent, name))]
         folders[:] = sorted(set(folders) - set(groups))
+        # A directory of files often holds the stores that were made of them, too: nothing to tell of.
+        groups = [name for name in groups if crispy.holds_data(Path(parent, name))]
         for name in sorted([*groups, *files]):
             if Path(name).suffix.lower() in suffixes:
                 yield Path(parent, name)

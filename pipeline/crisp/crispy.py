@@ -113,6 +113,11 @@ def read_scans(path: str | Path, medium: Medium | None = None) -> tuple[Scan, ..
     )
 
 
+def holds_data(folder: Path) -> bool:
+    """Whether a Zarr group has an array of the name that scans have, without opening it."""
+    return any((folder / DATA / name).is_file() for name in ("zarr.json", ".zarray"))
+
+
 def read_headers(path: str | Path) -> tuple[str, ...]:
     """The attributes, as JSON."""
     return (json.dumps(dict(_array(Path(path)).attrs), indent=1),)
