@@ -67,7 +67,7 @@ def write_series(folder: Path, shape: tuple[int, int], pairs: int) -> None:
             cube = np.empty((axis.size, *shape), dtype=np.int16)
             for image, offset in zip(cube, axis - rest, strict=True):
                 core = np.exp(-((offset / 0.5) ** 2))
-                level = 2500.0 * (1.0 - 0.7 * core) * (1.0 + 0.07 * seen[0]) + 150.0 * core * seen[1]
+                level = 2500.0 * (1.0 - 0.7 * core) * (1.0 + 0.07 * seen[0]) + 60.0 * core * seen[1]
                 noisy = level + np.sqrt(np.maximum(level, 0.0)) * rng.standard_normal(shape, dtype=np.float32)
                 image[:] = np.where(inside, np.rint(noisy), PAD)
             moment = START + number * CADENCE
@@ -122,7 +122,7 @@ def plain(folder: Path, observation: Path, copy: Path) -> Usage:
     usage = Usage()
     source = zarr.open_group(observation, mode="r")
     target = zarr.open_group(copy, mode="w")
-    names = ("halpha", "ca8542", "valid")
+    names = ("halpha", "ca8542", "valid", "defects")
     for name in names:
         own = source[name]
         target.create_array(
