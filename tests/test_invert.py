@@ -421,10 +421,10 @@ def test_a_failed_tile_is_tried_again_by_the_same_command(
     real = tiles.network_lines
     state = {"broken": True}
 
-    def unreliable(halpha, *args):
+    def unreliable(halpha, *args, **keywords):
         if state["broken"] and len(halpha) == 16:  # the tiles at the right edge: 8 x 2 pixels
             raise OSError("a disk coughs")
-        return real(halpha, *args)
+        return real(halpha, *args, **keywords)
 
     monkeypatch.setattr(tiles, "network_lines", unreliable)
     output = tmp_path / "map.zarr"
