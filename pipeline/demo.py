@@ -63,7 +63,6 @@ def run_demo(
     model: str | Path | None = None,
     seed: int = 0,
     scans: int = 3,
-    draws: int = 256,
 ) -> DemoReport:
     """Make a short series, ingest and invert it, compare the map with the truth, and show all on one page.
 
@@ -78,11 +77,9 @@ def run_demo(
     model : path, optional
         The model directory; the bundled one if left out.
     seed : int
-        Decides the scene, the noise and the latent draws.
+        Decides the scene and the noise.
     scans : int
         Scans of each line.
-    draws : int
-        Draws from each pixel's posterior.
 
     Returns
     -------
@@ -99,10 +96,10 @@ def run_demo(
     _check_directory(folder)
     if client is None:
         with connect(LocalConfig()) as own:
-            return run_demo(folder, client=own, grid=grid, model=model, seed=seed, scans=scans, draws=draws)
+            return run_demo(folder, client=own, grid=grid, model=model, seed=seed, scans=scans)
     started = time.monotonic()
     grid_path = BUNDLED_GRID if grid is None else Path(grid)
-    call = f"run_demo({folder.name}, seed={seed}, scans={scans}, draws={draws})"
+    call = f"run_demo({folder.name}, seed={seed}, scans={scans})"
     series, observation, map_store = folder / "crisp", folder / "obs.zarr", folder / "map.zarr"
     shutil.rmtree(series, ignore_errors=True)
     with open_grid(grid_path) as store:
@@ -119,9 +116,7 @@ def run_demo(
     logger.info("%d files of a series made in %s", len(made.files), series)
     ingested = ingest(made.files, observation, cluster=client, call=call, overwrite=True)
     logger.info(ingested.summary())
-    inverted = invert(
-        observation, map_store, model=model, cluster=client, draws=draws, seed=seed, overwrite=True, call=call
-    )
+    inverted = invert(observation, map_store, model=model, cluster=client, overwrite=True, call=call)
     logger.info(inverted.summary())
     with open_map(map_store) as found, open_observation(observation) as observed:
         comparison = compare(found, truth, observed)
