@@ -1,6 +1,8 @@
 # Two commands do everything on a fresh machine with Python >= 3.11, git and make:
 #   make demo    set up .venv, run the main job on data it makes, compare with the truth
 #   make test    set up .venv, run ruff, mypy and every test that needs no GPU
+# And one measures: speed, memory, the output's size, in about half an hour on two cores:
+#   make bench
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -26,12 +28,17 @@ lint: $(READY)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest -m "not gpu"
+	$(BIN)/pytest -m "not gpu" --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint deploy/constraints.txt --editable '.[benchmark]'
+	mkdir -p build
 	$(BIN)/python -m tests.benchmarks.posterior
+	$(BIN)/python -m tests.benchmarks.levers
 	$(BIN)/python -m tests.benchmarks.training
+	$(BIN)/python -m tests.benchmarks.end_to_end
+	$(BIN)/python -m tests.benchmarks.output_size
+	$(BIN)/python -m tests.benchmarks.scale --output build/scale
 
 clean:
 	rm -rf $(VENV) demo dist build

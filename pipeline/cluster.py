@@ -57,6 +57,10 @@ WORKER_SETTINGS = {
     "distributed.worker.memory.spill": False,
     "distributed.worker.memory.pause": 0.85,
     "distributed.worker.memory.terminate": 0.95,
+    # What Dask keeps for its developers (profiles of everything, the last thousand messages and events of
+    # each kind) takes more memory than all tiles that are under way.
+    "distributed.worker.profile.enabled": False,
+    "distributed.admin.low-level-log-length": 100,
 }
 # Dask has its workers give memory back to the system as soon as they can. With arrays of megabytes that come
 # and go, most of their time then goes into getting it again: ingest takes twice the processor time.

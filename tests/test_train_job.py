@@ -197,6 +197,7 @@ COMMAND = """
         from test_train_job import SEED, TINY
 
         train_job.threads_per_task = lambda client: 1  # as the undisturbed one
+        train_job.DESERTED = 600.0  # a busy machine takes its time to start a worker
         train_job.train({grid!r}, {model!r}, recipe=TINY, seed=SEED, checkpoint_seconds=0.0,
                         cluster=LocalConfig(dashboard=None))
 """

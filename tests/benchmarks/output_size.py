@@ -1,13 +1,13 @@
 """What a pixel of a map takes on the disk, and what the rounding costs in accuracy, against alternatives.
 
-    python -m tests.benchmarks.output_size OBS.zarr [--pixels N]
+    python -m tests.benchmarks.output_size [OBS.zarr] [--pixels N]
 
-OBS.zarr is an observation store: the demo's, or the real pair's. Some of its pixels are inverted with the
-default settings, and the quantiles of all three quantities are encoded in every way of the table, in one tile
-as large as the engine's. Beside bytes a pixel: the times to write and to read back the tile, and the error
-that the encoding introduces, root mean square over pixels and heights, over the sampling error of the
-quantiles themselves. The latter is measured: some of the pixels are inverted with
-several seeds, whose standard deviation it is.
+OBS.zarr is an observation store; if it is left out, one scan like those of the demo is made. Some of its
+pixels are inverted, and the quantiles of all three quantities are encoded in every way of the table, in one
+tile as large as the engine's. Beside bytes a pixel: the times to write and to read back the tile, and the
+error that the encoding introduces, root mean square over pixels and heights, over the sampling error of the
+quantiles themselves. The latter is measured: some of the pixels are inverted with several seeds, whose
+standard deviation it is.
 
 Rounding steps are the spread of each pixel's posterior over the root of the draws, divided by 4 to 64; the
 engine's are 1/16 of it (`pipeline.tiles.round_to_sampling_error`). Errors are in the logarithm of what is
@@ -19,6 +19,7 @@ import argparse
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest import mock
 
 import numpy as np
@@ -34,6 +35,9 @@ import inn
 from inn.layout import QUANTITIES
 from inn.posterior import QUANTILES, posterior_quantiles
 from pipeline import tiles
+from pipeline.demo_series import make_series
+from pipeline.grids.store import BUNDLED_GRID, open_grid
+from pipeline.ingest import ingest
 from pipeline.observation import open_observation
 from pipeline.spectra import network_lines
 from pipeline.tiles import SPREAD, round_to_sampling_error
@@ -206,16 +210,25 @@ def stored(quantiles: Quantiles, encoding: Encoding) -> tuple[float, float, floa
     return size / whole, written - started, read - written
 
 
+def demo_observation(folder: Path) -> Path:
+    """Make an observation of one scan, as the demo's, in a folder."""
+    with open_grid(BUNDLED_GRID) as grid:
+        files = make_series(folder / "crisp", grid, scans=1).files
+    return Path(ingest(files, folder / "obs.zarr", call="the benchmark of the output's size").path)
+
+
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("observation", type=Path, help="an observation store")
+    parser.add_argument("observation", type=Path, nargs="?", help="an observation store")
     parser.add_argument("--pixels", type=int, default=TILE**2, help="how many to invert, at most")
     parser.add_argument("--seeds", type=int, default=4, help="seeds that measure the sampling error")
     given = parser.parse_args()
-    lines, mu, model = pixels_of(given.observation, given.pixels)
+    with TemporaryDirectory() as folder:
+        observation = given.observation or demo_observation(Path(folder))
+        lines, mu, model = pixels_of(observation, given.pixels)
     exact = invert(model, lines, mu, 0)
     some = lines[:: max(1, len(lines) // 512)]
     sampling = sampling_errors([invert(model, some, mu, seed) for seed in range(given.seeds)])

@@ -46,16 +46,16 @@ PATIENCE = 300.0
 UNFORESEEN = "run again with --debug"
 """What the command says of errors that nobody has thought of."""
 
-ANYWHERE = (
-    "a worker killed",
-    "two workers in a row killed",
-    "a worker stopped for a while",
-    "the command killed",
-    "the command killed, the journal's end lost",
-    "a tile damaged",
-)
-"""What can happen on any cluster."""
-ELSEWHERE = (*ANYWHERE, "a nanny killed", "the scheduler killed")
+ANYWHERE = {
+    "a worker killed": 3,
+    "two workers in a row killed": 3,
+    "a worker stopped for a while": 2,
+    "a tile damaged": 2,
+    "the command killed": 1,
+    "the command killed, the journal's end lost": 1,
+}
+"""What can happen on any cluster, and how often in comparison."""
+ELSEWHERE = {**ANYWHERE, "a nanny killed": 2, "the scheduler killed": 1}
 """What can happen on one that is not the command's own."""
 
 Thing = TypeVar("Thing")
@@ -219,7 +219,8 @@ class Soak:
     def make_map(self, output: Path, *, elsewhere: bool) -> None:
         """Make a map, whatever happens, and compare it with the undisturbed one."""
         kinds = ELSEWHERE if elsewhere else ANYWHERE
-        plan = [str(kind) for kind in self.random.choice(kinds, self.random.integers(3, 10))]
+        often = np.array(list(kinds.values())) / sum(kinds.values())
+        plan = [str(kind) for kind in self.random.choice(list(kinds), self.random.integers(4, 13), p=often)]
         happened: list[str] = ["nothing was there before"]
         finished = False
         while not finished:
