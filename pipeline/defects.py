@@ -28,6 +28,7 @@ from scipy import ndimage
 
 from pipeline.crisp import Scan, read_headers
 from pipeline.crisp.cube import Cube
+from pipeline.crisp.wavelengths import vacuum_to_air
 from pipeline.registration import Image, Mask, band_images, middle_box
 
 SIGNIFICANT = 8.0
@@ -252,22 +253,27 @@ def header_contradictions(scan: Scan) -> tuple[str, ...]:
     header = fits.Header.fromstring(read_headers(scan)[0], sep="\n")
     said = []
     number = LINE_NUMBERS[scan.line]
-    for name in ("WDESC1", "EXTNAME"):
+    lines = int(header.get("NWIN", 1))
+    # A file of several lines has a set of cards for each, and one name for all.
+    place = 1 if lines <= 1 else 1 + scan.index % lines
+    for name in (f"WDESC{place}", *(("EXTNAME",) if lines <= 1 else ())):
         text = str(header.get(name, ""))
         if others := [other for other in LINE_NUMBERS.values() if other in text and other != number]:
             said.append(f"{name} = {text.strip()!r} names {others[0]}, the wavelengths are around {number}")
-    axis = np.asarray(scan.wavelength)
+    axis = vacuum_to_air(scan.wavelength) if scan.medium == "air" else np.asarray(scan.wavelength)
     width = header.get("WWIDTH1")
-    if header.get("NWIN") == 1 and width is not None and width != axis.size:
+    if lines == 1 and width is not None and width != axis.size:
         said.append(f"WWIDTH1 = {width}, but there are {axis.size} wavelengths")
     if scan.format == "fchroma":
-        target = header.get("TWAVE1")
+        target = header.get(f"TWAVE{place}")
         if target is not None and not axis[0] - OFF <= float(target) <= axis[-1] + OFF:
-            said.append(f"TWAVE1 = {target} Angstrom, outside of the wavelengths")
-        if header.get("CTYPE3") == "WAVE" and {"CRVAL3", "CRPIX3", "CDELT3"} <= set(header):
+            said.append(f"TWAVE{place} = {target} Angstrom, outside of the wavelengths")
+        if lines <= 1 and header.get("CTYPE3") == "WAVE" and {"CRVAL3", "CRPIX3", "CDELT3"} <= set(header):
             steps = np.arange(axis.size) + 1 - header["CRPIX3"]
-            uniform = header["CRVAL3"] + steps * header["CDELT3"]
-            if (off := float(np.abs(uniform - axis).max())) > OFF:
+            away = np.abs(header["CRVAL3"] + steps * header["CDELT3"] - axis)
+            # Of an axis that is not uniform these cards can be right at the reference pixel alone.
+            uniform = np.ptp(np.diff(axis)) <= OFF
+            if (off := float(away.max() if uniform else away[np.abs(steps).argmin()])) > OFF:
                 said.append(f"CRVAL3 and CDELT3 are up to {off:.2f} Angstrom off the wavelengths")
     moments = {"DATE-AVG": scan.time}
     for name in ("POINT_ID", "DATE-BEG", "DATE-END"):

@@ -20,6 +20,7 @@ from pipeline.crisp import ForeignFileError, find_scans, open_intensity, read_he
 from pipeline.crisp.fchroma import file_name, write_fchroma
 from pipeline.crisp.scan import OtherLineError
 from pipeline.crisp.wavelengths import vacuum_to_air
+from pipeline.defects import header_contradictions
 from pipeline.errors import InputError, MisuseError
 from tests.fchroma_files import PAD, START, WAVELENGTH_CA8542, WAVELENGTH_HALPHA, write_pair
 
@@ -110,6 +111,7 @@ def test_coordinates_agree_with_astropy_wcs(tmp_path, cube):
     first = (first + 180.0) % 360.0 - 180.0
     np.testing.assert_allclose(longitude, first * 3600.0, rtol=0, atol=1e-6)
     np.testing.assert_allclose(latitude, second * 3600.0, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(scan.frame.pixels(longitude, latitude), (x, y), rtol=0, atol=1e-6)
     # and by hand, near the disc's centre of the tangent plane: rotation, then scale
     centre = np.array(scan.frame.coordinates(np.array([2.5 + 100.0]), np.array([700.0])))[:, 0]
     step = 100 * 0.057 * np.array([np.cos(angle), np.sin(angle)])
@@ -248,6 +250,21 @@ def test_several_lines_in_a_file(several_lines):
     np.testing.assert_array_equal(ca8542.wavelength, WAVELENGTH_CA8542)
     np.testing.assert_array_equal(open_intensity(halpha), cube[:15])
     np.testing.assert_array_equal(open_intensity(ca8542), cube[20:])
+    assert header_contradictions(halpha) == header_contradictions(ca8542) == ()
+
+    def change(hdus):
+        hdus[0].header["WDESC3"] = "H I 6563"
+        hdus[0].header["TWAVE3"] = 6564.6
+
+    rewrite(path, change)
+    assert len(header_contradictions(ca8542)) == 2
+
+
+def test_an_axis_that_is_not_uniform(tmp_path, cube):
+    axis = WAVELENGTH_HALPHA[[0, 2, 3, 5, 6, 7, 8, 9, 11, 14]]
+    (scan,) = read_scans(write_fchroma(tmp_path / "scan.fits", cube[:10], axis, START))
+    np.testing.assert_array_equal(scan.wavelength, axis)
+    assert header_contradictions(scan) == ()
 
 
 def test_several_scans_in_a_file(tmp_path):
@@ -407,6 +424,7 @@ def test_wavelengths_in_air_on_the_callers_word(tmp_path, cube):
     (scan,) = read_scans(path, "air")
     assert (scan.medium, scan.medium_stated_by) == ("air", "caller")
     np.testing.assert_allclose(scan.wavelength, WAVELENGTH_HALPHA, rtol=0, atol=1e-9)
+    assert header_contradictions(scan) == ()
 
 
 DECIDES = {
