@@ -26,6 +26,7 @@ from zarr.core.sync import sync
 from pipeline.calibration import QuietSunCalibration, Reference, calibrate_store, write_calibration
 from pipeline.cluster import ClusterConfig, opened
 from pipeline.crisp import LINES, Cube, Medium, Scan, find_scans, open_intensity, open_wavelength_shift
+from pipeline.crisp.cube import PlacedCube
 from pipeline.defects import Survey, granulation_contrast, header_contradictions, survey
 from pipeline.driver import Outcome, run_bounded
 from pipeline.errors import FlareFieldError, InputError, MisuseError, StoreError
@@ -52,7 +53,7 @@ from pipeline.storage import Place, is_url, log_at, out_of_space, place
 
 logger = logging.getLogger("flarefield")
 
-KERNEL = 4
+KERNEL = 5
 """Version of what an observation's numbers depend on in this package; raised whenever they change."""
 
 LISTED = 10  # files that an error names one by one
@@ -299,6 +300,10 @@ def ingest_pair(task: PairTask) -> dict[str, Any] | FlareFieldError:
             sync(group.store.delete_dir(folder))
         cubes = (open_intensity(pair.halpha), open_intensity(pair.ca8542))
         fields = (field_of_view(cubes[0]), field_of_view(cubes[1]))
+        if pair.placed:
+            cubes = (cubes[0], PlacedCube(cubes[1], pair.halpha.shape, pair.placement))
+            fields = (fields[0], _in_frame(fields[1], pair))
+            _check_overlap(fields, pair)
         shift = find_shift(
             cubes[0],
             cubes[1],
@@ -410,13 +415,23 @@ def _write(
                 expected="positive intensities",
                 remedy="fetch the file again, or leave the scan out",
             )
-    if not overlap.any():
+    _check_overlap((overlap, overlap), pair)
+
+
+def _check_overlap(fields: tuple[Mask, Mask], pair: Pair) -> None:
+    if not (fields[0] & fields[1]).any():
+        y, x = pair.placement
         raise InputError(
             "the fields of the two lines have no pixel in common",
-            where=pair.halpha.path,
-            found=f"as {pair.ca8542.path}",
-            remedy="leave both scans out",
+            where=pair.halpha.name,
+            found=f"as {pair.ca8542.name}, which begins at ({y}, {x}) pixels (y, x) by the headers",
+            remedy="leave both scans out, or mend the pointing in their headers",
         )
+
+
+def _in_frame(field: Mask, pair: Pair) -> Mask:
+    """Ca II's field of view, of its own frame, in H-alpha's."""
+    return np.asarray(PlacedCube(field[None].astype(np.float32), pair.halpha.shape, pair.placement)[0] == 1.0)
 
 
 def _write_wavelength_shifts(
@@ -428,6 +443,8 @@ def _write_wavelength_shifts(
         if name not in group:
             continue
         found = open_wavelength_shift(scan)
+        if found is not None and scan.line == "ca8542" and task.pair.placed:
+            found = PlacedCube(found[None], task.pair.halpha.shape, task.pair.placement)[0].astype(np.float64)
         values = np.where(field, 0.0 if found is None else found, np.nan)
         if shift.applied and scan.line == "ca8542":
             values = move_values(values, shift)

@@ -439,6 +439,11 @@ def _plan(inspection: Inspection) -> Table:
         median, largest = np.median(apart), apart.max()
         text = f"{len(pairs)}, their lines {median:.2f} s apart in the median, {largest:.2f} at most"
         table.add_row("pairs", Text(text))
+    if inspection.refusal is None and any(pair.placed for pair in pairs):
+        corners = [f"({y}, {x})" for y, x in dict.fromkeys(pair.placement for pair in pairs)]
+        more = f", and {len(corners) - LISTED} other places" if len(corners) > LISTED else ""
+        text = f"Ca II's first pixel at {', '.join(corners[:LISTED])}{more} of H-alpha's frame, by the headers"
+        table.add_row("placed", Text(text))
     if inspection.unpaired:
         named = ", ".join(label(scan) for scan in inspection.unpaired[:LISTED])
         more = f", and {len(inspection.unpaired) - LISTED} more" if len(inspection.unpaired) > LISTED else ""

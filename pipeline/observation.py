@@ -10,6 +10,9 @@ variable                                           dimensions   meaning
 ``valid``                                          time, y, x   both lines' fields cover the pixel
 ``defects``                                        time, y, x   flags, see `pipeline.defects.Defect`
 ``shift_y``, ``shift_x``                           time         pixels by which Ca II was found displaced
+``placement_y``, ``placement_x``                   time         where Ca II's first pixel lies in H-alpha's
+                                                                frame by the headers, before the shift; not
+                                                                there if it is the first one throughout
 ``shift_confidence``                               time         0 to 1, see `pipeline.registration.Shift`
 ``shift_applied``                                  time         whether Ca II was moved by that shift
 ``contrast_halpha``, ``contrast_ca8542``           time         contrast of the granulation in the wings
@@ -52,6 +55,7 @@ from pipeline.crisp import read_headers
 from pipeline.crisp.scan import Scan, cosine_of_pointing
 from pipeline.defects import Defect
 from pipeline.errors import MisuseError, StoreError
+from pipeline.pairing import Pair
 from pipeline.storage import place
 
 KIND = "observation"
@@ -320,6 +324,17 @@ def coordinates(halpha: Sequence[Scan], ca8542: Sequence[Scan]) -> xr.Dataset:
             },
         }
     )
+    pairs = [Pair(*scans) for scans in zip(halpha, ca8542, strict=True)]
+    if any(pair.placed for pair in pairs):
+        for axis, corners in zip("yx", zip(*(pair.placement for pair in pairs), strict=True), strict=True):
+            dataset[f"placement_{axis}"] = (
+                "time",
+                np.array(corners, dtype=np.int32),
+                {
+                    "units": "pixel",
+                    "long_name": f"where Ca II's first pixel lies along {axis}, by the headers",
+                },
+            )
     for name in ("time", "time_halpha", "time_ca8542"):
         dataset[name].encoding = {"units": "microseconds since 1970-01-01", "dtype": "int64"}
     return dataset

@@ -28,6 +28,22 @@ class Pair:
     halpha: Scan
     ca8542: Scan
 
+    @property
+    def placement(self) -> tuple[int, int]:
+        """Where Ca II's first pixel lies in H-alpha's frame by the headers, whole pixels (y, x).
+
+        The middles of the frames decide. What the headers do not know, registration has to find.
+        """
+        rows, columns = self.ca8542.shape
+        middle = (np.array([(columns - 1) / 2.0]), np.array([(rows - 1) / 2.0]))
+        x, y = self.halpha.frame.pixels(*self.ca8542.frame.coordinates(*middle))
+        return round(float(y[0] - middle[1][0])), round(float(x[0] - middle[0][0]))
+
+    @property
+    def placed(self) -> bool:
+        """Whether Ca II's frame is not H-alpha's own."""
+        return self.placement != (0, 0) or self.ca8542.shape != self.halpha.shape
+
 
 def pair_scans(scans: Sequence[Scan], tolerance: float) -> tuple[tuple[Pair, ...], tuple[Scan, ...]]:
     """Pair scans of the two lines by their mean times.
@@ -111,12 +127,13 @@ def check_alike(pairs: tuple[Pair, ...]) -> None:
     first = {"halpha": reference, "ca8542": pairs[0].ca8542}
     for pair in pairs:
         for scan in (pair.halpha, pair.ca8542):
-            if scan.shape != reference.shape:
+            like = first[scan.line]
+            if scan.shape != like.shape:
                 raise InputError(
-                    "the scans are of different size",
+                    "the scans of one line are of different size",
                     where=scan.name,
                     found=f"{scan.shape} pixels (y, x)",
-                    expected=f"{reference.shape}, as {reference.path}",
+                    expected=f"{like.shape}, as {like.path}",
                     remedy="ingest scans of different size separately",
                 )
             scale = np.abs(np.divide(scan.frame.scale, reference.frame.scale) - 1.0).max()
@@ -130,7 +147,6 @@ def check_alike(pairs: tuple[Pair, ...]) -> None:
                     f"as {reference.path}",
                     remedy="ingest them separately",
                 )
-            like = first[scan.line]
             if len(scan.wavelength) != len(like.wavelength) or (
                 np.abs(np.subtract(scan.wavelength, like.wavelength)).max() > SAME_WAVELENGTH
             ):

@@ -7,11 +7,28 @@ import numpy as np
 import pytest
 from astropy.modeling.models import BlackBody
 
-from pipeline.crisp.cube import PER_ANGSTROM, ScaledCube, intensity_scale
+from pipeline.crisp.cube import PER_ANGSTROM, PlacedCube, ScaledCube, intensity_scale
 from pipeline.errors import InputError
 
 SHAPE = (5, 7, 6)
 MASK = np.random.default_rng(2).random(SHAPE[1:]) < 0.4
+
+
+KEYS = [
+    2,
+    -1,
+    slice(1, 4),
+    slice(None, None, -1),
+    [0, 3],
+    np.array([True, False, True, True, False]),
+    (slice(None), slice(2, 5), slice(1, 3)),
+    (1, slice(2, 5)),
+    (3, 4, 5),
+    (slice(None), 4, 5),
+    (slice(1, 3), MASK),
+    (0, MASK),
+    (slice(None), slice(None), 3),
+]
 
 
 class Watched:
@@ -35,25 +52,7 @@ def numbers():
     return np.random.default_rng(1).integers(-32000, 32000, SHAPE).astype(">i2")
 
 
-@pytest.mark.parametrize(
-    "key",
-    [
-        2,
-        -1,
-        slice(1, 4),
-        slice(None, None, -1),
-        [0, 3],
-        np.array([True, False, True, True, False]),
-        (slice(None), slice(2, 5), slice(1, 3)),
-        (1, slice(2, 5)),
-        (3, 4, 5),
-        (slice(None), 4, 5),
-        (slice(1, 3), MASK),
-        (0, MASK),
-        (slice(None), slice(None), 3),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("key", KEYS, ids=str)
 def test_indexing_scales_what_was_indexed(numbers, key):
     scale, offset = np.linspace(0.5, 2.5, SHAPE[0]), np.linspace(-3.0, 40.0, SHAPE[0])
     watched = Watched(numbers)
@@ -77,6 +76,28 @@ def test_blank_becomes_nan(numbers):
     cube = ScaledCube(numbers, np.ones(5), np.zeros(5), -32768)
     assert np.isnan(cube[1, 2, 3])
     assert np.argwhere(np.isnan(cube[:])).tolist() == [[1, 2, 3]]
+
+
+@pytest.mark.parametrize("corner", [(0, 0), (2, 1), (-3, 2), (4, -2), (-2, -5), (20, 0), (-7, 1)])
+@pytest.mark.parametrize("key", KEYS, ids=str)
+def test_a_cube_in_another_frame(numbers, corner, key):
+    """As if the whole had been copied into a larger or smaller array of NaN."""
+    frame = (9, 8)
+    whole = np.full((SHAPE[0], 40, 40), np.nan, dtype=np.float32)
+    whole[:, 10 + corner[0] : 17 + corner[0], 10 + corner[1] : 16 + corner[1]] = numbers
+    whole = whole[:, 10:19, 10:18]
+    watched = Watched(numbers)
+    placed = PlacedCube(watched, frame, corner)
+    if isinstance(key, tuple) and isinstance(key[1], np.ndarray):
+        key = (key[0], np.random.default_rng(4).random(frame) < 0.4)
+    np.testing.assert_array_equal(placed[key], whole[key])
+    assert placed[key].dtype == np.float32
+    np.testing.assert_array_equal(np.asarray(placed), whole)
+    np.testing.assert_array_equal(np.stack(list(placed)), whole)
+    assert (len(placed), placed.shape) == (5, (5, 9, 8))
+    fresh = Watched(numbers)
+    PlacedCube(fresh, frame, corner)[1:3, 2:4, 1:3]
+    assert fresh.read <= 8
 
 
 @pytest.mark.parametrize(

@@ -404,8 +404,9 @@ class TestBadInput:
         assert "copy.fits" in text
 
     def test_different_size(self, pair, tmp_path):
-        change_data(pair[1], lambda data: data[:, 1:])
-        text = self.refuse(pair, tmp_path / "obs.zarr")
+        later, _, _ = write_pair(tmp_path, shape=(40, 50), angle=None, number=1)
+        change_data(later, lambda data: data[:, 1:])
+        text = self.refuse([tmp_path], tmp_path / "obs.zarr")
         assert "different size" in text
         assert "(39, 50)" in text
         assert "(40, 50)" in text

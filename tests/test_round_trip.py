@@ -16,6 +16,7 @@ import pytest
 from pipeline.crisp.cube import PER_ANGSTROM
 from pipeline.crisp.scan import cosine_of_pointing
 from pipeline.crisp.wavelengths import vacuum_to_air
+from pipeline.errors import InputError
 from pipeline.grids.store import BUNDLED_GRID, open_grid, split
 from pipeline.ingest import IngestReport, ingest
 from pipeline.invert import invert
@@ -26,6 +27,7 @@ from pipeline.training_set import CRISP_WAVELENGTHS, response_matrix
 from tests.fchroma_files import CADENCE, START, displace, smooth_noise
 from tests.known_series import (
     AXES,
+    COUNT,
     FORMATS,
     SHAPE,
     SHIFTS,
@@ -119,6 +121,62 @@ def test_wavelength_shifts_come_along(tmp_path, series):
         away = np.abs(found.values - 1.000275 * errors[line])[valid]
         assert np.sqrt(np.mean(away**2)) < typical
         assert away.max() < worst
+
+
+def test_lines_in_frames_of_their_own(tmp_path, series):
+    """As SSTRED cuts them: Ca II's frame has other rows and columns, and its header says where they are."""
+    top, left, rows, columns = 6, -5, 80, 112
+    y, x = np.mgrid[:rows, :columns]
+    y, x = y + top, x + left  # Ca II's pixels in H-alpha's frame, before the shift
+    there = (y >= 0) & (y < SHAPE[0]) & (x >= 0) & (x < SHAPE[1])
+    tilted = np.stack([1e-4 * (y + dy) - 2e-4 * (x + dx) for dy, dx in SHIFTS])  # Angstrom
+    pointing = np.array([-729.826, -313.432])
+    middle = np.array([left + (columns - 1) / 2, top + (rows - 1) / 2]) - (np.array(SHAPE[::-1]) - 1) / 2
+    for line, axis in AXES.items():
+        cube = np.where(series.field[line][:, None], series.noisy[line] * per_frequency(line), np.nan)
+        if line == "ca8542":
+            cut = np.full((*cube.shape[:2], rows, columns), np.nan)
+            cut[..., there] = cube[..., y[there], x[there]]
+            cube = cut
+        write_sstred(
+            tmp_path / f"{line}.fits",
+            cube[:, None],
+            vacuum_to_air(axis),
+            seconds(len(axis), 0.0 if line == "halpha" else 5.015),
+            pointing=pointing + (0.057 * middle if line == "ca8542" else 0.0),
+            cavity=tilted if line == "ca8542" else None,
+        )
+    report = ingest([tmp_path], tmp_path / "obs.zarr", call="")
+    dataset = open_observation(tmp_path / "obs.zarr").load()
+    assert dataset.placement_y.values.tolist() == [top, top]
+    assert dataset.placement_x.values.tolist() == [left, left]
+    cut = np.zeros(SHAPE, dtype=bool)
+    cut[y[there], x[there]] = True
+    for number, shift in enumerate(report.shifts):
+        assert np.abs(np.subtract((shift.y, shift.x), SHIFTS[number])).max() < 0.1
+        valid = series.field["halpha"][number] & move_mask(series.field["ca8542"][number] & cut, shift)
+        np.testing.assert_array_equal(dataset.valid.values[number], valid)
+        stored = np.moveaxis(dataset.ca8542.values[number], -1, 0)[:, valid] / COUNT
+        truth = series.truth["ca8542"][number][:, valid]
+        deviation = (stored - truth) / np.sqrt(np.maximum(truth, 1.0))
+        assert np.sqrt(np.mean(deviation**2)) < 1.1
+        assert abs(np.mean(deviation)) < 0.05
+        errors = 1e-4 * np.arange(SHAPE[0])[:, None] - 2e-4 * np.arange(SHAPE[1])
+        away = dataset.wavelength_shift_ca8542.values[number][valid] - 1.000275 * errors[valid]
+        assert np.sqrt(np.mean(away**2)) < 1e-4  # Angstrom: of a gradient times a tenth of a pixel
+
+
+def test_frames_that_do_not_meet_are_refused(tmp_path, series):
+    for line, axis in AXES.items():
+        write_sstred(
+            tmp_path / f"{line}.fits",
+            (series.noisy[line] * per_frequency(line))[:, None],
+            vacuum_to_air(axis),
+            seconds(len(axis), 0.0),
+            pointing=(-729.0 if line == "halpha" else -700.0, -313.0),
+        )
+    with pytest.raises(InputError, match=r"2 of 2 scan pairs failed|no pixel in common"):
+        ingest([tmp_path], tmp_path / "obs.zarr", call="")
 
 
 def test_an_upflow_is_a_blueshift_is_a_positive_velocity(tmp_path, client):

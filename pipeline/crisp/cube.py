@@ -101,6 +101,64 @@ class ScaledCube:
         return np.asarray(self[:], dtype=dtype)
 
 
+class PlacedCube:
+    """A cube in another frame of the same pixels, moved by whole pixels; NaN where it has none.
+
+    Parameters
+    ----------
+    cube : Cube
+        The cube.
+    shape : tuple of int
+        Pixels (y, x) of the other frame.
+    corner : tuple of int
+        Where its first pixel lies there, (y, x); it may be outside.
+    """
+
+    def __init__(self, cube: Cube, shape: tuple[int, int], corner: tuple[int, int]) -> None:
+        self._cube, self._frame, self._corner = cube, shape, corner
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Wavelengths, and pixels along y and x."""
+        return (len(self._cube), *self._frame)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Single precision."""
+        return np.dtype(np.float32)
+
+    def __len__(self) -> int:
+        return len(self._cube)
+
+    def __getitem__(self, key: Any, /) -> NDArray[np.float32]:  # noqa: ANN401
+        along, *rest = key if isinstance(key, tuple) else (key,)
+        if len(rest) == 1 and isinstance(rest[0], np.ndarray) and rest[0].ndim == 2:
+            return self[along][..., rest[0]]
+        wanted, inside, spans, own = [], [], [], []
+        for axis, size in enumerate(self._frame):
+            indices = np.arange(size)[rest[axis] if axis < len(rest) else slice(None)]
+            moved = np.atleast_1d(indices) - self._corner[axis]
+            there = np.flatnonzero((moved >= 0) & (moved < self._cube.shape[axis + 1]))
+            first = int(moved[there].min(initial=self._cube.shape[axis + 1]))
+            wanted.append(indices.shape)
+            inside.append(there)
+            spans.append(slice(first, int(moved[there].max(initial=first - 1)) + 1))
+            own.append(moved[there] - first)
+        part = np.asarray(self._cube[along, spans[0], spans[1]])
+        wavelengths = part.shape[:-2]
+        values = np.full((*wavelengths, *(int(np.prod(shape)) for shape in wanted)), np.nan, np.float32)
+        here: tuple[Any, ...] = (..., *np.ix_(*inside))
+        source: tuple[Any, ...] = (..., *np.ix_(*own))
+        values[here] = part[source]
+        return values.reshape((*wavelengths, *wanted[0], *wanted[1]))
+
+    def __iter__(self) -> Iterator[NDArray[np.float32]]:
+        return (self[index] for index in range(len(self)))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:  # noqa: ANN401
+        return np.asarray(self[:], dtype=dtype)
+
+
 def intensity_scale(
     unit: str, wavelength: NDArray[np.float64], where: str
 ) -> tuple[str, NDArray[np.float64]]:

@@ -160,6 +160,24 @@ class Frame:
         longitude = (np.asarray(longitude) + 180.0) % 360.0 - 180.0
         return longitude * ARCSEC_PER_DEGREE, np.asarray(latitude) * ARCSEC_PER_DEGREE
 
+    def pixels(
+        self, longitude: NDArray[np.float64], latitude: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Zero-based pixel positions along a row and along a column: the inverse of `coordinates`.
+
+        Parameters
+        ----------
+        longitude, latitude : ndarray
+            Helioprojective, arcsec, of one shape.
+
+        Returns
+        -------
+        x, y : ndarray
+            Of the same shape.
+        """
+        x, y = self.wcs.wcs_world2pix(longitude / ARCSEC_PER_DEGREE, latitude / ARCSEC_PER_DEGREE, 0)
+        return np.asarray(x), np.asarray(y)
+
 
 @dataclass(frozen=True)
 class Scan:
