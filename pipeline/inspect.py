@@ -442,7 +442,9 @@ def _plan(inspection: Inspection) -> Table:
     if inspection.refusal is None and any(pair.placed for pair in pairs):
         corners = [f"({y}, {x})" for y, x in dict.fromkeys(pair.placement for pair in pairs)]
         more = f", and {len(corners) - LISTED} other places" if len(corners) > LISTED else ""
-        text = f"Ca II's first pixel at {', '.join(corners[:LISTED])}{more} of H-alpha's frame, by the headers"
+        text = (
+            f"Ca II begins at {', '.join(corners[:LISTED])}{more} (y, x) of H-alpha's frame, by the headers"
+        )
         table.add_row("placed", Text(text))
     if inspection.unpaired:
         named = ", ".join(label(scan) for scan in inspection.unpaired[:LISTED])
