@@ -316,6 +316,10 @@ class TestIngest:
             patch = made.isel(y=slice(40, 48), x=slice(60, 72)).sel(quantile=0.5)
             found[zero] = patch.sel(height=0.9, method="nearest").values.ravel()
         truth = chosen.velocity.sel(height=0.9, method="nearest").values
+        # Atmospheres of one pixel each, beside quite other ones: some are taken for spikes and dead pixels.
+        answered = np.isfinite(found["none"] + found["quiet-sun"])
+        assert answered.sum() > 48
+        truth, found = truth[answered], {zero: values[answered] for zero, values in found.items()}
         change = found["none"] - found["quiet-sun"]
         # The prior of the grid takes some of the error back.
         assert 0.5 * error / mu < np.median(change) < 1.2 * error / mu
