@@ -340,7 +340,7 @@ class ConditionalTraining(Training):
         generator = self._generator("calibration")
         drawn = [self._observe(self.parts["validation"], generator) for _ in range(HELD_OUT_DRAWS)]
         held = Batch(*(torch.cat(columns) for columns in zip(*drawn, strict=True)))
-        network.cpu().calibrate(held.atmosphere, held.lines, held.mu, held.calibration_error)
+        network.cpu().eval().calibrate(held.atmosphere, held.lines, held.mu, held.calibration_error)
         schedule = self.recipe.latent_schedule
         network.to(self.device).eval()
         generator = self._generator("teaching")

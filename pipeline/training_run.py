@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from distributed import Reschedule, Status, get_worker
+from threadpoolctl import threadpool_limits
 
 from inn.checkpoint import save_model
 from inn.training import Epoch, Trainer
@@ -218,13 +219,15 @@ def _go_on(order: Order, folder: TrainingFolder, wanted: Callable[[], bool]) -> 
 
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
-    # A Dask worker presets one; and sums in another order have other bits.
+    # A Dask worker presets one; and sums in another order have other bits. NumPy's and SciPy's products, of
+    # which examples are made, are small, and have one thread everywhere.
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    with threadpool_limits(1, user_api="blas"):
+        torch.set_num_threads(count)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
 
 def _device(gpu: bool) -> torch.device:

@@ -3,7 +3,8 @@
 import io
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -18,8 +19,7 @@ from inn.losses import SEARCHED_BANDWIDTHS
 PAPER = JointSchedule()
 
 
-@dataclass(frozen=True)
-class Rows:
+class Rows(NamedTuple):
     """Examples that hold what the joint network takes, and nothing in what it does not."""
 
     atmosphere: torch.Tensor

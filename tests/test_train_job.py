@@ -155,7 +155,9 @@ def test_a_model_is_trained_saved_and_loaded(grid, undisturbed):
     record = model.record
     assert record["seed"] == SEED
     assert len(record["grid"]["sha256"]) == 64
-    assert record["epochs"] == {"flow": 5, "emulator": 2}
+    assert record["epochs"] == {"flow": 5, "emulator": 2, "latents": 2}
+    assert model.latents is not None
+    assert set(record["sampling"]["errors"]["tuned"]) == {"4", "8"}
     assert record["settings"]["flow_schedule"]["steps"] == STEPS
     assert (record["threads"], record["device"], record["starts"]) == (1, "cpu", 1)
     assert record["conditions"]["mu"] == [MU.min(), MU.max()]
@@ -166,7 +168,7 @@ def test_a_model_is_trained_saved_and_loaded(grid, undisturbed):
         assert 0.0 <= scores["coverage"]["0.90"] <= 1.0
     with open(undisturbed / "history.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["network"] for row in rows] == ["flow"] * 5 + ["emulator"] * 2
+    assert [row["network"] for row in rows] == ["flow"] * 5 + ["emulator"] * 2 + ["latents"] * 2
     assert float(rows[4]["held_out_loss"]) < float(rows[0]["held_out_loss"])
     assert (undisturbed / "history.png").read_bytes().startswith(b"\x89PNG")
     assert not TrainingFolder(undisturbed).path.exists()
