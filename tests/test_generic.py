@@ -427,6 +427,44 @@ class TestIntensities:
         with pytest.raises(InputError, match="map does not fit"):
             read_scans(file, describe(tmp_path, statement(cavity_map=cavity)))
 
+    def test_prefilter(self, file, cube, tmp_path):
+        """Intensities of a flat spectrum through a filter 1 Angstrom off, divided by its closed form."""
+        stated = statement(stokes=["I", "Q", "U", "V"])
+        plain = [open_intensity(scan)[:] for scan in read_scans(file, describe(tmp_path, stated))]
+        stated["prefilter"] = {
+            "unit": "nm",
+            "medium": "vacuum",
+            "centre": 656.561,
+            "width": 0.49,
+            "slope": 0.01,
+        }
+        scans = read_scans(file, describe(tmp_path, stated))
+        axis = np.array(scans[0].wavelength)
+
+        def curve(wavelength):
+            away = (2.0 * (wavelength - 6565.61) / 4.9) ** 4
+            return (1.0 + 0.01 * (wavelength - 6564.61)) / (1.0 + away)
+
+        expected = curve(axis) / curve(6564.61)
+        assert expected.max() / expected.min() > 1.2
+        for scan, before in zip(scans, plain, strict=True):
+            found = open_intensity(scan)[:]
+            np.testing.assert_allclose(found * expected[:, None, None], before, rtol=1e-5)
+        stated["prefilter"] |= {"medium": "air", "centre": 656.561 / 1.000276}
+        np.testing.assert_allclose(
+            open_intensity(read_scans(file, describe(tmp_path, stated))[0])[:],
+            open_intensity(scans[0])[:],
+            rtol=1e-4,
+        )
+        for wrong, problem in (
+            ({"width": -1.0}, "not a prefilter"),
+            ({"slope": 1.0}, "lets no light through"),
+        ):
+            bad = statement(prefilter={**stated["prefilter"], **wrong})
+            with pytest.raises(InputError, match=problem) as refusal:
+                read_scans(file, describe(tmp_path, bad))
+            assert "prefilter" in refusal.value.remedy
+
 
 def several(tmp_path):
     """Files of 8 MB each, of which a hundredth is looked at."""
@@ -641,7 +679,18 @@ def test_any_statement_is_taken_or_refused(tmp_path, file, data):
     place = data.draw(st.sampled_from(["", "wavelength", "time", "pointing"]))
     part = stated[place] if place else stated
     keys = {
-        "": ["axes", "stokes", "line", "unit", "padding", "saturation", "hdu", "files", "cavity_map"],
+        "": [
+            "axes",
+            "stokes",
+            "line",
+            "unit",
+            "padding",
+            "saturation",
+            "hdu",
+            "files",
+            "cavity_map",
+            "prefilter",
+        ],
         "wavelength": ["values", "start", "step", "header", "file", "hdu", "line_centre", "unit", "medium"],
         "time": ["values", "start", "step", "key", "file", "since", "date", "offset", "duration", "scale"],
         "pointing": ["reference_value", "reference_pixel", "scale", "rotation", "header"],

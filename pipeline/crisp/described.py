@@ -20,14 +20,16 @@ from numpy.typing import ArrayLike, NDArray
 from pipeline.crisp import arrays, fits_files
 from pipeline.crisp.axes import Axis, ScanOfArray, Stored
 from pipeline.crisp.cube import Cube, ScaledCube, intensity_scale
+from pipeline.crisp.instrument import Prefilter
 from pipeline.crisp.scan import LINES, NEAR, Frame, Scan, vacuum_axis
 from pipeline.crisp.statements import CubeStatement, Located, Times
-from pipeline.crisp.wavelengths import Medium, air_to_vacuum, vacuum_to_air
-from pipeline.errors import InputError
+from pipeline.crisp.wavelengths import Medium, air_to_vacuum, to_vacuum, vacuum_to_air
+from pipeline.errors import InputError, MisuseError
 
 Moments = NDArray[np.datetime64]
 
 TIME_OF_DAY = re.compile(r"\d{1,2}:\d{2}(:\d{2}(\.\d*)?)?")
+LEAST_TRANSMISSION = 0.01  # relative to the line's centre: what is left of less is noise
 LONGEST = 3.2e9  # s, a century: no count of seconds within an observation is larger
 
 
@@ -103,6 +105,7 @@ class DescribedCube:
             units, factors = intensity_scale(stated.unit, vacuum, str(self.file))
         except InputError as failure:
             self.refuse("unit", failure.problem, failure.found, failure.expected)
+        factors = factors / self._prefilter(vacuum)
         times = self._times()
         frames = self._frames()
         if stated.cavity_map is not None:
@@ -160,7 +163,8 @@ class DescribedCube:
         if isinstance(self.statement.padding, float):
             ones = np.ones(len(order))
             cube = ScaledCube(cube, ones, 0.0 * ones, self.statement.padding)
-        _, factors = intensity_scale(scan.units_of_file, np.array(scan.wavelength), scan.path)
+        vacuum = np.array(scan.wavelength)
+        factors = intensity_scale(scan.units_of_file, vacuum, scan.path)[1] / self._prefilter(vacuum)
         if (step, zero, blank) == (1.0, 0.0, None) and np.all(factors == 1.0):
             return cube
         return ScaledCube(cube, step * factors, zero * factors, blank)
@@ -230,6 +234,34 @@ class DescribedCube:
                 "stokes", "the Stokes parameters do not fit the cube", f"{list(stated)}, {held} in the cube",
                 "each once, I among them",
             )  # fmt: skip
+
+    def _prefilter(self, vacuum: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Transmission of the prefilter that is still in the intensities, relative to the line's centre."""
+        stated = self.statement.prefilter
+        if stated is None:
+            return np.ones(vacuum.size)
+        to_angstrom = u.Unit(stated.unit).to(u.Angstrom)
+        centre = float(to_vacuum(stated.centre * to_angstrom, stated.medium))
+        try:
+            prefilter = Prefilter(
+                self.statement.line,
+                centre,
+                stated.width * to_angstrom,
+                stated.cavities,
+                stated.slope,
+                stated.cubic,
+            )
+        except MisuseError as failure:
+            self.refuse("prefilter", failure.problem, failure.found, failure.expected, failure)
+        transmission = prefilter.transmission(vacuum)
+        if not np.all(transmission > LEAST_TRANSMISSION):
+            self.refuse(
+                "prefilter",
+                "the prefilter lets no light through",
+                f"{transmission.min():.2g} at the worst of the wavelengths, relative to the line's centre",
+                f"more than {LEAST_TRANSMISSION}",
+            )
+        return transmission
 
     def _wavelengths(self) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
         """Wavelengths in their medium, Angstrom, increasing; and the cube's indices in that order."""

@@ -193,6 +193,28 @@ class CavityMap(Located):
     """What its numbers are multiplied by: -1 if they have to be subtracted."""
 
 
+class PrefilterCurve(Statement):
+    """The prefilter that a reduction has left in, in the form of `pipeline.crisp.instrument.Prefilter`.
+
+    Intensities are divided by it.
+    """
+
+    unit: LengthUnit
+    """Unit of centre and width."""
+    medium: Medium
+    """What the centre is measured in: ``vacuum`` or ``air``."""
+    centre: FiniteFloat
+    """Wavelength of its peak."""
+    width: FiniteFloat
+    """Full width at half maximum."""
+    cavities: FiniteFloat = 2.0
+    """Its cavities."""
+    slope: FiniteFloat = 0.0
+    """Asymmetry, per Angstrom from the line's rest wavelength."""
+    cubic: FiniteFloat = 0.0
+    """The same, per Angstrom cubed."""
+
+
 class CubeStatement(Statement):
     """What is stated of a cube of scans of one line, whatever its format."""
 
@@ -215,6 +237,8 @@ class CubeStatement(Statement):
     """Intensity at which the detector saturates, in `unit`; left out, the largest that integers can hold."""
     cavity_map: CavityMap | None = None
     """Wavelengths that differ from pixel to pixel."""
+    prefilter: PrefilterCurve | None = None
+    """The prefilter, if it is still in the intensities."""
 
 
 Model = TypeVar("Model", bound=BaseModel)
