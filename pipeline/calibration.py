@@ -600,6 +600,8 @@ class _Field:
             )
         axes = {line: dataset[f"wavelength_{line}"].to_numpy() for line in LINES}
         profiles, usable = {}, here["valid"].to_numpy().astype(bool)
+        if "defects" in here:
+            usable &= here["defects"].to_numpy() == 0
         moved = {}
         for line in LINES:
             profiles[line] = here[line].transpose("y", "x", ...).to_numpy()

@@ -172,6 +172,18 @@ class TestScenes:
             assert getattr(found, line).velocity_offset == pytest.approx(0.0, abs=0.08)
             assert getattr(found, line).scale * COUNTS[line] == pytest.approx(1.0, abs=0.02)
 
+    def test_pixels_with_defects_do_not_count(self):
+        """A sixth of the pixels a tenth too bright, which no criterion of the quiet Sun would tell."""
+        dataset, _ = quiet_scene(counts=COUNTS, active=False, times=1)
+        wrong = np.zeros(dataset.valid.shape, dtype=np.uint16)
+        wrong[:, ::3, ::2] = 4
+        dataset["halpha"] = dataset.halpha * np.where(wrong > 0, 1.1, 1.0).astype(np.float32)[..., None]
+        blind = calibrate(dataset)
+        dataset["defects"] = (("time", "y", "x"), wrong)
+        found = calibrate(dataset)
+        assert found.halpha.scale / blind.halpha.scale == pytest.approx(1.0 + 0.1 / 6.0, abs=0.005)
+        assert found.ca8542.scale / blind.ca8542.scale == pytest.approx(1.0, abs=0.005)
+
     def test_spoilt_scans_do_not_count(self):
         dataset, _ = quiet_scene(counts=COUNTS, times=3, shape=(80, 100))
         dataset.halpha[1] = np.nan
