@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from inn.layout import CA8542, HALPHA, HEIGHTS, QUANTITIES, Layout, LineWindow
     from inn.novelty import Novelty
     from inn.posterior import posterior_quantiles, sample
+    from inn.preview import Preview, preview_quantiles
     from inn.scaling import scale, unscale
 
 __all__ = [
@@ -32,11 +33,13 @@ __all__ = [
     "MisuseError",
     "ModelError",
     "Novelty",
+    "Preview",
     "draw_latent",
     "import_weights",
     "load_model",
     "model_hash",
     "posterior_quantiles",
+    "preview_quantiles",
     "sample",
     "save_model",
     "scale",
@@ -53,6 +56,7 @@ _MODULES = {
     "layout": ("CA8542", "HALPHA", "HEIGHTS", "QUANTITIES", "Layout", "LineWindow"),
     "novelty": ("Novelty",),
     "posterior": ("posterior_quantiles", "sample"),
+    "preview": ("Preview", "preview_quantiles"),
     "scaling": ("scale", "unscale"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

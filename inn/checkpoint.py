@@ -37,6 +37,7 @@ from inn.joint import JointNetwork
 from inn.latent import TunedLatents
 from inn.layout import CA8542, HALPHA, HEIGHTS, Layout
 from inn.novelty import Novelty
+from inn.preview import Preview
 from inn.scaling import SCALINGS, UNITS
 
 BUNDLED = Path(__file__).parent / "models" / "conditional"
@@ -53,10 +54,11 @@ _KINDS: dict[str, type[JointNetwork] | type[ConditionalNetwork]] = {
     "joint": JointNetwork,
     "conditional": ConditionalNetwork,
 }
-_COMPANIONS: dict[str, type[Novelty] | type[Emulator] | type[TunedLatents]] = {
+_COMPANIONS: dict[str, type[Novelty] | type[Emulator] | type[TunedLatents] | type[Preview]] = {
     "novelty": Novelty,
     "emulator": Emulator,
     "latents": TunedLatents,
+    "preview": Preview,
 }
 """What a network may carry, stored with it under its name."""
 
@@ -70,7 +72,8 @@ def save_model(model: Network, path: str | Path, record: Mapping[str, Any] | Non
     Parameters
     ----------
     model : JointNetwork or ConditionalNetwork
-        The network; its ``novelty``, ``emulator`` and ``latents``, where it has them, are stored with it.
+        The network; its ``novelty``, ``emulator``, ``latents`` and ``preview``, where it has them, are stored
+        with it.
     path : str or Path
         The directory to write.
     record : mapping, optional
@@ -144,8 +147,8 @@ def load_model(path: str | Path | None = None) -> Network:
     -------
     JointNetwork or ConditionalNetwork
         On the CPU, in evaluation mode, in the precision it was saved in, with ``layout``, ``latent_size``,
-        ``record`` (how it came to be), and ``novelty``, ``emulator`` and ``latents``, None where it has
-        none.
+        ``record`` (how it came to be), and ``novelty``, ``emulator``, ``latents`` and ``preview``, None where
+        it has none.
 
     Raises
     ------

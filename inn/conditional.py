@@ -35,6 +35,7 @@ from inn.layout import QUANTITIES, Layout
 from inn.marginals import NormalScores
 from inn.novelty import Novelty
 from inn.precision import in_full, linear_in_full
+from inn.preview import Preview
 from inn.splines import Spline
 
 FAINTEST = 1e-3
@@ -189,6 +190,7 @@ class ConditionalNetwork(nn.Module):
         self.novelty: Novelty | None = None
         self.emulator: Emulator | None = None
         self.latents: TunedLatents | None = None
+        self.preview: Preview | None = None
         self.record: dict[str, Any] = {}
 
     atmosphere_mean: Tensor

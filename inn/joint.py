@@ -61,6 +61,7 @@ class JointNetwork(nn.Module):
         self.novelty: nn.Module | None = None
         self.emulator: nn.Module | None = None
         self.latents: nn.Module | None = None
+        self.preview: nn.Module | None = None
         self.steps = nn.ModuleList([AffineCoupling(width)])
         for index in range(blocks - 1):
             self.steps.extend([FixedPermutation.published(index, width), AffineCoupling(width)])

@@ -71,6 +71,27 @@ class ScoreDraws(Protocol):
         ...
 
 
+class Filled(NamedTuple):
+    """A batch of pixels, filled up to a fixed number of rows.
+
+    Attributes
+    ----------
+    pixels : slice
+        Which they are among all.
+    good : Tensor of bool, shape (pixels,)
+        Those that can be used.
+    lines : Tensor, shape (rows, lines_size)
+        On the network's device, in its precision; any finite numbers where there is no pixel, or a bad one.
+    mu, calibration_error : Tensor, shape (rows,), or None
+    """
+
+    pixels: slice
+    good: Tensor
+    lines: Tensor
+    mu: Tensor | None
+    calibration_error: Tensor | None
+
+
 class _Batch(NamedTuple):
     pixels: slice
     good: Tensor
@@ -163,22 +184,30 @@ def as_lines(lines: ArrayLike | Tensor, layout: Layout) -> Tensor:
     return tensor
 
 
-def _batches(
+def filled_batches(
     model: Network,
     lines: Tensor,
     mu: NDArray[np.float64] | None,
     calibration_error: NDArray[np.float64] | None,
-    latent: Tensor,
-    batch_rows: int | None,
-    precision: Precision = "float32",
-    scores: bool = False,
-) -> Iterator[_Batch]:
-    """Sample every pixel, batch by batch, all batches of the same shape (`scores`: on its own scale)."""
+    size: int,
+) -> Iterator[Filled]:
+    """Go through pixels in batches of the same shape, so that none depends on its neighbours.
+
+    Parameters
+    ----------
+    model : Network
+        Batches are brought to its device and precision.
+    lines, mu, calibration_error
+        As `check_arguments` returns them.
+    size : int
+        Rows of a batch.
+
+    Yields
+    ------
+    Filled
+        On the CPU none without a pixel that can be used.
+    """
     weights = next(iter(model.parameters()))
-    if batch_rows is None:
-        batch_rows = BATCH_ROWS if weights.device.type == "cpu" else DEVICE_BATCH_ROWS
-    latent = latent.to(weights)
-    size = max(1, batch_rows // latent.shape[0])
     lines = lines.to(weights.device)
     angle, error = (
         None if values is None else torch.from_numpy(values).to(weights.device)
@@ -200,24 +229,38 @@ def _batches(
         good = finite[pixels]
         if good.device.type == "cpu" and not good.any():  # elsewhere, to look would make the host wait
             continue
-        observed = filled(lines, pixels, good)
-        cosine = None if angle is None else filled(angle, pixels, good)
-        atmosphere = draw_atmospheres(
-            model,
-            observed,
-            latent,
-            cosine,
+        yield Filled(
+            pixels,
+            good,
+            filled(lines, pixels, good),
+            None if angle is None else filled(angle, pixels, good),
             None if error is None else filled(error, pixels, good),
-            scores=scores,
-            precision=precision,
+        )
+
+
+def _batches(
+    model: Network,
+    lines: Tensor,
+    mu: NDArray[np.float64] | None,
+    calibration_error: NDArray[np.float64] | None,
+    latent: Tensor,
+    batch_rows: int | None,
+    precision: Precision = "float32",
+    scores: bool = False,
+) -> Iterator[_Batch]:
+    """Sample every pixel, batch by batch, all batches of the same shape (`scores`: on its own scale)."""
+    weights = next(iter(model.parameters()))
+    if batch_rows is None:
+        batch_rows = BATCH_ROWS if weights.device.type == "cpu" else DEVICE_BATCH_ROWS
+    latent = latent.to(weights)
+    size = max(1, batch_rows // latent.shape[0])
+    for pixels, good, observed, cosine, error in filled_batches(model, lines, mu, calibration_error, size):
+        atmosphere = draw_atmospheres(
+            model, observed, latent, cosine, error, scores=scores, precision=precision
         )
         there = slice(good.numel())
         yield _Batch(
-            pixels,
-            good,
-            observed[there],
-            None if cosine is None else cosine[there],
-            atmosphere[there],
+            pixels, good, observed[there], None if cosine is None else cosine[there], atmosphere[there]
         )
 
 
@@ -317,10 +360,10 @@ def posterior_quantiles(
     MisuseError
         Shapes, levels or the number of draws cannot be used.
     """
-    tensor, angle, error = _arguments(model, lines, mu, calibration_error)
+    tensor, angle, error = check_arguments(model, lines, mu, calibration_error)
     points = latents_of(model, draws, seed, latent)
-    found, _ = _sampled(model, tensor, angle, error, points, _levels(quantiles), batch_rows, precision)
-    return _physical(found)
+    found, _ = _sampled(model, tensor, angle, error, points, check_levels(quantiles), batch_rows, precision)
+    return to_physical(found)
 
 
 def quantiles_and_misfit(
@@ -357,15 +400,16 @@ def quantiles_and_misfit(
     MisuseError
         As `posterior_quantiles` raises it.
     """
-    tensor, angle, error = _arguments(model, lines, mu, calibration_error)
+    tensor, angle, error = check_arguments(model, lines, mu, calibration_error)
     points = latents_of(model, draws, seed, latent)
     found, distance = _sampled(
-        model, tensor, angle, error, points, _levels(quantiles), batch_rows, precision, checked
+        model, tensor, angle, error, points, check_levels(quantiles), batch_rows, precision, checked
     )
-    return _physical(found), distance.cpu().numpy()
+    return to_physical(found), distance.cpu().numpy()
 
 
-def _levels(quantiles: Sequence[float]) -> NDArray[np.float64]:
+def check_levels(quantiles: Sequence[float]) -> NDArray[np.float64]:
+    """Check quantile levels, and return them as an array."""
     levels = np.asarray(quantiles, dtype=np.float64)
     if levels.ndim != 1 or levels.size == 0 or not np.all((levels >= 0.0) & (levels <= 1.0)):
         raise MisuseError(
@@ -374,7 +418,8 @@ def _levels(quantiles: Sequence[float]) -> NDArray[np.float64]:
     return levels
 
 
-def _physical(found: Tensor) -> dict[str, NDArray[Any]]:
+def to_physical(found: Tensor) -> dict[str, NDArray[Any]]:
+    """Named quantities in physical units, on the host, of atmospheres (..., atmosphere_size)."""
     if found.device.type == "cpu":
         return unscale_atmosphere(found.numpy())  # NumPy's powers and torch's differ in their last bits
     return {name: values.cpu().numpy() for name, values in unscale_atmosphere(found).items()}
@@ -455,7 +500,7 @@ def sample(
     MisuseError
         Shapes or the number of draws cannot be used.
     """
-    tensor, angle, error = _arguments(model, lines, mu, calibration_error)
+    tensor, angle, error = check_arguments(model, lines, mu, calibration_error)
     points = latents_of(model, draws, seed, latent)
     shape = (tensor.shape[0], draws, model.layout.atmosphere_size)
     result = np.full(shape, np.nan, dtype=_dtype(model))
@@ -499,7 +544,7 @@ def misfit(
     MisuseError
         Shapes or the number of draws cannot be used.
     """
-    tensor, angle, error = _arguments(model, lines, mu, calibration_error)
+    tensor, angle, error = check_arguments(model, lines, mu, calibration_error)
     result = np.full(tensor.shape[0], np.nan, dtype=_dtype(model))
     emulator = getattr(model, "emulator", None)
     if emulator is None or angle is None:
@@ -549,9 +594,10 @@ def _dtype(model: Network) -> np.dtype[Any]:
     return torch.empty(0, dtype=next(iter(model.parameters())).dtype).numpy().dtype
 
 
-def _arguments(
+def check_arguments(
     model: Network, lines: ArrayLike | Tensor, mu: ArrayLike | None, calibration_error: ArrayLike | None
 ) -> tuple[Tensor, NDArray[np.float64] | None, NDArray[np.float64] | None]:
+    """Check `posterior_quantiles`' arguments: lines as a tensor, the others as one number for each pixel."""
     tensor = as_lines(lines, model.layout)
     angle = _per_pixel(mu, "mu", tensor.shape[0])
     error = _per_pixel(calibration_error, "calibration_error", tensor.shape[0])

@@ -194,7 +194,8 @@ def inspect_command(
     epilog="Example: [bold]flarefield invert obs.zarr map.zarr --draws 256[/]"
     "\n\nWhat it will take: [bold]flarefield invert obs.zarr map.zarr --dry-run[/]"
     "\n\nA part, without what an earlier map calls novel: [bold]flarefield invert obs.zarr part.zarr "
-    "--region 200:400,150:300 --times 0:10 --skip novel --skip-from map.zarr[/]",
+    "--region 200:400,150:300 --times 0:10 --skip novel --skip-from map.zarr[/]"
+    "\n\nA first look, to choose it: [bold]flarefield invert obs.zarr look.zarr --preview[/]",
 )
 def invert_command(
     observation: Annotated[
@@ -279,6 +280,14 @@ def invert_command(
         Literal["linear", "pchip"],
         typer.Option(help="Between wavelengths: straight lines, as in training, or monotone cubics."),
     ] = "linear",
+    preview: Annotated[
+        bool,
+        typer.Option(
+            "--preview",
+            help="A first look, thousands of times as fast: quantiles by a network that was taught by the "
+            "sampled posterior, off by what the map then says; no draws, no misfit.",
+        ),
+    ] = False,
     region: Annotated[
         str | None,
         typer.Option(
@@ -361,6 +370,7 @@ def invert_command(
         "tile": tile,
         "calibration_error": calibration_error,
         "interpolation": interpolation,
+        "preview": preview,
         "region": region,
         "times": times,
         "skip": skip or (),
@@ -613,7 +623,8 @@ def _calibration(scores: Scores) -> Table:
 @app.command(
     "train",
     epilog="Example: [bold]flarefield train grid.zarr model --recipe conditional --seed 1[/]"
-    "\n\nHow it is doing: [bold]flarefield train status model[/]",
+    "\n\nHow it is doing: [bold]flarefield train status model[/]"
+    "\n\nA new preview for a network as it is: [bold]flarefield train grid.zarr new --preview-of model[/]",
 )
 def train_command(
     grid: Annotated[Path, typer.Argument(metavar="GRID.zarr", help="A grid store.")],
@@ -629,6 +640,15 @@ def train_command(
         typer.Option(
             help="Epochs; the recipe's if left out. The paper's curriculum is scaled to them.",
             min=1,
+            show_default=False,
+        ),
+    ] = None,
+    preview_of: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="MODEL",
+            help="A model that was trained on this grid: its network stays as it is, and is taught a new "
+            "preview.",
             show_default=False,
         ),
     ] = None,
@@ -658,6 +678,7 @@ def train_command(
         recipe=recipe,
         seed=seed,
         epochs=epochs,
+        preview_of=preview_of,
         call=_call(),
         cluster=load_config(cluster),
         detach=detach,

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from inn.layout import CA8542, HALPHA
 from pipeline.errors import MisuseError
-from pipeline.results import NOVELTY_LEVEL, Flag, count_flags
+from pipeline.results import NOVELTY_LEVEL, Flag, count_flags, is_preview
 
 Array = NDArray[np.float64]
 
@@ -212,7 +212,7 @@ def _signed(value: float, digits: int) -> str:
 
 def _titles(ds: xr.Dataset, time: int) -> str:
     moment = np.datetime_as_string(ds["time"].values[time], unit="s").replace("T", " ")
-    text = f"{moment} UTC"
+    text = f"{'PREVIEW   ' if is_preview(ds) else ''}{moment} UTC"
     if "pointing_longitude" in ds:
         pointing = [float(ds[f"pointing_{axis}"].values[time]) for axis in ("longitude", "latitude")]
         text += f"   at ({_signed(pointing[0], 0)}″, {_signed(pointing[1], 0)}″)"
@@ -341,11 +341,12 @@ def _novelty_panel(axes: Axes, frame: _Frame, scan: xr.Dataset) -> None:
 
 
 def _misfit_panel(axes: Axes, frame: _Frame, scan: xr.Dataset) -> None:
+    missing = "none in a preview" if is_preview(scan) else "the model has no emulator"
     values = scan["misfit"].values.astype(np.float64)
     known = np.isfinite(values).any()
     limits = (0.0, float(np.nanpercentile(values, 99))) if known else (0.0, 1.0)
     _image(
-        axes, frame, values, "Misfit" if known else "Misfit (the model has no emulator)",
+        axes, frame, values, "Misfit" if known else f"Misfit ({missing})",
         colours="magma_r", limits=limits, bar="RMS [joint maximum]",
     )  # fmt: skip
 

@@ -28,9 +28,11 @@ from numpy.typing import NDArray
 
 from inn.checkpoint import Network, load_model, model_hash
 from inn.latent import LatentKind
+from inn.layout import QUANTITIES
 from inn.posterior import QUANTILES, latents_of
 from inn.precision import Precision
-from inn.sampling import choose_precision, choose_sampling
+from inn.preview import stated_disagreement
+from inn.sampling import Sampling, choose_precision, choose_sampling
 from pipeline.cluster import ClusterConfig, SlurmConfig, best_config, device_of, opened, threads_per_task
 from pipeline.devices import Device
 from pipeline.driver import run_bounded
@@ -42,6 +44,8 @@ from pipeline.progress import Progress
 from pipeline.provenance import provenance
 from pipeline.replacement import discard, finish_swaps, replacement, replacements, swap
 from pipeline.results import (
+    PREVIEW,
+    SAMPLING,
     Flag,
     check_coordinates,
     coordinate_hashes,
@@ -70,6 +74,12 @@ logger = logging.getLogger("flarefield")
 ERROR_LENGTH = 2000
 RECORD_LENGTH = 2000
 """Characters (as JSON) of an entry of a model's record that a map repeats; the model keeps longer ones."""
+
+PREVIEW_COMMENTS = {
+    **dict.fromkeys(QUANTITIES, "a preview of the posterior, not sampled: see the store's comment"),
+    "misfit": "not known of a preview: to re-compute profiles takes joint draws of whole atmospheres",
+}
+"""What the variables of a preview say of themselves."""
 
 HEIGHT_ZERO = "that of the grid the network was trained on: tau_500 = 1 of its starting atmosphere"
 
@@ -117,6 +127,8 @@ class InvertReport:
         Bytes of the map's tiles on disk.
     seconds : float
         Time this run took.
+    preview : str or None
+        Of a preview: what it is, and how far it is off.
     """
 
     output: Path | str
@@ -128,6 +140,7 @@ class InvertReport:
     flags: Mapping[str, int]
     stored: int
     seconds: float
+    preview: str | None = None
 
     def summary(self) -> str:
         """The report as a person reads it."""
@@ -136,6 +149,8 @@ class InvertReport:
             f"{self.output}: {self.tiles - len(self.failed)} of {self.tiles} tiles done{before}",
             f"  {self.answered} of {self.pixels} pixels have an answer; {self.stored / 1e6:.1f} MB on disk",
         ]
+        if self.preview is not None:
+            lines.append(f"  PREVIEW: {self.preview}")
         if self.flags:
             lines.append("  flags: " + ", ".join(f"{name} {count}" for name, count in self.flags.items()))
         for failed in self.failed[:20]:
@@ -163,6 +178,7 @@ def invert(
     tile: int = 64,
     calibration_error: float | None = None,
     interpolation: Interpolation = "linear",
+    preview: bool = False,
     region: str | None = None,
     times: str | None = None,
     skip: Sequence[str] = (),
@@ -210,6 +226,9 @@ def invert(
     interpolation : {"linear", "pchip"}
         How profiles are brought to the network's points: linearly, or by monotone cubics. A network expects
         what it was trained with, the former unless its record says otherwise.
+    preview : bool
+        Answer with the model's preview (`inn.preview`), thousands of times as fast as sampling, and say so in
+        the map. Nothing is drawn then, and there is no misfit.
     region, times, skip, skip_from
         The part to invert, as for `pipeline.selection.select`; by default all. The map has the dimensions of
         the whole observation; pixels that are not selected are flagged ``not_selected``, the others have the
@@ -253,6 +272,7 @@ def invert(
         tile=tile,
         calibration_error=calibration_error,
         interpolation=interpolation,
+        preview=preview,
         region=region,
         times=times,
         skip=skip,
@@ -294,6 +314,7 @@ def invert(
         flags=dict(sorted(flags.items())),
         stored=work.stored,
         seconds=time.monotonic() - started,
+        preview=preview_comment(request.network) if spec.preview else None,
     )
 
 
@@ -312,6 +333,7 @@ def plan_inversion(
     tile: int = 64,
     calibration_error: float | None = None,
     interpolation: Interpolation = "linear",
+    preview: bool = False,
     region: str | None = None,
     times: str | None = None,
     skip: Sequence[str] = (),
@@ -326,7 +348,9 @@ def plan_inversion(
     ----------
     observation, output, model, cluster, draws, seed, latent, accuracy, precision
         As for `invert`.
-    quantiles, tile, calibration_error, interpolation, region, times, skip, skip_from, overwrite
+    quantiles, tile, calibration_error, interpolation, preview
+        As for `invert`.
+    region, times, skip, skip_from, overwrite
         As for `invert`.
 
     Returns
@@ -354,6 +378,7 @@ def plan_inversion(
         tile=tile,
         calibration_error=calibration_error,
         interpolation=interpolation,
+        preview=preview,
         region=region,
         times=times,
         skip=skip,
@@ -418,6 +443,7 @@ def _settle(
     tile: int,
     calibration_error: float | None,
     interpolation: Interpolation,
+    preview: bool,
     region: str | None,
     times: str | None,
     skip: Sequence[str],
@@ -441,10 +467,12 @@ def _settle(
         raise MisuseError(
             "a map cannot be made from its own flags", where=target, remedy="choose another output"
         )
-    sampling = choose_sampling(
-        network, draws=draws, seed=seed, latent=latent, accuracy=accuracy, quantiles=quantiles
-    )
-    latents_of(network, sampling.draws, sampling.seed, sampling.latent)  # or every tile would refuse it
+    wishes: dict[str, Any] = {"draws": draws, "seed": seed, "latent": latent, "accuracy": accuracy}
+    if preview:
+        sampling = _no_sampling(network, wishes | {"precision": precision})
+    else:
+        sampling = choose_sampling(network, **wishes, quantiles=quantiles)
+        latents_of(network, sampling.draws, sampling.seed, sampling.latent)  # or every tile would refuse it
     spec = TileSpec(
         observation=observation,
         observation_hash=identity,
@@ -462,7 +490,10 @@ def _settle(
         selection=selection,
         device=device,
         interpolation=interpolation,
-        precision=choose_precision(network, device) if precision is None else precision,
+        precision=choose_precision(network, device)
+        if precision is None and not preview
+        else precision or "float32",
+        preview=preview,
     )
     if (trained := network.record.get("interpolation", "linear")) != interpolation:
         logger.warning("the network was trained with %s interpolation, not %s", trained, interpolation)
@@ -477,6 +508,53 @@ def _settle(
     return _Request(target, spec, grid, asked, fingerprint, dataset, network, sampling.error)
 
 
+def _no_sampling(network: Network, wishes: Mapping[str, Any]) -> Sampling:
+    """See that a network can be previewed, and that nothing is wished of draws."""
+    stated_disagreement(network)
+    wished = [name for name, wish in wishes.items() if wish is not None]
+    if wished:
+        raise MisuseError(
+            "a preview draws nothing from the posterior",
+            found=" and ".join(wished),
+            remedy="leave that out, or sample the posterior (without --preview)",
+        )
+    return Sampling("sobol", 0, 0, None)
+
+
+def preview_comment(network: Network) -> str:
+    """What a map made by a network's preview is, and how far it is off.
+
+    Parameters
+    ----------
+    network : Network
+        With its preview.
+
+    Returns
+    -------
+    str
+        Sentences.
+
+    Raises
+    ------
+    ModelError
+        It has none, or it has not been measured.
+    """
+    stated = stated_disagreement(network)
+    off = ", ".join(
+        f"{np.sqrt(np.mean(np.square(list(stated[quantity]['rms'].values())))):.2f} "
+        f"({quantity.replace('_', ' ')})"
+        for quantity in QUANTITIES
+    )
+    low, high = stated["heights"]
+    return (
+        f"Quantiles of a network that was taught by the sampled posterior, for choosing what to invert. On "
+        f"{stated['examples']:,} held-out observations they differ from the sampled ones by {off} of the "
+        f"posterior's spread: root mean square, {low:g} to {high:g} Mm, without the "
+        f"{100 * stated['left_out']:.0f} % of the numbers whose posterior has two states far apart. How far "
+        "they are off where profiles are novel is not known."
+    )
+
+
 def _make_store(request: _Request, call: str, store: Place) -> None:
     lay_out(
         store.location,
@@ -485,6 +563,7 @@ def _make_store(request: _Request, call: str, store: Place) -> None:
         quantiles=request.spec.quantiles,
         tile=request.grid.tile,
         attrs=_attributes(request, call),
+        comments=PREVIEW_COMMENTS if request.spec.preview else None,
     )
 
 
@@ -532,9 +611,11 @@ def _fingerprint(spec: TileSpec, grid: TileGrid, network: Network) -> dict[str, 
     return {
         "observation": spec.observation_hash,
         "model": spec.model_hash,
-        "draws": spec.draws,
-        "seed": spec.seed,
-        "latent": spec.latent,
+        **(
+            {"method": PREVIEW}
+            if spec.preview
+            else {"draws": spec.draws, "seed": spec.seed, "latent": spec.latent}
+        ),
         "quantiles": list(spec.quantiles),
         "calibration_error": spec.calibration_error,
         "tile": list(grid.tile),
@@ -549,10 +630,19 @@ def _fingerprint(spec: TileSpec, grid: TileGrid, network: Network) -> dict[str, 
     }
 
 
-def _said_of(sampling_error: float | None) -> dict[str, Any]:
+def _said_of(request: _Request) -> dict[str, Any]:
+    """How the quantiles were found, and how well."""
+    network, sampling_error = request.network, request.sampling_error
+    if request.spec.preview:
+        return {
+            "method": PREVIEW,
+            "comment": preview_comment(network),
+            "disagreement": stated_disagreement(network),
+        }
     if sampling_error is None:
-        return {}
+        return {"method": SAMPLING}
     return {
+        "method": SAMPLING,
         "sampling_error": sampling_error,
         "sampling_error_comment": "root mean square error of the quantiles 0.05, 0.5 and 0.95 for the number "
         "of draws, in units of the posterior's spread (half of 0.84 less 0.16), measured on held-out "
@@ -570,10 +660,11 @@ def _attributes(request: _Request, call: str) -> dict[str, Any]:
     about = grid if isinstance(grid, dict) else record
     return {
         **provenance(call, {"observation": spec.observation_hash, "model": spec.model_hash}),
-        "title": "Posterior quantiles of a flare atmosphere",
+        "title": ("Preview of the posterior" if spec.preview else "Posterior")
+        + " quantiles of a flare atmosphere",
         "run": spec.run,
         "settings": dict(request.fingerprint),
-        **_said_of(request.sampling_error),
+        **_said_of(request),
         "height_zero": about.get("height_zero", HEIGHT_ZERO),
         **{name: about[name] for name in ("statistical_equilibrium",) if name in about},
         "relative_calibration": dataset.attrs.get("relative_calibration", "assumed"),
@@ -678,6 +769,16 @@ def _resume(store: Place, fingerprint: Mapping[str, Any]) -> Journal:
                 remedy="put the right journal back beside the map, or start over with --overwrite",
             )
         differing = changes(journal.fingerprint, fingerprint)
+        if "method" in differing:
+            previews = "a preview", "sampled from the posterior"
+            before, now = previews if "method" in journal.fingerprint else reversed(previews)
+            raise MisuseError(
+                "a preview and a sampled map cannot go on with each other",
+                where=store,
+                found=f"a map that is {before}",
+                expected=f"one that is {now}",
+                remedy="choose another output, or start over with --overwrite",
+            )
         if differing:
             raise MisuseError(
                 "the map was begun with other settings",

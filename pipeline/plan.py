@@ -133,7 +133,7 @@ class Plan:
     rate : float
         Pixels per second of one of them, with all of them at work.
     draws : int
-        Draws for each pixel.
+        Draws for each pixel; 0 for a preview.
     latent : str
         Their kind.
     """
@@ -175,7 +175,8 @@ class Plan:
         if self.free is not None:
             size += f"; {decimal(self.free)} are free" + ("" if self.fits else ": IT DOES NOT FIT")
         lines.append(size)
-        lines.append(f"  sampling: {self.draws} {self.latent} draws a pixel")
+        drawn = f"sampling: {self.draws} {self.latent} draws a pixel"
+        lines.append(f"  {drawn if self.draws else 'a preview: nothing is drawn'}")
         if self.sampled:
             lines += [
                 f"  time: about {timedelta(seconds=round(self.seconds))} (h:mm:ss), "

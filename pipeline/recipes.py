@@ -11,6 +11,7 @@ import abc
 import json
 import logging
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,16 @@ from typing import Any
 import torch
 
 from inn.calibration import held_out_metrics
-from inn.checkpoint import Network
+from inn.checkpoint import Network, load_model
 from inn.conditional import ConditionalNetwork
-from inn.distillation import LatentSchedule, LatentTrainer, answered
+from inn.distillation import LatentSchedule, LatentTrainer, PreviewSchedule, PreviewTrainer, answered
 from inn.emulator import Emulator
 from inn.joint import JointNetwork
 from inn.joint_training import JointSchedule, JointTrainer
 from inn.latent import TunedLatents
 from inn.layout import Layout
 from inn.novelty import NOVEL, Novelty
+from inn.preview import Preview, disagreement, preview_of
 from inn.sampling import Measurement, measured_sampling
 from inn.training import (
     GlobalRandom,
@@ -38,7 +40,7 @@ from inn.training import (
 )
 from pipeline.errors import InputError, MisuseError
 from pipeline.grids.store import BUNDLED_GRID
-from pipeline.training_set import Augmentation, Batch, TrainingSet, open_parts
+from pipeline.training_set import Augmentation, Batch, TrainingSet, content_hash, open_parts
 
 logger = logging.getLogger("flarefield")
 
@@ -46,7 +48,7 @@ STATISTICS_EXAMPLES = 20_000
 HELD_OUT_DRAWS = 8
 TEST_DRAWS = 4
 NOVELTY_REFERENCES = 8_192
-PURPOSES = ("statistics", "held out", "test", "novelty", "calibration", "teaching", "sampling")
+PURPOSES = ("statistics", "held out", "test", "novelty", "calibration", "teaching", "sampling", "preview")
 """Of random numbers. One generator each: more held-out examples must not change what is learned."""
 
 
@@ -67,6 +69,10 @@ class Recipe:
         How long and how fast the conditional network's flow, and the emulator, are trained.
     latent_schedule : LatentSchedule
         How the conditional network's latents are tuned.
+    preview : dict
+        Constructor arguments of the conditional network's `inn.preview.Preview`.
+    preview_schedule : PreviewSchedule
+        How it is taught.
     joint_schedule : JointSchedule, optional
         With it the joint network is trained, so, and there is no flow.
     mu : float
@@ -87,6 +93,8 @@ class Recipe:
     flow_schedule: Schedule = field(default_factory=Schedule)
     emulator_schedule: Schedule = field(default_factory=Schedule)
     latent_schedule: LatentSchedule = field(default_factory=LatentSchedule)
+    preview: dict[str, Any] = field(default_factory=dict)
+    preview_schedule: PreviewSchedule = field(default_factory=PreviewSchedule)
     joint_schedule: JointSchedule | None = None
     mu: float = 0.9531
     augmentation: Augmentation = field(default_factory=Augmentation)
@@ -96,7 +104,8 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """The settings that have an effect, as JSON holds them."""
         settings = asdict(self)
-        joint, conditional = ("joint_schedule", "mu"), ("flow_schedule", "latent_schedule")
+        joint = ("joint_schedule", "mu")
+        conditional = ("flow_schedule", "latent_schedule", "preview", "preview_schedule")
         for name in joint if self.joint_schedule is None else conditional:
             del settings[name]
         return dict(json.loads(json.dumps(settings)))
@@ -104,9 +113,9 @@ class Recipe:
     def with_epochs(self, epochs: int) -> Recipe:
         """The same in another number of epochs.
 
-        Of the flow and of the emulator (and of the latents, which do not get more than they had); or of the
-        joint network, whose whole curriculum is scaled (`inn.joint_training.JointSchedule.scaled`) while its
-        emulator's epochs stay.
+        Of the flow and of the emulator (and of the latents and the preview, which do not get more than they
+        had); or of the joint network, whose whole curriculum is scaled
+        (`inn.joint_training.JointSchedule.scaled`) while its emulator's epochs stay.
 
         Raises
         ------
@@ -122,6 +131,7 @@ class Recipe:
             flow_schedule=replace(self.flow_schedule, epochs=epochs),
             emulator_schedule=replace(self.emulator_schedule, epochs=epochs),
             latent_schedule=replace(self.latent_schedule, epochs=min(epochs, self.latent_schedule.epochs)),
+            preview_schedule=replace(self.preview_schedule, epochs=min(epochs, self.preview_schedule.epochs)),
         )
 
 
@@ -220,6 +230,8 @@ class Training(abc.ABC):
         with GlobalRandom(seed, torch.device("cpu")).swapped_in():  # initial weights take no generator
             self.network = self._network(Layout())
             self.network.emulator = self.emulator = Emulator(Layout(), **recipe.emulator)
+            if isinstance(self.network, ConditionalNetwork):
+                self.network.preview = _preview(self.network, recipe)
 
     @abc.abstractmethod
     def _network(self, layout: Layout) -> Network:
@@ -279,22 +291,60 @@ class Training(abc.ABC):
         network = self.network.cpu().eval()
         if isinstance(network.latents, TunedLatents):
             network.latents.half()  # a thousandth of a spread, and half of what they weigh
+        if isinstance(network.preview, Preview):
+            network.preview.compact()
         generator = self._generator("novelty")
         training = self._observe(self.parts["train"], generator, NOVELTY_REFERENCES).lines
         held_out = [self._observe(self.parts["validation"], generator).lines for _ in range(HELD_OUT_DRAWS)]
         network.novelty = Novelty.fitted(
             Layout(), training, torch.cat(held_out), self.recipe.novelty_components
         )
+        return metrics(network, self._test_observations(), self.parts["test"].clean())
+
+    def _test_observations(self) -> Batch:
+        """Each sample of the test part, a few times."""
         generator = self._generator("test")
-        batches = [self._observe(self.parts["test"], generator) for _ in range(TEST_DRAWS)]
-        observed = Batch(*(torch.cat(columns) for columns in zip(*batches, strict=True)))
-        return metrics(network, observed, self.parts["test"].clean())
+        return _joined(self._observe(self.parts["test"], generator) for _ in range(TEST_DRAWS))
+
+    def measured(self) -> dict[str, Any]:
+        """What is to be known of how the finished network is used.
+
+        Returns
+        -------
+        dict
+            ``sampling``: `inn.sampling.measured_sampling`.
+        """
+        return {"sampling": self.sampling()}
+
+    def _of_preview(self) -> dict[str, Any]:
+        """How far the network's preview is off, on the test part."""
+        network = self.network.cpu().eval()
+        observed = self._test_observations()
+        measured = disagreement(
+            network,
+            observed.atmosphere.numpy(),
+            observed.lines.numpy(),
+            observed.mu.numpy(),
+            observed.calibration_error.numpy(),
+            draws=self.recipe.preview_schedule.measured_draws,
+        )
+        return {"disagreement": measured}
+
+
+def _joined(batches: Iterable[Batch]) -> Batch:
+    """Several batches as one."""
+    return Batch(*(torch.cat(columns) for columns in zip(*batches, strict=True)))
+
+
+def _preview(network: ConditionalNetwork, recipe: Recipe) -> Preview:
+    """A preview for a network, with new weights."""
+    return Preview(network.layout, network.architecture()["context"], **recipe.preview)
 
 
 class ConditionalTraining(Training):
-    """The conditional network: its flow, its emulator, then latents for it, at all angles of the grid."""
+    """The conditional network: flow, emulator, then latents and a preview for it, at all angles."""
 
-    stages = ("flow", "emulator", "latents")
+    stages: tuple[str, ...] = ("flow", "emulator", "latents", "preview")
 
     def _network(self, layout: Layout) -> ConditionalNetwork:
         network = ConditionalNetwork(layout, **self.recipe.architecture)
@@ -312,10 +362,11 @@ class ConditionalTraining(Training):
 
     def epochs(self, stage: str) -> int:
         """Most epochs of a stage."""
-        schedules: dict[str, Schedule | LatentSchedule] = {
+        schedules: dict[str, Schedule | LatentSchedule | PreviewSchedule] = {
             "flow": self.recipe.flow_schedule,
             "emulator": self.recipe.emulator_schedule,
             "latents": self.recipe.latent_schedule,
+            "preview": self.recipe.preview_schedule,
         }
         return schedules[stage].epochs
 
@@ -327,6 +378,8 @@ class ConditionalTraining(Training):
         assert isinstance(network, ConditionalNetwork)
         if stage == "latents":
             return self._latent_trainer(network)
+        if stage == "preview":
+            return self._preview_trainer(network)
         examples = train.draw(STATISTICS_EXAMPLES, self._generator("statistics"))
         network.fit_statistics(examples.atmosphere, examples.lines, examples.mu, examples.calibration_error)
         generator = self._generator("held out")
@@ -338,8 +391,7 @@ class ConditionalTraining(Training):
     def _latent_trainer(self, network: ConditionalNetwork) -> Trainer:
         """The flow is finished: its calibration comes first, for it moves what latents are tuned to."""
         generator = self._generator("calibration")
-        drawn = [self._observe(self.parts["validation"], generator) for _ in range(HELD_OUT_DRAWS)]
-        held = Batch(*(torch.cat(columns) for columns in zip(*drawn, strict=True)))
+        held = _joined(self._observe(self.parts["validation"], generator) for _ in range(HELD_OUT_DRAWS))
         network.cpu().eval().calibrate(held.atmosphere, held.lines, held.mu, held.calibration_error)
         schedule = self.recipe.latent_schedule
         network.to(self.device).eval()
@@ -356,6 +408,80 @@ class ConditionalTraining(Training):
             )
         )
         return LatentTrainer(network, taught, held_out, schedule, self.seed)
+
+    def measured(self) -> dict[str, Any]:
+        """What is to be known of how the finished network is used.
+
+        Returns
+        -------
+        dict
+            As `Training.measured` returns it, and ``preview``: `inn.preview.disagreement` by that name.
+        """
+        return {**super().measured(), "preview": self._of_preview()}
+
+    def _preview_trainer(self, network: ConditionalNetwork) -> Trainer:
+        schedule = self.recipe.preview_schedule
+        held_out = self.parts["validation"].draw(schedule.held_out, self._generator("preview"))
+        network.to(self.device).eval()
+        return PreviewTrainer(network, self.parts["train"].draw, held_out, schedule, self.seed)
+
+
+class PreviewTraining(ConditionalTraining):
+    """A preview alone, for a conditional network that is finished and stays as it is, bit for bit.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        What it says of the preview counts; observations are made as they were for the network, if its record
+        tells how.
+    grid, seed, device
+        As for `Training`.
+    model : path
+        The network's model directory.
+
+    Raises
+    ------
+    InputError
+        It is not a conditional network, or was not trained on this grid.
+    """
+
+    stages = ("preview",)
+
+    def __init__(
+        self, recipe: Recipe, grid: str | Path, seed: int, device: torch.device, model: str | Path
+    ) -> None:
+        network = load_model(model)
+        if not isinstance(network, ConditionalNetwork):
+            raise InputError(
+                "only a conditional network can be taught a preview",
+                where=model,
+                found=type(network).__name__,
+                expected=ConditionalNetwork.__name__,
+            )
+        trained_on = network.record.get("grid", {}).get("sha256")
+        if trained_on != content_hash(grid):
+            # Its training simulations might be among those that the preview is measured on.
+            raise InputError(
+                "the network was not trained on this grid",
+                where=grid,
+                remedy="give the grid it was trained on",
+            )
+        observed = network.record.get("settings", {}).get("augmentation")
+        if observed is not None:
+            recipe = replace(recipe, augmentation=Augmentation.from_json(observed))
+        super().__init__(recipe, grid, seed, device)
+        with GlobalRandom(seed, torch.device("cpu")).swapped_in():
+            network.preview = _preview(network, recipe)
+        self.network = network
+
+    def conclude(self) -> dict[str, Any]:
+        """Finish the preview; the network's own scores remain what they were."""
+        preview_of(self.network.cpu().eval()).compact()
+        return dict(self.network.record.get("metrics", {}))
+
+    def measured(self) -> dict[str, Any]:
+        """As `ConditionalTraining.measured` returns it, ``preview`` alone."""
+        return {"preview": self._of_preview()}
 
 
 class JointTraining(Training):
@@ -412,8 +538,24 @@ class JointTraining(Training):
         )
 
 
-def make_training(recipe: Recipe, grid: str | Path, seed: int, device: torch.device) -> Training:
-    """Put a recipe to work on a grid; see `Training` for the parameters."""
+def make_training(
+    recipe: Recipe, grid: str | Path, seed: int, device: torch.device, finished: str | Path | None = None
+) -> Training:
+    """Put a recipe to work on a grid, or what it says of a preview on a finished model.
+
+    Parameters
+    ----------
+    recipe, grid, seed, device
+        As for `Training`.
+    finished : path, optional
+        Model directory of the network that only gets a new preview.
+
+    Returns
+    -------
+    Training
+    """
+    if finished is not None:
+        return PreviewTraining(recipe, grid, seed, device, finished)
     kind = ConditionalTraining if recipe.joint_schedule is None else JointTraining
     return kind(recipe, grid, seed, device)
 

@@ -22,7 +22,7 @@ from pipeline import figures
 from pipeline.comparison import unmixed
 from pipeline.errors import MisuseError
 from pipeline.provenance import flarefield_version
-from pipeline.results import WITHOUT_ANSWER, Flag, count_flags
+from pipeline.results import WITHOUT_ANSWER, Flag, count_flags, is_preview
 
 MEANINGS: dict[Flag, str] = {
     Flag.OUTSIDE_FIELD: "not in both lines' field of view",
@@ -56,7 +56,7 @@ LIMITS = (
 )
 """What a map cannot say; the page lists it."""
 
-SETTINGS = ("call", "flarefield_version", "settings", "relative_calibration")
+SETTINGS = ("call", "flarefield_version", "method", "settings", "relative_calibration")
 """Attributes of a map that the page shows at once; the others are folded away."""
 
 MOST = 40  # entries of one attribute that the page shows
@@ -155,6 +155,7 @@ def write_report(
     page = environment.get_template("report.html").render(
         title=map_store.attrs.get("title", "Posterior map of a flare"),
         subtitle=_span(map_store),
+        preview=map_store.attrs.get("comment", "") if is_preview(map_store) else None,
         key_figures=_key_figures(map_store, quality, answered),
         maps=maps,
         profiles=profiles,

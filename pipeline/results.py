@@ -43,6 +43,9 @@ from pipeline.storage import ROOT, Place, place
 KIND = "map"
 SCHEMA = 1
 
+SAMPLING, PREVIEW = "posterior sampling", "preview"
+"""What a map's attribute ``method`` says: how its quantiles were found."""
+
 
 class Flag(IntFlag):
     """Bits of a map's ``quality``: what is to be known about a pixel before its answer is used.
@@ -206,6 +209,7 @@ def lay_out(
     quantiles: Sequence[float],
     tile: tuple[int, int],
     attrs: Mapping[str, Any],
+    comments: Mapping[str, str] | None = None,
 ) -> None:
     """Make a whole map store, with nothing in it yet, so that tasks only ever fill in what exists.
 
@@ -226,6 +230,8 @@ def lay_out(
         Pixels of a tile along y and x.
     attrs : mapping
         Attributes of the store.
+    comments : mapping of str to str, optional
+        What is to be said of single variables, by name.
 
     Raises
     ------
@@ -253,21 +259,27 @@ def lay_out(
         }
     with place(path).appearing() as store:
         template.to_zarr(store, mode="w", zarr_format=3, consolidated=False)
-        _lay_out_variables(zarr.open_group(store, mode="r+"), template.sizes, len(quantiles), tile)
+        group = zarr.open_group(store, mode="r+")
+        _lay_out_variables(group, template.sizes, len(quantiles), tile, comments or {})
         with _unspecified_metadata():
             zarr.consolidate_metadata(store)
 
 
 def _lay_out_variables(
-    group: zarr.Group, sizes: Mapping[Hashable, int], quantiles: int, tile: tuple[int, int]
+    group: zarr.Group,
+    sizes: Mapping[Hashable, int],
+    quantiles: int,
+    tile: tuple[int, int],
+    comments: Mapping[str, str],
 ) -> None:
     shards = (1, tile[0], tile[1])
     for variable in VARIABLES:
         dimensions = ("time", "y", "x", "quantile", "height") if variable.profile else ("time", "y", "x")
         levels = (quantiles, sizes["height"]) if variable.profile else ()
+        name = variable.name
         group.create_array(
-            variable.name,
-            shape=tuple(sizes[name] for name in dimensions),
+            name,
+            shape=tuple(sizes[dimension] for dimension in dimensions),
             dtype=variable.dtype,
             chunks=(*shards, 1, sizes["height"]) if variable.profile else shards,
             shards=(*shards, *levels) if variable.profile else None,
@@ -276,7 +288,7 @@ def _lay_out_variables(
             compressors=BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle"),
             fill_value=variable.fill,
             dimension_names=dimensions,
-            attributes=dict(variable.attrs),
+            attributes={**variable.attrs, **({"comment": comments[name]} if name in comments else {})},
         )
 
 
@@ -396,6 +408,11 @@ def open_map(path: str | Path, *, chunks: Any = None) -> xr.Dataset:  # noqa: AN
         )
     dataset: xr.Dataset = xr.open_zarr(store.zarr, chunks=chunks)
     return dataset
+
+
+def is_preview(dataset: xr.Dataset) -> bool:
+    """Whether a map's quantiles are a preview's (`inn.preview`), and not a sampled posterior's."""
+    return dataset.attrs.get("method") == PREVIEW
 
 
 def flagged(dataset: xr.Dataset, *names: str) -> xr.DataArray:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import os
 import platform
 import time
@@ -34,6 +35,7 @@ from inn.layout import QUANTITIES
 from inn.novelty import Novelty
 from inn.posterior import quantiles_and_misfit
 from inn.precision import Precision, multiplies_bfloat16
+from inn.preview import preview_quantiles, stated_disagreement
 from pipeline.defects import Defect
 from pipeline.devices import Device, array_library, to_torch
 from pipeline.errors import ClusterError, MisuseError, ModelError, StoreError
@@ -50,6 +52,10 @@ SPREAD = (0.16, 0.84)
 
 ROUNDING = 1.0 / 16.0
 """Largest step of the stored values, in units of the posterior's spread over the root of the draws."""
+
+PREVIEW_ROUNDING = 1.0 / 4.0
+"""The same of a preview's, in units of its disagreement from the sampled posterior: the rounding error, the
+root mean square of which is at most the step over the root of 12, is then below a tenth of it."""
 
 SMALL_FILE = 1 << 16
 
@@ -196,7 +202,7 @@ class TileSpec:
     torch_version : str
         Version of torch, without its build.
     draws, seed, latent, quantiles, calibration_error
-        As for `inn.posterior_quantiles`.
+        As for `inn.posterior_quantiles`; of a preview, nothing is drawn, and `draws` is 0.
     threads : int
         Threads that torch may use for one tile.
     selection : Selection
@@ -207,6 +213,8 @@ class TileSpec:
         As for `pipeline.spectra.network_lines`.
     precision : {"float32", "bfloat16"}
         As for `inn.posterior_quantiles`.
+    preview : bool
+        Whether the model's preview (`inn.preview`) answers, in place of its sampled posterior.
     """
 
     observation: str
@@ -226,6 +234,7 @@ class TileSpec:
     device: Device = "cpu"
     interpolation: Interpolation = "linear"
     precision: Precision = "float32"
+    preview: bool = False
 
     def __post_init__(self) -> None:
         ascending = all(a < b for a, b in zip(self.quantiles, self.quantiles[1:], strict=False))
@@ -237,7 +246,7 @@ class TileSpec:
                 expected="for example 0.05 0.16 0.5 0.84 0.95",
             )
         check_interpolation(self.interpolation)
-        if self.draws < 2:
+        if self.draws < 2 and not self.preview:
             raise MisuseError("a posterior needs two draws at least", where="draws", found=self.draws)
         if self.calibration_error is not None and not 0 <= self.calibration_error < np.inf:
             raise MisuseError(
@@ -542,18 +551,10 @@ def _compute(
     )
     lines = to_torch(normalised)
     mu = float(observation["mu"].isel(time=tile.time)) if "mu" in observation.variables else None
-    sampling: dict[str, Any] = {
-        "mu": mu,
-        "calibration_error": spec.calibration_error,
-        "draws": spec.draws,
-        "seed": spec.seed,
-        "latent": spec.latent,
-        "precision": spec.precision,
-    }
     levels = sorted({*spec.quantiles, *SPREAD})
     # What was not asked for keeps its place among the pixels: that decides the last bits of the others.
     lines_asked = lines.where(torch.from_numpy(kept).to(lines.device)[:, None], torch.nan)
-    everything, reproduced = quantiles_and_misfit(model, lines_asked, quantiles=levels, **sampling)
+    everything, reproduced = _answer(spec, model, lines_asked, mu, levels)
     posterior = {quantity: everything[quantity][kept] for quantity in QUANTITIES}
     good &= asked
     wanted = [levels.index(level) for level in spec.quantiles]
@@ -561,14 +562,15 @@ def _compute(
     finite = np.ones(np.count_nonzero(kept), dtype=bool)
     for quantity in QUANTITIES:
         finite &= np.isfinite(posterior[quantity]).all(axis=(1, 2))
+    steps = rounding_steps(spec, model)
     for quantity in QUANTITIES:
         low, high = (posterior[quantity][finite][:, index] for index in spread)
         rounded = np.full((finite.size, len(wanted), low.shape[-1]), np.nan, dtype=np.float32)
-        rounded[finite] = round_to_sampling_error(
+        rounded[finite] = round_to_error(
             posterior[quantity][finite][:, wanted],
             low,
             high,
-            spec.draws,
+            steps[quantity],
             positive=quantity != "velocity",
         )
         values[quantity][good] = rounded
@@ -605,6 +607,41 @@ def _shift(observation: xr.Dataset, line: str, here: Mapping[str, Any]) -> NDArr
     shift = observation[name]
     part = shift.isel({axis: place for axis, place in here.items() if axis in shift.dims})
     return np.asarray(part.transpose("y", "x").values, dtype=np.float32)
+
+
+def _answer(
+    spec: TileSpec, model: Network, lines: torch.Tensor, mu: float | None, levels: list[float]
+) -> tuple[dict[str, NDArray[Any]], NDArray[Any]]:
+    """Quantiles (pixels, levels, heights) of each quantity, and misfits (pixels,)."""
+    if spec.preview:
+        found = preview_quantiles(model, lines, mu, spec.calibration_error, levels)
+        # It takes joint draws of whole atmospheres to compare their profiles with the observed ones.
+        return found, np.full(lines.shape[0], np.nan, dtype=np.float32)
+    return quantiles_and_misfit(
+        model,
+        lines,
+        mu,
+        spec.calibration_error,
+        draws=spec.draws,
+        quantiles=levels,
+        seed=spec.seed,
+        latent=spec.latent,
+        precision=spec.precision,
+    )
+
+
+def rounding_steps(spec: TileSpec, model: Network) -> dict[str, float]:
+    """Largest step of each quantity's stored values, in units of the posterior's spread.
+
+    The median of N independent draws has a sampling error of 1.25 spreads over the root of N, other quantiles
+    more; scrambled Sobol points have perhaps a third of that. A step of 1/16 spread over the root of N has a
+    rounding error (root mean square) below 1/60 of independent draws' sampling error, below a tenth of any.
+    A preview's error is its disagreement from the sampled posterior, that of its best quantile.
+    """
+    if spec.preview:
+        stated = stated_disagreement(model)
+        return {name: PREVIEW_ROUNDING * min(stated[name]["rms"].values()) for name in QUANTITIES}
+    return dict.fromkeys(QUANTITIES, ROUNDING / math.sqrt(spec.draws))
 
 
 def saturation(observation: xr.Dataset, line: str) -> float:
@@ -645,17 +682,14 @@ def _where(condition: NDArray[np.bool_], flag: Flag) -> NDArray[np.uint16]:
     return np.where(condition, np.uint16(flag), np.uint16(0))
 
 
-def round_to_sampling_error(
-    values: NDArray[Any], low: NDArray[Any], high: NDArray[Any], draws: int, *, positive: bool
+def round_to_error(
+    values: NDArray[Any], low: NDArray[Any], high: NDArray[Any], step: float, *, positive: bool
 ) -> NDArray[np.float32]:
-    """Take from quantiles the digits that the sampling error makes meaningless, so that they compress.
+    """Take from quantiles the digits that their error makes meaningless, so that they compress.
 
-    The median of N independent draws has a sampling error of 1.25 spreads over the root of N, other quantiles
-    more; scrambled Sobol points have perhaps a third of that. The step is a power of two of at most 1/16
-    spread over the root of N: the rounding error (root mean square) is then below 1/60 of independent draws'
-    sampling error, below a tenth of any. A positive quantity is rounded in its significant bits, since its
-    posterior is spread over factors; any other in its value. The step depends on the pixel's own posterior
-    and on the height, not on the tile, and is the same for all quantiles, so that they stay in order.
+    The step is a power of two. A positive quantity is rounded in its significant bits, since its posterior is
+    spread over factors; any other in its value. The step depends on the pixel's own posterior and on the
+    height, not on the tile, and is the same for all quantiles, so that they stay in order.
 
     Parameters
     ----------
@@ -664,8 +698,8 @@ def round_to_sampling_error(
     low, high : ndarray, shape (pixels, heights)
         The quantiles `SPREAD`: half their distance (for a positive quantity, of their logarithms) is the
         spread.
-    draws : int
-        Number of draws, N.
+    step : float
+        Largest step, in units of the spread: see `rounding_steps`.
     positive : bool
         Whether the quantity is positive.
 
@@ -675,7 +709,7 @@ def round_to_sampling_error(
     """
     values = np.asarray(values, dtype=np.float32)
     distance = np.log(high / low) if positive else high - low
-    wanted = (ROUNDING / np.sqrt(draws)) * 0.5 * distance[:, None, :]
+    wanted = step * 0.5 * distance[:, None, :]
     _, exponent = np.frexp(wanted.astype(np.float32))  # 2**(exponent - 1) <= wanted
     if positive:
         exponent = exponent + np.frexp(values)[1] - 1

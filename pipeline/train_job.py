@@ -25,6 +25,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from distributed import Client, Future, KilledWorker, fire_and_forget
 
+from inn.checkpoint import model_hash
 from pipeline.cluster import (
     AddressConfig,
     ClusterConfig,
@@ -65,6 +66,7 @@ def train(
     recipe: str | Recipe = "conditional",
     seed: int = 0,
     epochs: int | None = None,
+    preview_of: str | Path | None = None,
     call: str | None = None,
     cluster: Cluster | None = None,
     detach: bool = False,
@@ -92,6 +94,9 @@ def train(
         Seed of everything random: the same grid, recipe, seed and number of threads give the same network.
     epochs : int, optional
         Fewer or more epochs than the recipe's; see `pipeline.recipes.Recipe.with_epochs`.
+    preview_of : path, optional
+        A finished model, whose conditional network and all it carries stay as they are but for its preview,
+        which is taught anew; the recipe says how.
     call : str, optional
         The command, for the record.
     cluster : configuration or distributed.Client, optional
@@ -130,6 +135,10 @@ def train(
             expected="the address of a scheduler, or a configuration of kind address",
             remedy="start a scheduler and workers (see deploy/address.yaml), or leave out --detach",
         )
+    if preview_of is not None and settings.joint_schedule is not None:
+        raise MisuseError(
+            "this recipe teaches no preview", where="recipe", found=name, expected="conditional"
+        )
     folder = TrainingFolder(model_path)
     fingerprint = {
         "grid": content_hash(grid),
@@ -138,6 +147,7 @@ def train(
         **flattened(settings.to_json()),
         "torch": torch.__version__,
         "flarefield": flarefield_version(),
+        **({} if preview_of is None else {"preview_of": model_hash(preview_of)}),
     }
     identity = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
     if (record := folder.record()) is not None:
@@ -166,6 +176,8 @@ def train(
             name=name,
             recipe=settings,
             seed=seed,
+            finished=None if preview_of is None else str(Path(preview_of).absolute()),
+            finished_hash=fingerprint.get("preview_of"),
             run=identity,
             grid_hash=fingerprint["grid"],
             threads=plan.threads,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,11 +19,11 @@ import torch
 from distributed import Reschedule, Status, get_worker
 from threadpoolctl import threadpool_limits
 
-from inn.checkpoint import save_model
+from inn.checkpoint import model_hash, save_model
 from inn.training import Epoch, Trainer
 from pipeline.errors import ClusterError, InputError, MisuseError, StoreError
 from pipeline.history_figure import history_figure
-from pipeline.recipes import Recipe, Training, make_training
+from pipeline.recipes import Recipe, make_training
 from pipeline.training_folder import (
     FIGURE_FILE,
     HISTORY_FILE,
@@ -53,6 +53,10 @@ class Order:
         The recipe's.
     recipe : Recipe
     seed : int
+    finished : str or None
+        Absolute path of the model whose network only gets a new preview.
+    finished_hash : str or None
+        Its `inn.model_hash`.
     run : str
         Identity of the training: hash of everything that decides the network.
     grid_hash : str
@@ -76,6 +80,8 @@ class Order:
     name: str
     recipe: Recipe
     seed: int
+    finished: str | None
+    finished_hash: str | None
     run: str
     grid_hash: str
     threads: int
@@ -260,9 +266,14 @@ class _Run:
                 where=order.grid,
                 remedy="train on it as another model, or bring the old grid back",
             )
-        self._training: Training = make_training(
-            order.recipe, order.grid, order.seed, torch.device(self._standing.device)
-        )
+        if order.finished is not None and model_hash(order.finished) != order.finished_hash:
+            raise InputError(
+                "the finished model has changed since the training began",
+                where=order.finished,
+                remedy="teach it a preview as another model, or bring the old one back",
+            )
+        device = torch.device(self._standing.device)
+        self._training = make_training(order.recipe, order.grid, order.seed, device, order.finished)
         self._histories: dict[str, list[Epoch]] = {}
         self._network: dict[str, Any] | None = None
         self._saved = time.monotonic()
@@ -301,8 +312,7 @@ class _Run:
         self._reporter.flush()
         metrics = self._training.conclude()
         order, training = self._order, self._training
-        recipe = order.recipe
-        network = training.network
+        recipe, network = training.recipe, training.network
         record = {
             "run": order.run,
             "recipe": order.name,
@@ -325,9 +335,11 @@ class _Run:
             "threads": order.threads,
             "starts": self._standing.starts,
             "metrics": metrics,
-            "sampling": training.sampling(),
+            **training.measured(),
             "wall_time_seconds": round(self._seconds, 1),
         }
+        if order.finished is not None:
+            record = _with_new_preview(network.record, record, order.finished_hash)
         network.record = record
         self._standing.state = "finished"
         self._reporter.flush()
@@ -389,6 +401,23 @@ class _Run:
             }
         )
         self._saved, self._standing.checkpoint = time.monotonic(), time.time()
+
+
+def _with_new_preview(
+    finished: Mapping[str, Any], record: Mapping[str, Any], finished_hash: str | None
+) -> dict[str, Any]:
+    """Record of a finished network that got a new preview: all else stands as it was."""
+    kept = ("recipe", "seed", "call", "epochs", "torch", "device", "threads", "starts", "wall_time_seconds")
+    settings = {name: record["settings"][name] for name in ("preview", "preview_schedule", "augmentation")}
+    preview = {
+        **record["preview"],
+        "taught_afterwards": {
+            "network": finished_hash,
+            "settings": settings,
+            **{name: record[name] for name in kept},
+        },
+    }
+    return {**finished, "run": record["run"], "preview": preview}
 
 
 def _deliver(folder: TrainingFolder) -> None:

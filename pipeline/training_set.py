@@ -13,9 +13,10 @@ of 40 (root mean square over the line at the worst mu).
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -81,6 +82,14 @@ class Augmentation:
                 found=self.doppler_steps,
                 expected="an odd number",
             )
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Augmentation:
+        """Settings as a model's record holds them."""
+        settings: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()
+        }
+        return cls(**settings)
 
     @property
     def velocities(self) -> NDArray[np.float64]:

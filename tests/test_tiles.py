@@ -24,6 +24,7 @@ from pipeline.errors import ClusterError, MisuseError, ModelError, StoreError
 from pipeline.invert import _coordinates
 from pipeline.results import VARIABLES, Flag, lay_out, open_map
 from pipeline.tiles import (
+    ROUNDING,
     Tile,
     TileGrid,
     TileSpec,
@@ -31,7 +32,7 @@ from pipeline.tiles import (
     judge,
     observation_hash,
     quarantine_tile,
-    round_to_sampling_error,
+    round_to_error,
     tile_keys,
     write_tile,
 )
@@ -166,7 +167,7 @@ def some_quantiles():
 @pytest.mark.parametrize("draws", [16, 256, 4096])
 def test_rounding_stays_far_below_the_sampling_error(some_quantiles, draws):
     values = some_quantiles
-    rounded = round_to_sampling_error(values, values[:, 1], values[:, 3], draws, positive=True)
+    rounded = round_to_error(values, values[:, 1], values[:, 3], ROUNDING / np.sqrt(draws), positive=True)
     # Sampling error of the median of a normal posterior: sqrt(pi/2) sigma / sqrt(N), here in the logarithm.
     sigma = 0.5 * np.log(values[:, 3].astype(float) / values[:, 1])[:, None]
     error = np.sqrt(np.pi / 2) * sigma / np.sqrt(draws)
@@ -185,17 +186,17 @@ def test_rounding_of_signed_values_goes_by_their_spread():
     values = (random.normal(0, 3, (50, 1, 20)) + spread * np.array([-1.6, -1, 0, 1, 1.6])[:, None]).astype(
         np.float32
     )
-    rounded = round_to_sampling_error(values, values[:, 1], values[:, 3], 100, positive=False)
+    rounded = round_to_error(values, values[:, 1], values[:, 3], ROUNDING / 10, positive=False)
     assert (np.abs(rounded - values) <= 0.5 * spread / 16 / 10 * 1.001).all()
     assert (np.diff(rounded, axis=1) >= 0).all()
-    again = round_to_sampling_error(rounded, values[:, 1], values[:, 3], 100, positive=False)
+    again = round_to_error(rounded, values[:, 1], values[:, 3], ROUNDING / 10, positive=False)
     np.testing.assert_array_equal(again, rounded)
 
 
 def test_where_all_draws_agree_nothing_is_rounded():
     values = np.array([[[3.14159274], [3.14159274]]], dtype=np.float32)
     for positive in (True, False):
-        rounded = round_to_sampling_error(values, values[:, 0], values[:, 1], 256, positive=positive)
+        rounded = round_to_error(values, values[:, 0], values[:, 1], ROUNDING / 16, positive=positive)
         np.testing.assert_array_equal(rounded, values)
 
 

@@ -39,7 +39,7 @@ PARTS = {
     "  of which sorting": ("sorted_draws",),
     "  of which misfit": ("_misfit",),
     "novelty": ("tail_probability",),
-    "round": ("round_to_sampling_error",),
+    "round": ("round_to_error",),
     "write": ("write_tile",),
     "checksum": ("checksum",),
 }

@@ -10,17 +10,17 @@ quantiles themselves. The latter is measured: some of the pixels are inverted wi
 standard deviation it is.
 
 Rounding steps are the spread of each pixel's posterior over the root of the draws, divided by 4 to 64; the
-engine's are 1/16 of it (`pipeline.tiles.round_to_sampling_error`). Errors are in the logarithm of what is
+engine's are 1/16 of it (`pipeline.tiles.round_to_error`). Errors are in the logarithm of what is
 positive, in km/s for velocities, both divided by the posterior's spread; the table has the ratio of that
 quantity and quantile where it is largest.
 """
 
 import argparse
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from unittest import mock
 
 import numpy as np
 import zarr
@@ -40,7 +40,7 @@ from pipeline.grids.store import BUNDLED_GRID, open_grid
 from pipeline.ingest import ingest
 from pipeline.observation import open_observation
 from pipeline.spectra import network_lines
-from pipeline.tiles import SPREAD, round_to_sampling_error
+from pipeline.tiles import SPREAD, round_to_error
 
 Quantiles = dict[str, NDArray[np.float32]]
 """Of each quantity, (pixels, quantiles, heights)."""
@@ -154,11 +154,11 @@ def rounded(quantiles: Quantiles, rounding: float | None) -> Quantiles:
     """Round as the engine does, with another step."""
     if rounding is None:
         return quantiles
-    with mock.patch.object(tiles, "ROUNDING", rounding):
-        return {
-            quantity: round_to_sampling_error(values, *ends(values), DRAWS, positive=quantity != "velocity")
-            for quantity, values in quantiles.items()
-        }
+    step = rounding / math.sqrt(DRAWS)
+    return {
+        quantity: round_to_error(values, *ends(values), step, positive=quantity != "velocity")
+        for quantity, values in quantiles.items()
+    }
 
 
 def worst_error(quantiles: Quantiles, exact: Quantiles, sampling: dict[str, NDArray[np.float64]]) -> float:
