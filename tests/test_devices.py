@@ -115,8 +115,8 @@ def test_a_tile_goes_from_interpolation_to_sorting_in_the_same_memory(spec, monk
     """What is sampled, measured for novelty and for misfit lies where the interpolation left it."""
     left, sampled = [], []
 
-    def interpolated(*args):
-        lines, scale = network_lines(*args)
+    def interpolated(*args, **shifts):
+        lines, scale = network_lines(*args, **shifts)
         left.append((lines, lines.ctypes.data))
         return lines, scale
 
@@ -131,9 +131,9 @@ def test_a_tile_goes_from_interpolation_to_sorting_in_the_same_memory(spec, monk
     monkeypatch.setattr(
         tiles,
         "quantiles_and_misfit",
-        lambda model, lines, **settings: (
+        lambda model, lines, *rest, **settings: (
             sampled.append(lines),
-            quantiles_and_misfit(model, lines, **settings),
+            quantiles_and_misfit(model, lines, *rest, **settings),
         )[1],
     )
     compute_tile(spec, TILE)
@@ -149,11 +149,12 @@ def test_a_tile_needs_no_more_of_its_array_library_than_the_standard(spec, monke
     elsewhere = array_api_strict.Device("device1")
     made = []
 
-    def asarray(values):
-        made.append(array_api_strict.asarray(values, device=elsewhere))
+    def asarray(values, dtype=None):
+        made.append(array_api_strict.asarray(values, dtype=dtype, device=elsewhere))
         return made[-1]
 
-    monkeypatch.setattr(tiles, "array_library", lambda device: SimpleNamespace(asarray=asarray))
+    strict = SimpleNamespace(asarray=asarray, float32=array_api_strict.float32)
+    monkeypatch.setattr(tiles, "array_library", lambda device: strict)
     found = compute_tile(spec, TILE)
     assert len(made) == 2  # both lines' intensities, each once
     with pytest.raises(RuntimeError, match="device"):

@@ -208,7 +208,7 @@ MOMENTS = [
     ("pipeline.tiles:stored_bytes", 3),  # tiles are written, the last one without a receipt
     ("torn record", 2),
     ("os:fsync", 6),
-    ("pipeline.tiles:posterior_quantiles", 3),
+    ("pipeline.tiles:quantiles_and_misfit", 3),
 ]
 
 

@@ -245,10 +245,10 @@ def test_a_failed_tile_of_a_part_keeps_what_was_not_selected(
 ):
     real, state = tiles.network_lines, {"broken": True}
 
-    def unreliable(halpha, *rest):
+    def unreliable(halpha, *rest, **shifts):
         if state["broken"] and len(halpha) == 16:  # the tiles at the right edge: 8 x 2 pixels
             raise OSError("a disk coughs")
-        return real(halpha, *rest)
+        return real(halpha, *rest, **shifts)
 
     monkeypatch.setattr(tiles, "network_lines", unreliable)
     output = tmp_path / "map.zarr"

@@ -17,6 +17,8 @@ The ceiling is what a machine would reach that did nothing but the matrix produc
 very same sizes and precision, multiplied as often, in the same run. Where there is a CUDA device, both
 networks stand in the table once more, on it (those rows have never been filled).
 
+The preview draws nothing; its error is how far its quantiles are from those of the same 65,536 draws.
+
 Run with ``make bench``; ``--seconds`` bounds each measurement of speed.
 """
 
@@ -45,10 +47,12 @@ from torch import nn
 import inn
 from inn.conditional import ConditionalNetwork
 from inn.joint import JointNetwork
-from inn.layout import Layout
+from inn.layout import QUANTITIES, Layout
 from inn.posterior import BATCH_ROWS
 from inn.precision import multiplies_bfloat16
+from inn.preview import preview_quantiles
 from inn.sampling import error_curves, precision_error, quantile_errors
+from inn.scaling import scale_atmosphere
 from pipeline.grids.store import BUNDLED_GRID
 from pipeline.training_set import open_parts
 from tests.benchmarks.training import peak, products
@@ -219,6 +223,20 @@ def ours(model: nn.Module, observed: Observed, **settings: Any) -> dict[str, Arr
 # Accuracy
 
 
+def preview_error(model: nn.Module, observed: Observed, truth_draws: int) -> float:
+    """Error of the preview's quantiles, against the sampled posterior."""
+
+    def answer(draws: int, seed: int, kind: str, levels: Sequence[float]) -> Array:
+        if draws > 1:
+            found = ours(model, observed, draws=draws, seed=seed, latent=kind, quantiles=levels)
+        else:
+            found = preview_quantiles(model, *observed, quantiles=levels)
+        return scale_atmosphere(*(found[quantity].astype(np.float64) for quantity in QUANTITIES))
+
+    found = error_curves(answer, kinds=("sobol",), ladder=(1,), seeds=1, truth_draws=truth_draws)
+    return found.curves["sobol"][1]
+
+
 def draws_needed(errors: Mapping[int, float], wanted: float) -> int | None:
     """Fewest draws whose error is not above the one wanted; None if there are none."""
     return min((draws for draws, error in errors.items() if error <= wanted), default=None)
@@ -246,7 +264,7 @@ class Job:
 
     Attributes
     ----------
-    what : {"reference", "published", "recommended", "zuko"}
+    what : {"reference", "published", "recommended", "preview", "zuko"}
     pixels : int
         In one call: whole batches, so that nothing is computed to fill one up.
     draws, latent, precision
@@ -270,6 +288,8 @@ class Job:
         if self.what == "zuko":
             flow = ZukoPosterior(inn.load_model()).eval()
             return partial(flow.quantiles, observed, draws=self.draws)
+        if self.what == "preview":
+            return partial(preview_quantiles, inn.load_model(), *observed)
         if self.what == "recommended":
             model: nn.Module = inn.load_model()
         else:
@@ -474,6 +494,13 @@ def main() -> None:
                     options.seconds, error,
                 )
             )  # fmt: skip
+    if recommended.preview is not None:
+        speeds.append(
+            speed(
+                "preview of the recommended network", Job("preview", 8192, 0, "none"), options.seconds,
+                preview_error(recommended, observed, options.truth_draws),
+            )
+        )  # fmt: skip
     speeds.append(
         speed(
             "zuko, the recommended network's sizes", Job("zuko", 128, DRAWS, "gaussian"), options.seconds,
