@@ -630,6 +630,7 @@ def test_the_joint_network_is_trained_at_one_angle(grid, tmp_path):
         emulator_schedule=TINY.emulator_schedule,
         joint_schedule=JointSchedule(steps=2, batch=16).scaled(3),
         augmentation=RECIPES["radynversion"].augmentation,
+        sampling=TINY.sampling,
         mu=0.7,
     )
     record = train(grid, tmp_path / "model", recipe=recipe)
