@@ -27,7 +27,7 @@ from toy_grid import MU, write_toy_grid
 
 import inn
 from inn.conditional import ConditionalNetwork
-from inn.distillation import LatentSchedule
+from inn.distillation import LatentSchedule, PreviewSchedule
 from inn.joint import JointNetwork
 from inn.joint_training import JointSchedule
 from inn.sampling import Measurement
@@ -53,6 +53,11 @@ TINY = Recipe(
     emulator_schedule=Schedule(epochs=2, steps=10, batch=32, average=0.9),
     latent_schedule=LatentSchedule(
         draws=(4, 8), epochs=2, steps=4, rows=32, observations=16, held_out=8, teacher_draws=64
+    ),
+    preview={"width": 8, "depth": 1, "rank": 4},
+    preview_schedule=PreviewSchedule(
+        epochs=1, steps=3, batch=16, average=0.9, observations=16, held_out=8, teacher_draws=32,
+        held_out_draws=32, measured_draws=32,
     ),
     augmentation=Augmentation(doppler=0.0),
     sampling=Measurement(observations=4, truth_draws=64, seeds=1),
@@ -155,7 +160,7 @@ def test_a_model_is_trained_saved_and_loaded(grid, undisturbed):
     record = model.record
     assert record["seed"] == SEED
     assert len(record["grid"]["sha256"]) == 64
-    assert record["epochs"] == {"flow": 5, "emulator": 2, "latents": 2}
+    assert record["epochs"] == {"flow": 5, "emulator": 2, "latents": 2, "preview": 1}
     assert model.latents is not None
     assert set(record["sampling"]["errors"]["tuned"]) == {"4", "8"}
     assert record["settings"]["flow_schedule"]["steps"] == STEPS
@@ -168,7 +173,7 @@ def test_a_model_is_trained_saved_and_loaded(grid, undisturbed):
         assert 0.0 <= scores["coverage"]["0.90"] <= 1.0
     with open(undisturbed / "history.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["network"] for row in rows] == ["flow"] * 5 + ["emulator"] * 2 + ["latents"] * 2
+    assert [row["network"] for row in rows] == ["flow"] * 5 + ["emulator"] * 2 + ["latents"] * 2 + ["preview"]
     assert float(rows[4]["held_out_loss"]) < float(rows[0]["held_out_loss"])
     assert (undisturbed / "history.png").read_bytes().startswith(b"\x89PNG")
     assert not TrainingFolder(undisturbed).path.exists()
