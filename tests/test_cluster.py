@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from dask.system import CPU_COUNT
+from dask.utils import key_split
 from distributed import Client, LocalCluster, Nanny
 from distributed.security import Security
 
@@ -169,13 +170,20 @@ def test_a_missing_file_is_refused_with_what_would_do():
     assert "tls://" in refusal.value.expected
 
 
-def test_a_local_cluster_is_seen_by_this_machine_only():
+def names_remembered():
+    """Tasks whose names Dask remembers in this process."""
+    return key_split.cache_info().currsize
+
+
+def test_a_local_cluster_is_seen_by_this_machine_only_and_fit_for_many_tasks(monkeypatch):
+    monkeypatch.setattr("pipeline.cluster.FORGET", 0.1)
     assert LocalConfig().dashboard.startswith("127.0.0.1:")
     with connect(LocalConfig(workers=1, dashboard=None)) as client:
         listening = client.submit(listeners).result() + listeners()
         ports = set(re.findall(r":(\d+)", str(client.scheduler_info(n_workers=-1))))
         assert client.submit(dask.config.get, "distributed.worker.memory.spill").result() is False
         assert pauses_between_messages(client) == {0.001}
+        wait_until(lambda: [*client.run(names_remembered).values(), names_remembered()] == [0, 0])
     ours = [(host, port) for host, port in listening if str(port) in ports]
     assert len(ours) >= 2
     assert {host for host, _ in ours} == {"127.0.0.1"}
