@@ -7,8 +7,8 @@ is; what is trained beside it is to give the same quantiles.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -128,10 +128,6 @@ class LatentSchedule:
     held_out: int = 256
     teacher_draws: int = 4096
 
-    def to_json(self) -> dict[str, Any]:
-        """The settings, as JSON holds them."""
-        return asdict(self)
-
     @property
     def schedule(self) -> Schedule:
         """The part that any training has."""
@@ -239,10 +235,6 @@ class PreviewSchedule:
     teacher_draws: int = 256
     held_out_draws: int = 1024
     measured_draws: int = 4096
-
-    def to_json(self) -> dict[str, Any]:
-        """The settings, as JSON holds them."""
-        return asdict(self)
 
     @property
     def schedule(self) -> Schedule:

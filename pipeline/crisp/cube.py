@@ -159,6 +159,25 @@ class PlacedCube:
         return np.asarray(self[:], dtype=dtype)
 
 
+def as_intensities(
+    stored: Cube, factors: NDArray[np.float64], step: float, zero: float, blank: float | None
+) -> Cube:
+    """Make intensities of the numbers in a file; numbers that are intensities already stay as they are.
+
+    Parameters
+    ----------
+    stored : Cube
+        The numbers in the file.
+    factors : ndarray, shape (wavelength,)
+        What `intensity_scale` found.
+    step, zero, blank
+        The file's own scaling (`pipeline.crisp.fits_files.scaling`).
+    """
+    if (step, zero, blank) == (1.0, 0.0, None) and np.all(factors == 1.0):
+        return stored
+    return ScaledCube(stored, step * factors, zero * factors, blank)
+
+
 def intensity_scale(
     unit: str, wavelength: NDArray[np.float64], where: str
 ) -> tuple[str, NDArray[np.float64]]:

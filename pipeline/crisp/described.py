@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pipeline.crisp import arrays, fits_files
 from pipeline.crisp.axes import Axis, ScanOfArray, Stored
-from pipeline.crisp.cube import Cube, ScaledCube, intensity_scale
+from pipeline.crisp.cube import Cube, ScaledCube, as_intensities, intensity_scale
 from pipeline.crisp.instrument import Prefilter
 from pipeline.crisp.scan import LINES, NEAR, Frame, Scan, vacuum_axis
 from pipeline.crisp.statements import CubeStatement, Located, Times
@@ -159,15 +159,13 @@ class DescribedCube:
         stokes = self.statement.stokes or ("I",)
         _, order = self._wavelengths()
         cube: Cube = ScanOfArray(stored, self.axes, {"time": index, "stokes": stokes.index("I")}, order)
-        step, zero, blank = fits_files.scaling(self.headers[0]) if self.headers else (1.0, 0.0, None)
+        scaling = fits_files.scaling(self.headers[0]) if self.headers else (1.0, 0.0, None)
         if isinstance(self.statement.padding, float):
             ones = np.ones(len(order))
             cube = ScaledCube(cube, ones, 0.0 * ones, self.statement.padding)
         vacuum = np.array(scan.wavelength)
         factors = intensity_scale(scan.units_of_file, vacuum, scan.path)[1] / self._prefilter(vacuum)
-        if (step, zero, blank) == (1.0, 0.0, None) and np.all(factors == 1.0):
-            return cube
-        return ScaledCube(cube, step * factors, zero * factors, blank)
+        return as_intensities(cube, factors, *scaling)
 
     def wavelength_shift(self, index: int) -> NDArray[np.float64] | None:
         """What has to be added to the wavelengths in vacuum at each pixel (y, x), Angstrom."""

@@ -23,7 +23,7 @@ from astropy.wcs import WCS
 from numpy.typing import ArrayLike, NDArray
 
 from pipeline.crisp import fits_files
-from pipeline.crisp.cube import Cube, ScaledCube, intensity_scale
+from pipeline.crisp.cube import Cube, as_intensities, intensity_scale
 from pipeline.crisp.fits_files import FETCH_AGAIN
 from pipeline.crisp.scan import (
     ForeignFileError,
@@ -113,11 +113,9 @@ def open_intensity(scan: Scan) -> Cube:
         stored = data[windows[window]]
         if stored.shape != (points, *scan.shape):
             raise scan.changed(found)
-        step, zero, blank = fits_files.scaling(header)
+        scaling = fits_files.scaling(header)
     _, factors = intensity_scale(scan.units_of_file, np.array(scan.wavelength), scan.path)
-    if (step, zero, blank) == (1.0, 0.0, None) and np.all(factors == 1.0):
-        return stored
-    return ScaledCube(stored, step * factors, zero * factors, blank)
+    return as_intensities(stored, factors, *scaling)
 
 
 def open_wavelength_shift(scan: Scan) -> NDArray[np.float64] | None:

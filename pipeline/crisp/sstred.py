@@ -21,6 +21,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import astropy.units as u
 import numpy as np
@@ -28,7 +29,7 @@ from astropy.io import fits
 from numpy.typing import NDArray
 
 from pipeline.crisp import fits_files
-from pipeline.crisp.cube import Cube, ScaledCube, intensity_scale
+from pipeline.crisp.cube import Cube, as_intensities, intensity_scale
 from pipeline.crisp.fits_files import FETCH_AGAIN
 from pipeline.crisp.scan import (
     ForeignFileError,
@@ -123,12 +124,10 @@ def open_intensity(scan: Scan) -> Cube:
         shape = (len(scan.wavelength), *scan.shape)
         if data is None or data.ndim != 5 or data.shape[2:] != shape or scan.index >= len(data):
             raise scan.changed(None if data is None else f"{data.shape} (scan, Stokes, tuning, y, x)")
-        stored = data[scan.index, _stokes_i(header, scan.path)]
-        step, zero, blank = fits_files.scaling(header)
+        stored: NDArray[Any] = data[scan.index, _stokes_i(header, scan.path)]
+        scaling = fits_files.scaling(header)
     _, factors = intensity_scale(scan.units_of_file, np.array(scan.wavelength), scan.path)
-    if (step, zero, blank) == (1.0, 0.0, None) and np.all(factors == 1.0):
-        return np.asarray(stored)
-    return ScaledCube(stored, step * factors, zero * factors, blank)
+    return as_intensities(stored, factors, *scaling)
 
 
 def open_wavelength_shift(scan: Scan) -> NDArray[np.float64] | None:
