@@ -270,7 +270,9 @@ def _find_pairs(
     pairs, unpaired = pair_scans(scans, tolerance)
     check_alike(pairs)
     for scan in unpaired:
-        logger.warning("%s: %s has no partner within %g s, left out", scan.name, label(scan), tolerance)
+        logger.warning(
+            "%s: %s has no partner of its own within %g s, left out", scan.name, label(scan), tolerance
+        )
     for text in passed_over:
         logger.warning("%s, passed over", text)
     return pairs, unpaired, passed_over

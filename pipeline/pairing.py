@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from pipeline.crisp import LINES, Scan
@@ -16,6 +17,10 @@ from pipeline.spectra import shortfall
 
 TOLERANCE = 15.0
 """Seconds between the scans of a pair at most, by default: the paper's series has a cadence of 11.5."""
+SHARE_OF_CADENCE = 0.75
+"""Of the slower line's median interval, the most that the scans of a pair may be apart: where no scan is
+missing the nearest one is within half an interval; half of that more is left to intervals that vary."""
+AS_GOOD = 1e-6  # seconds: of two choices that differ by less, the one with Ca II after H-alpha
 
 SAME_WAVELENGTH = 1e-3  # Angstrom by which the axes of a series may differ
 SAME_SCALE = 1e-3  # relative difference of pixel sizes, and difference of rotation matrices
@@ -46,17 +51,22 @@ class Pair:
 
 
 def pair_scans(scans: Sequence[Scan], tolerance: float) -> tuple[tuple[Pair, ...], tuple[Scan, ...]]:
-    """Pair scans of the two lines by their mean times.
+    """Pair scans of the two lines by their mean times, each with the nearest.
 
-    As many pairs are made as the tolerance allows, and of those choices the one with the smallest total of
-    time differences: each scan belongs to one pair at most.
+    Each scan belongs to one pair at most. No two scans are a pair that are further apart than the tolerance,
+    or than `SHARE_OF_CADENCE` of the interval between the slower line's scans: that far away is the partner
+    of another scan, whether this is there or missing. Within this limit, where every scan's nearest one is a
+    different one these are the pairs. Where two scans have the same nearest one, that choice is made whose
+    total of time differences is the smallest, a pair that is not made counting as much as one at the limit:
+    two scans that belong together are not torn apart to give two others a partner. What is left over has no
+    partner.
 
     Parameters
     ----------
     scans : sequence of Scan
         Of both lines, in any order.
     tolerance : float
-        Seconds between the scans of a pair at most.
+        Seconds between the scans of a pair at most; `SHARE_OF_CADENCE` may allow less.
 
     Returns
     -------
@@ -90,24 +100,35 @@ def pair_scans(scans: Sequence[Scan], tolerance: float) -> tuple[tuple[Pair, ...
                     remedy="leave one of them out",
                 )
     halpha, ca8542 = by_line["halpha"], by_line["ca8542"]
-    apart = np.abs(
-        np.subtract.outer(np.array([scan.time for scan in halpha]), np.array([scan.time for scan in ca8542]))
-        / np.timedelta64(1, "s")
-    )
-    # No sum of allowed differences reaches the price of one that is not allowed.
-    forbidden = (tolerance + 1.0) * (min(apart.shape) + 1)
-    first, second = linear_sum_assignment(np.where(apart <= tolerance, apart, forbidden))
-    chosen = [(i, j) for i, j in zip(first, second, strict=True) if apart[i, j] <= tolerance]
+    times = [np.array([scan.time for scan in of_line]) for of_line in (halpha, ca8542)]
+    after = -np.subtract.outer(*times) / np.timedelta64(1, "s")
+    apart = np.abs(after)
+    allowed = min(tolerance, SHARE_OF_CADENCE * max(cadence(own) for own in times))
+    cost = np.where(apart <= allowed, apart + np.where(after < 0.0, AS_GOOD, 0.0), allowed + 2 * AS_GOOD)
+    first, second = linear_sum_assignment(cost)
+    chosen = [(i, j) for i, j in zip(first, second, strict=True) if apart[i, j] <= allowed]
     if not chosen:
         raise InputError(
             "no scans of the two lines belong together",
             found=f"the nearest are {apart.min():.1f} s apart",
-            expected=f"{tolerance:g} s or less",
+            expected=f"{allowed:g} s or less"
+            + ("" if allowed == tolerance else f", {SHARE_OF_CADENCE:g} of the slower line's interval"),
             remedy="give scans of the same time, or a larger --tolerance",
         )
     pairs = tuple(Pair(halpha[i], ca8542[j]) for i, j in chosen)
     taken = {(scan.path, scan.index) for pair in pairs for scan in (pair.halpha, pair.ca8542)}
     return pairs, tuple(scan for scan in (*halpha, *ca8542) if (scan.path, scan.index) not in taken)
+
+
+def cadence(times: NDArray[np.datetime64]) -> float:
+    """Median interval between a line's scans, seconds; infinite if there is only one.
+
+    Parameters
+    ----------
+    times : ndarray of datetime64, shape (scan,)
+        In order.
+    """
+    return float(np.median(np.diff(times)) / np.timedelta64(1, "s")) if len(times) > 1 else float("inf")
 
 
 def check_alike(pairs: tuple[Pair, ...]) -> None:

@@ -21,7 +21,7 @@ from distributed import Client, LocalCluster
 import pipeline.ingest
 from pipeline.crisp import find_scans
 from pipeline.crisp.fchroma import write_fchroma
-from pipeline.crisp.scan import cosine_of_pointing
+from pipeline.crisp.scan import Frame, Scan, cosine_of_pointing
 from pipeline.crisp.wavelengths import vacuum_to_air
 from pipeline.defects import Defect
 from pipeline.errors import FlareFieldError, InputError, MisuseError, StoreError
@@ -328,6 +328,24 @@ class TestMedium:
         assert ingest([in_air], tmp_path / "obs.zarr", medium="air", call="").complete_before
 
 
+def scan_at(line, second):
+    """A scan of which only the line and the time matter."""
+    return Scan(
+        path=f"{line} {second}",
+        format="fchroma",
+        line=line,
+        time=START.astype("M8[ns]") + np.timedelta64(round(1000 * second), "ms"),
+        wavelength=tuple(WAVELENGTH_HALPHA if line == "halpha" else WAVELENGTH_CA8542),
+        medium="vacuum",
+        medium_stated_by="format",
+        shape=(8, 9),
+        units="DN",
+        units_of_file="DN",
+        saturation=np.inf,
+        frame=Frame((0.0, 0.0), (0.0, 0.0), (0.057, 0.057), ((1.0, 0.0), (0.0, 1.0))),
+    )
+
+
 class TestPairing:
     def scans(self, folder, halpha, ca8542):
         rng = np.random.default_rng(1)
@@ -354,12 +372,42 @@ class TestPairing:
             ([0, 10, 20], [4.9, 15.1, 25], [(0, 4.9), (10, 15.1), (20, 25)], 0),
             ([0], [14.9], [(0, 14.9)], 0),
             ([0, 100], [1, 160], [(0, 1)], 2),
+            # 11 s are within the tolerance, but nobody's nearest: two that belong together stay together
+            ([0, 11.5], [11, 22.5], [(11.5, 11)], 2),
+            # the partners of both are missing, and they are a cadence apart
+            ([0, 11.5, 34.5, 46], [2, 25, 36.5, 48], [(0, 2), (34.5, 36.5), (46, 48)], 2),
+            ([0, 11.5, 34.5, 46], [0, 23, 34.5, 46], [(0, 0), (34.5, 34.5), (46, 46)], 2),
+            # two H-alpha scans for every one of Ca II
+            ([0, 5, 20, 25, 40, 45], [10, 30, 50], [(5, 10), (25, 30), (45, 50)], 3),
+            # halfway between: the one after, whichever end has one more
+            ([0, 10, 20], [-5, 5, 15, 25], [(0, 5), (10, 15), (20, 25)], 1),
+            ([0, 10, 20, 30], [5, 15, 25], [(0, 5), (10, 15), (20, 25)], 1),
         ],
     )
     def test_nearest_within_the_tolerance(self, tmp_path, halpha, ca8542, expected, left):
         pairs, unpaired = pair_scans(self.scans(tmp_path, halpha, ca8542), 15.0)
         assert self.seconds(pairs) == expected
         assert len(unpaired) == left
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_the_nearest_wherever_it_is_one_to_one(self, seed):
+        """Series with drifting lags and missing scans: whoever has a nearest of its own gets that one."""
+        rng = np.random.default_rng(seed)
+        halpha = np.cumsum(rng.uniform(11.0, 12.0, 60))
+        ca8542 = halpha + np.linspace(*rng.uniform(-1.5, 1.5, 2), 60)
+        kept = [np.sort(rng.choice(60, 50, replace=False)) for _ in range(2)]
+        pairs, unpaired = pair_scans(
+            [
+                scan_at(line, second)
+                for line, times, some in zip(("halpha", "ca8542"), (halpha, ca8542), kept, strict=True)
+                for second in times[some]
+            ],
+            15.0,
+        )
+        both = np.intersect1d(*kept)
+        expected = np.round(1000 * np.stack([halpha[both], ca8542[both]], axis=1)) / 1000
+        np.testing.assert_array_equal(self.seconds(pairs), expected)
+        assert len(unpaired) == 100 - 2 * both.size
 
     def test_nothing_fits(self, tmp_path):
         scans = self.scans(tmp_path, [0], [15.5])
