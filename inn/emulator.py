@@ -23,7 +23,9 @@ class Emulator(nn.Module):
     """Fully connected network from a scaled atmosphere, microturbulence and mu to both normalised lines.
 
     Microturbulence shapes the lines but is no part of an atmosphere's 150 numbers, so a posterior does not
-    say it. `distance` therefore takes the best of a few values that span the training grid's.
+    say it. `distance` therefore takes the best of a few values that span the training grid's. Lines change
+    smoothly with it: each point follows a parabola, whose three coefficients the network gives, so that one
+    pass serves all values (a network that sees it among its inputs needs one for each, and is 4 % closer).
 
     Parameters
     ----------
@@ -35,15 +37,15 @@ class Emulator(nn.Module):
         Number of hidden layers.
     """
 
-    def __init__(self, layout: Layout, width: int = 192, depth: int = 3) -> None:
+    def __init__(self, layout: Layout, width: int = 224, depth: int = 3) -> None:
         super().__init__()
         self.layout = layout
         self._architecture = {"width": width, "depth": depth}
         inputs = layout.atmosphere_size + 2
         layers: list[nn.Module] = []
         for index in range(depth):
-            layers += [nn.Linear(inputs if index == 0 else width, width), nn.SiLU()]
-        layers.append(nn.Linear(width, layout.lines_size))
+            layers += [nn.Linear(inputs - 1 if index == 0 else width, width), nn.SiLU()]
+        layers.append(nn.Linear(width, 3 * layout.lines_size))
         self.layers = nn.Sequential(*layers)
         self.register_buffer("input_mean", torch.zeros(inputs))
         self.register_buffer("input_scale", torch.ones(inputs))
@@ -105,17 +107,12 @@ class Emulator(nn.Module):
         Tensor, shape (n, lines_size)
             H-alpha, then Ca II 8542, divided by their joint maximum.
         """
-        inputs = torch.cat((atmosphere, microturbulence[:, None], mu[:, None]), dim=-1)
-        standard: Tensor = self.layers((inputs - self.input_mean) / self.input_scale)
+        powers = self._powers(microturbulence)
+        standard = (powers[:, None] @ self._coefficients(atmosphere, mu))[:, 0]
         return self.lines_mean + self.lines_scale * standard
 
     def distance(self, atmosphere: Tensor, lines: Tensor, mu: Tensor) -> Tensor:
         """How far the lines of atmospheres lie from given ones, at the best microturbulence.
-
-        Lines change smoothly with the microturbulence. They are emulated at three of its values, and follow a
-        parabola through these, point by point, at the others: distances change by 3 % (root mean square; most
-        of them not at all), and two fifths of the work are saved. The first layer sees the microturbulence
-        as one number among 150 that do not change with it.
 
         Parameters
         ----------
@@ -130,30 +127,24 @@ class Emulator(nn.Module):
         Tensor, shape (n,)
             Root mean square over all points of both lines, in units of the joint maximum.
         """
-        levels = self.microturbulence_levels
-        nodes = levels[[0, LEVELS // 2, LEVELS - 1]]
-        inputs = torch.cat((atmosphere, nodes[:1].expand(len(mu), 1), mu[:, None]), dim=-1)
-        first = self.layers[0]
-        assert isinstance(first, nn.Linear)
-        lowest = first((inputs - self.input_mean) / self.input_scale)
-        change = first.weight[:, -2] / self.input_scale[-2]
-        hidden = lowest[:, None] + (nodes - nodes[0])[:, None] * change
-        standard: Tensor = self.layers[1:](hidden)
-        residual = self.lines_mean + self.lines_scale * standard - lines[:, None]
+        residual = self.lines_scale * self._coefficients(atmosphere, mu)
+        residual[:, 0] += self.lines_mean - lines
         with in_full(lines.device):
             products = residual @ residual.mT / lines.shape[-1]
-            weights = _parabola(nodes, levels)
-            square = ((weights @ products) * weights).sum(dim=-1)
+            powers = self._powers(self.microturbulence_levels)
+            square = ((powers @ products) * powers).sum(dim=-1)
         return square.amin(dim=1).clamp_min(0.0).sqrt()
 
+    def _coefficients(self, atmosphere: Tensor, mu: Tensor) -> Tensor:
+        """Parabolas (n, 3, lines_size) of the standardised lines in the standardised microturbulence."""
+        mean, scale = (
+            torch.cat((values[:-2], values[-1:])) for values in (self.input_mean, self.input_scale)
+        )
+        inputs = torch.cat((atmosphere, mu[:, None]), dim=-1)
+        found: Tensor = self.layers((inputs - mean) / scale)
+        return found.to(inputs.dtype).reshape(len(mu), 3, -1)
 
-def _parabola(nodes: Tensor, places: Tensor) -> Tensor:
-    """Weights (places, 3) that take a parabola's values at three nodes to its values elsewhere.
-
-    Nodes may fall together (in a new emulator, or without microturbulence in the grid): they share a weight.
-    """
-    basis = (places.double()[:, None], nodes.double()[:, None])
-    powers = torch.arange(3, device=nodes.device)
-    at_places, at_nodes = (values**powers for values in basis)
-    weights: Tensor = (at_places @ torch.linalg.pinv(at_nodes)).to(nodes)
-    return weights
+    def _powers(self, microturbulence: Tensor) -> Tensor:
+        """Powers 0 to 2 (n, 3) of the standardised microturbulence."""
+        standard = (microturbulence - self.input_mean[-2]) / self.input_scale[-2]
+        return torch.stack((torch.ones_like(standard), standard, standard.square()), dim=-1)

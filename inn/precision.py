@@ -43,6 +43,16 @@ def products_in(precision: Precision, device: torch.device) -> torch.autocast:
     )
 
 
+def fastest(device: torch.device | str) -> Precision:
+    """Precision of the fastest matrix products of a device.
+
+    Parameters
+    ----------
+    device : torch.device or str
+    """
+    return "bfloat16" if multiplies_bfloat16(device) else "float32"
+
+
 def in_full(device: torch.device) -> torch.autocast:
     """Context in which nothing is rounded, whatever the one around it says."""
     return torch.autocast(device.type if device.type in ("cpu", "cuda") else "cpu", enabled=False)

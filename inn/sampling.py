@@ -19,7 +19,7 @@ from inn.errors import MisuseError
 from inn.latent import LatentKind, TunedLatents
 from inn.layout import QUANTITIES
 from inn.posterior import BATCH_ROWS, QUANTILES, Network, posterior_quantiles
-from inn.precision import Precision, multiplies_bfloat16
+from inn.precision import Precision, fastest
 from inn.scaling import scale_atmosphere
 
 Array = NDArray[np.floating]
@@ -91,7 +91,7 @@ def choose_precision(model: Network, device: torch.device | str) -> Precision:
         Where it will be sampled.
     """
     wanted = getattr(model, "record", {}).get("sampling", {}).get("precision", "float32")
-    return "bfloat16" if wanted == "bfloat16" and multiplies_bfloat16(device) else "float32"
+    return fastest(device) if wanted == "bfloat16" else "float32"
 
 
 @dataclass(frozen=True)

@@ -285,7 +285,7 @@ def _lay_out_variables(
             shards=(*shards, *levels) if variable.profile else None,
             # Height by height, neighbouring pixels side by side: a sixth smaller, written in half the time.
             filters=[TransposeCodec(order=(0, 3, 4, 1, 2))] if variable.profile else [],
-            compressors=BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle"),
+            compressors=BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"),
             fill_value=variable.fill,
             dimension_names=dimensions,
             attributes={**variable.attrs, **({"comment": comments[name]} if name in comments else {})},

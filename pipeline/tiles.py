@@ -44,7 +44,7 @@ from pipeline.selection import EVERYTHING, Selection
 from pipeline.spectra import Interpolation, check_interpolation, covered, network_lines
 from pipeline.storage import ROOT, out_of_space, place
 
-KERNEL = 3
+KERNEL = 4
 """Version of what a tile's numbers depend on in this package; raised whenever they change."""
 
 SPREAD = (0.16, 0.84)

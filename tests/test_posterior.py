@@ -7,6 +7,8 @@ import pytest
 import torch
 from scipy.stats import norm
 
+from inn import posterior
+from inn.checkpoint import load_model
 from inn.conditional import ConditionalNetwork
 from inn.emulator import Emulator
 from inn.errors import MisuseError
@@ -151,6 +153,23 @@ def test_the_misfit_is_the_distance_of_emulated_lines(network):
     expected = np.sqrt(((lines - 0.4) ** 2).mean(axis=1))
     np.testing.assert_allclose(found[:4], expected[:4], rtol=1e-5)
     assert np.isnan(found[4])
+
+
+def test_the_misfit_hardly_depends_on_the_precision_of_products(monkeypatch):
+    network = load_model()
+    random = torch.Generator().manual_seed(6)
+    flat = torch.full((1, 60), 0.6)
+    with torch.no_grad():  # lines that some atmospheres show, with noise
+        atmosphere = network.inverse_draws(flat, torch.randn(40, 150, generator=random), mu=0.55)[0]
+        lines = network.emulator(atmosphere, torch.full((40,), 5.0), torch.full((40,), 0.55))
+    lines = (lines + 0.02 * torch.randn(lines.shape, generator=random)).numpy()
+    found = []
+    for precision in ("float32", "bfloat16"):
+        monkeypatch.setattr(posterior, "fastest", lambda _, answer=precision: answer)
+        found.append(misfit(network, lines, 0.55))
+    assert np.quantile(found[0], 0.9) < 0.2  # profiles that mean something
+    assert not np.array_equal(*found)
+    np.testing.assert_allclose(found[1], found[0], rtol=0.02)
 
 
 @pytest.mark.parametrize(

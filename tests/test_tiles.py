@@ -218,12 +218,12 @@ def by_hand(observation, network, time, y, x, spec):
 
 
 def misfit_by_hand(network, lines, mu, draws):
-    chosen = np.linspace(0, DRAWS - 1, 8).round().astype(int)
+    chosen = np.arange(DRAWS // 8, DRAWS, DRAWS // 4)
     atmosphere = torch.from_numpy(scale_atmosphere(*(draws[name][chosen] for name in QUANTITIES))).float()
     distances = []
     for microturbulence in network.emulator.microturbulence_levels:
         with torch.no_grad():
-            emulated = network.emulator(atmosphere, microturbulence.expand(8), torch.full((8,), mu))
+            emulated = network.emulator(atmosphere, microturbulence.expand(4), torch.full((4,), mu))
         distances.append(np.sqrt(np.mean((emulated.numpy() - lines) ** 2, axis=1)))
     return np.median(np.min(distances, axis=0))
 
@@ -253,8 +253,8 @@ def test_a_tile_holds_the_quantiles_of_every_pixel(spec, toy, fake_model):
         np.testing.assert_allclose(
             here["novelty"], network.novelty.tail_probability(lines.astype(np.float32))[0], atol=5e-3
         )
-        # Of eight of the draws, spread evenly over all, and here by the emulator at every microturbulence.
-        np.testing.assert_allclose(here["misfit"], misfit_by_hand(network, lines, mu, draws), rtol=0.05)
+        # Of four of the draws, spread evenly over all.
+        np.testing.assert_allclose(here["misfit"], misfit_by_hand(network, lines, mu, draws), rtol=0.02)
 
 
 def test_nan_only_where_quality_says_why(spec):

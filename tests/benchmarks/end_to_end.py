@@ -3,14 +3,19 @@
     python -m tests.benchmarks.end_to_end [--rows N] [--draws N]
 
 The observation holds random profiles, all of it on this machine's disk. The sampler alone is
-`inn.posterior_quantiles` on as many pixels at once as a tile has, in the very workers that invert, before and
-after: on a machine that does other work besides, both see the same of it. What is not spent in tiles is
-scheduling. What tiles spend is then measured with a profiler in one process, by function.
+`inn.posterior_quantiles` on as many pixels at once as a tile has, with the draws that `flarefield invert`
+takes by itself, in the very workers that invert, before and after: on a machine that does other work besides,
+both see the same of it. What is not spent in tiles is scheduling. What tiles spend is then measured with a
+profiler in one process, by function.
+
+A preview is bound by what it writes, so its map's bytes per second are compared with the disk's own: the same
+bytes, in one file, brought to the disk (fsync).
 """
 
 import argparse
 import cProfile
 import json
+import os
 import pstats
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +30,8 @@ from rich.console import Console
 from rich.table import Table
 
 import inn
+from inn.posterior import QUANTILES
+from inn.sampling import choose_sampling
 from pipeline import invert as engine
 from pipeline.cluster import LocalConfig, connect
 from pipeline.driver import Outcome
@@ -101,6 +108,37 @@ def seconds_by_part(profile: cProfile.Profile) -> tuple[dict[str, float], float]
     return spent, statistics.total_tt
 
 
+def disk_speed(folder: Path, count: int) -> float:
+    """Bytes per second of so many bytes in one file, on the disk."""
+    content = np.random.default_rng(0).bytes(min(count, 1 << 24))
+    started = time.perf_counter()
+    with (folder / "plain").open("wb") as file:
+        for start in range(0, count, len(content)):
+            file.write(content[: count - start])
+        file.flush()
+        os.fsync(file.fileno())
+    return count / (time.perf_counter() - started)
+
+
+def preview_sentence(
+    observation: Path, folder: Path, client: Client, model: str | None, tile: int, workers: int
+) -> str:
+    """What a preview of the observation writes a second, against the disk."""
+    before = disk_speed(folder, 1 << 28)
+    report = engine.invert(
+        observation, folder / "preview.zarr", cluster=client, model=model, tile=tile, preview=True
+    )
+    written = sum(file.stat().st_size for file in (folder / "preview.zarr").rglob("*") if file.is_file())
+    rate, disk = written / report.seconds, 0.5 * (before + disk_speed(folder, 1 << 28))
+    journal = (folder / "preview.zarr.journal").read_text().splitlines()
+    in_tiles = sum(json.loads(line).get("seconds", 0.0) for line in journal if '"seconds"' in line)
+    return (
+        f"preview: {report.pixels / report.seconds:,.0f} pixels/s of {written / report.pixels:,.0f} bytes: "
+        f"{rate / 1e6:,.0f} MB/s, {100 * rate / disk:.0f} % of the disk's {disk / 1e6:,.0f} MB/s; "
+        f"{100 * in_tiles / workers / report.seconds:.0f} % of its {report.seconds:.2f} s in tiles"
+    )
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(
@@ -109,17 +147,21 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=256, help="pixels of the observation along y")
     parser.add_argument("--columns", type=int, default=256, help="and along x")
     parser.add_argument("--tile", type=int, default=64)
-    parser.add_argument("--draws", type=int, default=256)
-    parser.add_argument("--latent", default="sobol")
+    parser.add_argument("--draws", type=int, help="of the posterior; the network's own if left out")
+    parser.add_argument("--latent", help="their kind; the network's own if left out")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--model", help="a model directory; the bundled one if left out")
     options = parser.parse_args()
     console = Console(width=120)
     pixels = options.rows * options.columns
+    sampling = choose_sampling(
+        inn.load_model(options.model), draws=options.draws, latent=options.latent, quantiles=QUANTILES
+    )
+    console.print(f"{sampling.draws} {sampling.latent} draws", highlight=False)
     settings = {
         "model": options.model,
-        "draws": options.draws,
-        "latent": options.latent,
+        "draws": sampling.draws,
+        "latent": sampling.latent,
         "tile": options.tile,
     }
     with TemporaryDirectory() as folder:
@@ -136,13 +178,24 @@ def main() -> None:
 
             def alone() -> float:
                 return sampler_rate(
-                    client, options.model, options.tile**2, options.draws, options.latent,
+                    client, options.model, options.tile**2, sampling.draws, sampling.latent,
                     pixels=options.tile**2, repeats=max(1, pixels // options.tile**2 // options.workers // 2),
                 )  # fmt: skip
 
             before = alone()
             report = engine.invert(observation, here / "map.zarr", cluster=client, **settings)
             after = alone()
+            engine.invert(
+                small,
+                here / "quick.zarr",
+                cluster=client,
+                model=options.model,
+                tile=options.tile,
+                preview=True,
+            )
+            preview = preview_sentence(
+                observation, here, client, options.model, options.tile, options.workers
+            )
         journal = (here / "map.zarr.journal").read_text().splitlines()
         in_tiles = sum(json.loads(line).get("seconds", 0.0) for line in journal if '"seconds"' in line)
         whole, sampler = report.pixels / report.seconds, 0.5 * (before + after)
@@ -151,7 +204,7 @@ def main() -> None:
             f"{100 * whole / sampler:.0f} % of it\n"
             f"of the inversion's {report.seconds:.2f} s, {options.workers} workers spent "
             f"{100 * in_tiles / options.workers / report.seconds:.0f} % in tiles; the rest is scheduling, "
-            "beginning and end",
+            f"beginning and end\n{preview}",
             highlight=False,
         )
         profile = cProfile.Profile()
