@@ -621,7 +621,7 @@ def _fingerprint(pairs: tuple[Pair, ...], tolerance: float) -> dict[str, Any]:
         "tolerance": tolerance,
         "kernel": KERNEL,
         "flarefield": flarefield_version(),
-        "libraries": {name: version(name) for name in ("numpy", "scipy", "scikit-image", "zarr")},
+        "libraries": {name: version(name) for name in ("numpy", "scipy", "zarr")},
     }
 
 

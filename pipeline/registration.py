@@ -1,12 +1,8 @@
 """Where the field lies in a frame, how far one line's images are displaced from the other's, and resampling.
 
 H-alpha and Ca II of one CRISP scan are displaced by pixels although their headers agree. The shift is found
-between images formed alike in both lines (blue wing, core, red wing): first in whole pixels, by masked
-normalised cross-correlation (Padfield 2012, doi:10.1109/TIP.2011.2181402), then to a hundredth of a pixel on
-the apodised field common to both, by the upsampled matrix-multiply Fourier transform (Guizar-Sicairos et al.
-2008, doi:10.1364/OL.33.000156). Both are scikit-image's. The second stage keeps the amplitudes of the
-cross-power spectrum: whitened to pure phase it follows the photon noise instead (errors of half a pixel on
-scenes where this one's are hundredths).
+between images formed alike in both lines (blue wing, core, red wing): first in whole pixels on the field
+common to both, then to a hundredth of a pixel on the same field, apodised (`pipeline.correlation`).
 """
 
 from __future__ import annotations
@@ -17,8 +13,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
-from skimage.registration import phase_cross_correlation
 
+from pipeline.correlation import STEPS, fine_displacement, whole_displacement
 from pipeline.crisp.cube import Cube
 
 Image = NDArray[np.float32]
@@ -45,8 +41,6 @@ OVERLAP = 0.5  # share of the field that a shift must leave in common
 SMALLEST_DETAIL = 0.7  # pixels: below is photon noise, CRISP resolves about two pixels
 LARGEST_DETAIL = 3.0  # pixels: above, the lines differ (ribbons, limb darkening)
 TAPER = 8.0  # pixels over which the common field fades out
-UPSAMPLING = 100
-COARSE = 10  # upsampling of the first guess
 
 MARGIN = 16
 """Pixels around a block that cubic resampling needs: what lies further weighs less than 1e-8."""
@@ -416,7 +410,9 @@ def _estimate(reference: Image, moving: Image, reference_mask: Mask, moving_mask
     if not common.any():
         return _Estimate(np.zeros(2), 0.0, 0.0)
     search = middle_box(common, LARGEST_SEARCH)
-    steps = _whole_pixels(reference[search], moving[search], reference_mask[search], moving_mask[search])
+    steps = whole_displacement(
+        reference[search], moving[search], reference_mask[search], moving_mask[search], OVERLAP
+    )
     if steps is None:
         return _Estimate(np.zeros(2), 0.0, 0.0)
     overlap = reference_mask & ndimage.shift(moving_mask, steps, order=0, prefilter=False)
@@ -425,17 +421,15 @@ def _estimate(reference: Image, moving: Image, reference_mask: Mask, moving_mask
     window = np.square(np.sin(0.5 * np.pi * np.minimum(_depth(overlap) / TAPER, 1.0))).astype(np.float32)
     shift = np.array(steps)
     # The window stays in place and pulls the result towards no shift: the second time there is none left.
-    for order, upsampling in ((0, COARSE), (3, UPSAMPLING)):
+    for order, tried in ((0, STEPS[:1]), (3, STEPS)):
         moved = ndimage.shift(moving, shift, order=order)
-        # In double precision: on a grid as fine as this, single precision lets the number of threads decide.
         apodised = [
             (image - np.average(image, weights=window)) * window.astype(np.float64)
             for image in (reference, moved)
         ]
         if not all(image.any() for image in apodised):
             return _Estimate(shift, 0.0, 0.0)
-        fraction, _, _ = phase_cross_correlation(*apodised, upsample_factor=upsampling, normalization=None)
-        shift = shift + fraction
+        shift = shift + fine_displacement(apodised[0], apodised[1], tried)
     power = [float(np.sum(image * image, dtype=np.float64)) for image in apodised]
     correlation = float(np.sum(apodised[0] * apodised[1], dtype=np.float64)) / np.sqrt(power[0] * power[1])
     # Inverse variance of a shift found from images of which this share of the variance is common.
@@ -458,25 +452,11 @@ def _agreement(
             if common[block].size == 0 or common[block].mean() < FILLED:
                 continue
             inner = _centre(block, LARGEST_BLOCK)
-            found = _whole_pixels(reference[inner], moving[inner], reference_mask[inner], moving_mask[inner])
+            found = whole_displacement(
+                reference[inner], moving[inner], reference_mask[inner], moving_mask[inner], OVERLAP
+            )
             votes.append(found is not None and np.abs(found - shift).max() <= AGREEMENT)
     return float(np.mean(votes)) if len(votes) > 2 else 0.0
-
-
-def _whole_pixels(
-    reference: Image, moving: Image, reference_mask: Mask, moving_mask: Mask
-) -> NDArray[np.float64] | None:
-    """Shift in whole pixels; None for images without any structure."""
-    if not (reference[reference_mask].any() and moving[moving_mask].any()):
-        return None
-    shift, _, _ = phase_cross_correlation(
-        reference,
-        moving,
-        reference_mask=reference_mask,
-        moving_mask=moving_mask,
-        overlap_ratio=OVERLAP,
-    )
-    return np.rint(np.asarray(shift, dtype=np.float64))
 
 
 def _detail(image: Image, good: Mask, mask: Mask) -> Image:
