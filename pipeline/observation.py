@@ -9,6 +9,8 @@ variable                                           dimensions   meaning
                                                    wavelength_
 ``valid``                                          time, y, x   both lines' fields cover the pixel
 ``defects``                                        time, y, x   flags, see `pipeline.defects.Defect`
+``change_between_lines``                           time, y, x   how much the profiles changed between the
+                                                                lines' times, see `pipeline.changes`
 ``shift_y``, ``shift_x``                           time         pixels by which Ca II was found displaced
 ``placement_y``, ``placement_x``                   time         where Ca II's first pixel lies in H-alpha's
                                                                 frame by the headers, before the shift; not
@@ -92,7 +94,8 @@ CONTRACT: Mapping[str, tuple[tuple[str, ...], str | None]] = {
 
 
 OPTIONAL: Mapping[str, tuple[tuple[tuple[str, ...], ...], str]] = {
-    f"wavelength_shift_{line}": ((("time", "y", "x"), ("y", "x")), "Angstrom") for line in LONG_NAMES
+    **{f"wavelength_shift_{line}": ((("time", "y", "x"), ("y", "x")), "Angstrom") for line in LONG_NAMES},
+    "change_between_lines": ((("time", "y", "x"),), "1"),
 }
 """Units and dimensions of what an observation may have, and what is then used."""
 

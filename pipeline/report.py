@@ -39,6 +39,7 @@ MEANINGS: dict[Flag, str] = {
     Flag.DEAD_PIXEL: "a bad pixel of the detector",
     Flag.WAVELENGTH_MISSING: "the scan has no image at some wavelength",
     Flag.POOR_SEEING: "the scan's contrast is below what was asked for",
+    Flag.CHANGED_BETWEEN_LINES: "the profiles changed between the times of the two lines",
     Flag.HEADER_CONTRADICTION: "the header of a scan contradicts itself or its wavelengths",
 }
 """What each quality flag says, in words."""
@@ -52,7 +53,8 @@ LIMITS = (
     "anything else that joins heights, draw whole atmospheres with inn.sample.",
     "How bright the lines are. Profiles are divided by the joint maximum of both; whether their relative "
     "calibration was measured or assumed, `relative_calibration` above says.",
-    "What changes within a scan. H-alpha and Ca II are seconds apart, and a ribbon moves between them.",
+    "What changes within a scan. H-alpha and Ca II are seconds apart, and a ribbon moves between them: where "
+    "the series shows it, pixels are flagged `changed_between_lines`.",
 )
 """What a map cannot say; the page lists it."""
 

@@ -81,6 +81,8 @@ class Flag(IntFlag):
     """The scan has no image at some wavelength."""
     POOR_SEEING = 8192
     """The scan's contrast is below what was asked for when the observation was made."""
+    CHANGED_BETWEEN_LINES = 16384
+    """The profiles changed between the two lines' times, by more than their calibration may be off."""
     HEADER_CONTRADICTION = 32768
     """The header of one of the scans contradicts itself or its wavelengths."""
 

@@ -593,6 +593,11 @@ def _known_defects(observation: xr.Dataset, here: Mapping[str, Any]) -> NDArray[
         found = observation["defects"].isel(here).transpose("y", "x").values
         for defect in Defect:
             quality |= _where((found & defect) != 0, Flag[str(defect.name)])
+    if "change_between_lines" in observation:
+        change = observation["change_between_lines"]
+        # Where it is not known it is NaN, which is not larger than anything.
+        large = change.isel(here).transpose("y", "x").values > change.attrs["threshold"]
+        quality |= _where(large, Flag.CHANGED_BETWEEN_LINES)
     for name in ("poor_seeing", "header_contradiction"):
         if name in observation and bool(observation[name].isel(time=here["time"])):
             quality |= np.uint16(Flag[name.upper()])

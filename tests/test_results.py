@@ -107,6 +107,7 @@ def test_flags_are_written_as_the_conventions_want_them(empty_map):
         "dead_pixel": 2048,
         "wavelength_missing": 4096,
         "poor_seeing": 8192,
+        "changed_between_lines": 16384,
         "header_contradiction": 32768,
     }
 
@@ -129,6 +130,7 @@ def test_only_doubtful_pixels_keep_an_answer():
         Flag.REGISTRATION_UNCERTAIN,
         Flag.SPIKE,
         Flag.POOR_SEEING,
+        Flag.CHANGED_BETWEEN_LINES,
         Flag.HEADER_CONTRADICTION,
     }
     assert NOVELTY_LEVEL == NOVEL

@@ -288,6 +288,9 @@ def test_what_ingest_has_found_comes_into_quality(spec, tmp_path):
     defects[0, 10, 11], defects[0, 12, 13], defects[1, 14, 15] = 1, 2, 4
     defects[0, 0, 0] = 1  # outside of the field
     dataset["defects"] = (("time", "y", "x"), defects)
+    change = np.full((2, 20, 18), np.nan, np.float32)
+    change[0, 8:12, 11], change[0, 0, 0] = [0.01, 0.05, 0.06, np.nan], 1.0
+    dataset["change_between_lines"] = (("time", "y", "x"), change, {"units": "1", "threshold": 0.05})
     dataset["poor_seeing"] = ("time", np.array([False, True]))
     dataset["header_contradiction"] = ("time", np.array([True, False]))
     write_store(dataset, observation)
@@ -296,10 +299,15 @@ def test_what_ingest_has_found_comes_into_quality(spec, tmp_path):
     whole = TileGrid((2, 20, 18), (20, 18))
     first, second = (tiles.compute_tile(spec, tile) for tile in whole)
     expected = np.where(dataset.valid[0], np.uint16(Flag.HEADER_CONTRADICTION), np.uint16(0))
-    expected[10, 11] |= np.uint16(Flag.SPIKE)
+    expected[10, 11] |= np.uint16(Flag.SPIKE | Flag.CHANGED_BETWEEN_LINES)
     expected[12, 13] |= np.uint16(Flag.DEAD_PIXEL)
     said = (
-        Flag.SPIKE | Flag.DEAD_PIXEL | Flag.WAVELENGTH_MISSING | Flag.POOR_SEEING | Flag.HEADER_CONTRADICTION
+        Flag.SPIKE
+        | Flag.DEAD_PIXEL
+        | Flag.WAVELENGTH_MISSING
+        | Flag.POOR_SEEING
+        | Flag.CHANGED_BETWEEN_LINES
+        | Flag.HEADER_CONTRADICTION
     )
     np.testing.assert_array_equal(first["quality"] & said, expected)
     assert np.isfinite(first["temperature"][10, 11]).all()
