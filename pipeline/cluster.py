@@ -16,7 +16,7 @@ import os
 import socket
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias, get_args
@@ -416,11 +416,19 @@ def opened(cluster: ClusterConfig | Client) -> Iterator[Client]:
 
 @contextmanager
 def _local(config: LocalConfig) -> Iterator[Client]:
-    cluster = LocalCluster(
-        n_workers=config.workers,
-        threads_per_worker=config.threads,
-        **_here(config),
-    )
+    try:
+        cluster = LocalCluster(
+            n_workers=config.workers,
+            threads_per_worker=config.threads,
+            **_here(config),
+        )
+    except RuntimeError as error:  # "Nanny failed to start.", and why
+        raise ClusterError(
+            "a worker has died, or could not be started, while the cluster was being set up",
+            found=error.__cause__ or error,
+            remedy="run the same command again; if that does not help, look for what ends processes (too "
+            "little memory, a limit on processes)",
+        ) from error
     with _closing(cluster), Client(cluster, set_as_default=False) as client:
         yield client
 
@@ -712,7 +720,7 @@ def verified(client: Client) -> Iterator[None]:
             )
     wanted = {"flarefield": flarefield_version(), "torch": version("torch").split("+")[0]}
     for address, answer in client.run(_inspection(wanted), on_error="return").items():
-        if answer is not None:
+        if answer is not None and not isinstance(answer, OSError):  # that one has gone meanwhile
             raise ClusterError(
                 "a worker has other software than this command",
                 where=address,
@@ -726,7 +734,9 @@ def verified(client: Client) -> Iterator[None]:
         yield
     finally:
         if client.status == "running":
-            client.unregister_worker_plugin(name)
+            # A scheduler that has gone meanwhile has taken it along.
+            with suppress(OSError, TimeoutError):
+                client.unregister_worker_plugin(name)
 
 
 def threads_per_task(client: Client) -> int:
@@ -747,6 +757,7 @@ def threads_per_task(client: Client) -> int:
 
     tasks_at_once: dict[tuple[str, tuple[int, ...], int], int] = defaultdict(int)
     threads = client.nthreads()
-    for address, place in client.run(cores).items():
-        tasks_at_once[place] += threads.get(address, 1)
+    for address, place in client.run(cores, on_error="return").items():
+        if not isinstance(place, OSError):  # that worker has gone meanwhile
+            tasks_at_once[place] += threads.get(address, 1)
     return max(1, min((place[2] // tasks for place, tasks in tasks_at_once.items()), default=1))

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
-from distributed import CancelledError, Client, Future, KilledWorker, as_completed
+from distributed import CancelledError, Client, Future, KilledWorker, LocalCluster, as_completed
 
 from pipeline.errors import ClusterError, FlareFieldError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
+logger = logging.getLogger("flarefield")
+
 PAUSE = 0.02
 """Seconds to wait for more results before they are fetched, and new tasks submitted, together."""
+DESERTED = 60.0
+"""Seconds without any worker after which it is said: one that died is replaced within a few."""
+PATIENCE = 600.0
+"""Seconds without any worker after which a job is given up, unless a batch system is to start some."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,59 @@ class Outcome(Generic[Task, Result]):
     result: Result | None
     error: BaseException | None
     attempts: int
+
+
+class Manned:
+    """Asks, when nothing comes from a cluster, whether it has workers at all.
+
+    A worker that is cut off from its scheduler, by a machine too busy to answer for half a minute, ends for
+    good, and so does one whose batch job is over; a scheduler without workers waits for ever.
+
+    Parameters
+    ----------
+    client : distributed.Client
+        The cluster.
+    patience : float
+        Seconds that it may be without workers.
+    """
+
+    def __init__(self, client: Client, patience: float) -> None:
+        self._client, self._patience = client, patience
+        self._asked = self._seen = time.monotonic()
+        self._told = False
+
+    def see(self) -> None:
+        """Ask, if it is time to.
+
+        Raises
+        ------
+        ClusterError
+            There has been no worker for too long.
+        """
+        now = time.monotonic()
+        if now - self._asked <= min(DESERTED, self._patience) / 10:
+            return
+        self._asked = now
+        try:
+            manned = bool(self._client.nthreads())
+        except (OSError, TimeoutError, CancelledError):
+            return  # a lost scheduler is noticed elsewhere
+        without = now - self._seen
+        if manned:
+            self._seen, self._told = now, False
+        elif without > self._patience:
+            raise ClusterError(
+                "the cluster has no workers any more",
+                where=self._client.scheduler.address if self._client.scheduler else None,
+                found=f"none for {without:.0f} s",
+                remedy="start workers, and run the same command again: it goes on from what is finished",
+            )
+        elif without > DESERTED and not self._told:
+            self._told = True
+            limit = "" if math.isinf(self._patience) else f", for {self._patience - without:.0f} s more"
+            logger.warning(
+                "the cluster has had no workers for %.0f s; waiting for some to join%s", without, limit
+            )
 
 
 def run_bounded(
@@ -82,7 +143,7 @@ def run_bounded(
     Raises
     ------
     ClusterError
-        If the scheduler is lost.
+        The scheduler is lost, or all workers have been for `PATIENCE` and nobody is to replace them.
     """
     if window is None:
         window = max(64, 4 * sum(client.nthreads().values()))
@@ -101,9 +162,12 @@ def run_bounded(
     # A batch's results are fetched together, and submissions go out in batches: a message for each task would
     # cost more than a small task does. Without a pause a batch of small tasks would hold one or two of them.
     # (`as_completed` could fetch results, but would wait for ever when the scheduler is lost meanwhile.)
+    # A batch system starts others in place of workers whose time is over, when it comes to that.
+    replaced = client.cluster is not None and not isinstance(client.cluster, LocalCluster)
+    manned = Manned(client, math.inf if replaced else PATIENCE)
     in_flight = as_completed(more(window), loop=client.loop, raise_errors=False)
     try:
-        for batch in in_flight.batches():
+        for batch in _batches(in_flight, manned):
             again: list[tuple[Task, int]] = []
             results = _gathered(client, [future for future in batch if future.status == "finished"])
             # What is finished comes first: an error may be a reason for the caller to leave.
@@ -129,6 +193,16 @@ def run_bounded(
     finally:
         if pending and client.status == "running":
             client.cancel(list(pending), force=True)
+
+
+def _batches(in_flight: as_completed, manned: Manned) -> Iterator[list[Future]]:
+    """Futures as they complete, as many at once as there are; meanwhile workers are looked for."""
+    while not in_flight.is_empty():
+        if in_flight.has_ready():
+            yield in_flight.next_batch(block=False)
+        else:
+            manned.see()
+            time.sleep(PAUSE)
 
 
 def _gathered(client: Client, futures: list[Future]) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from pipeline.cluster import (
     opened,
     threads_per_task,
 )
+from pipeline.driver import Manned
 from pipeline.errors import ClusterError, MisuseError
 from pipeline.provenance import flarefield_version, flattened
 from pipeline.recipes import RECIPES, Recipe, find_recipe
@@ -266,7 +267,7 @@ def _train_there(
             raise failure.with_traceback(None) from None
         return None
     with _display(folder) as display:
-        _watch(folder, display, order.cluster, _Manned(client, future.done) if own else future.done)
+        _watch(folder, display, order.cluster, _watched(client, future.done) if own else future.done)
     if future.status == "finished":
         record: dict[str, Any] = future.result()
         return record
@@ -316,32 +317,20 @@ def _see_that_it_arrived(client: Client, key: str) -> None:
         time.sleep(POLL)
 
 
-class _Manned:
-    """Asks whether a task is done, and raises if its cluster has no workers any more.
+def _watched(client: Client, done: Callable[[], bool]) -> Callable[[], bool]:
+    """See also, each time it is asked whether a task is done, that its cluster has workers.
 
-    A worker that is cut off from its scheduler, by a machine too busy to answer for half a minute, ends for
-    good. Others may join a cluster that others run; nobody joins one of our own.
+    Others may join a cluster that others run; nobody joins one of our own.
     """
+    manned = Manned(client, DESERTED)
 
-    def __init__(self, client: Client, done: Callable[[], bool]) -> None:
-        self._client, self._done = client, done
-        self._asked = self._seen = time.monotonic()
-
-    def __call__(self) -> bool:
-        if self._done():
+    def answer() -> bool:
+        if done():
             return True
-        now = time.monotonic()
-        if now - self._asked > DESERTED / 10:
-            self._asked = now
-            if self._client.nthreads():
-                self._seen = now
-            elif now - self._seen > DESERTED:
-                raise ClusterError(
-                    "the cluster has no workers any more",
-                    found=f"none for {now - self._seen:.0f} s",
-                    remedy="run the same command again: it goes on from the last checkpoint",
-                )
+        manned.see()
         return False
+
+    return answer
 
 
 def _display(folder: TrainingFolder) -> TrainingDisplay:

@@ -353,6 +353,28 @@ def test_a_cluster_that_listens_on_the_network_without_encryption_is_refused():
         pass
 
 
+def test_a_worker_that_dies_while_the_cluster_is_set_up_is_an_error_with_a_remedy(monkeypatch):
+    def dies(*_, **__):
+        raise RuntimeError("Nanny failed to start.") from OSError("killed by signal 9")
+
+    monkeypatch.setattr("pipeline.cluster.LocalCluster", dies)
+    config = LocalConfig(dashboard=None)
+    with pytest.raises(ClusterError, match="could not be started") as refusal, connect(config):
+        pass
+    assert "signal 9" in str(refusal.value.found)
+    assert "same command again" in refusal.value.remedy
+
+
+def test_a_scheduler_that_has_gone_at_the_end_spoils_nothing():
+    with local() as cluster, Client(cluster, set_as_default=False) as client, verified(client):
+        client.submit(lambda: 1).result()
+
+        def gone(name):
+            raise OSError(f"the scheduler has gone with {name}")
+
+        client.unregister_worker_plugin = gone
+
+
 # Workers' software
 
 

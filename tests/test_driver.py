@@ -9,6 +9,7 @@ import dask
 import pytest
 from distributed import Client, KilledWorker, LocalCluster
 
+from pipeline import driver
 from pipeline.driver import run_bounded
 from pipeline.errors import ClusterError
 
@@ -152,3 +153,39 @@ def test_a_lost_scheduler_is_an_error_and_no_endless_wait():
         with pytest.raises(ClusterError, match="scheduler") as refusal:
             list(outcomes)
         assert "resumes" in refusal.value.remedy
+
+
+@pytest.fixture
+def small_cluster():
+    with (
+        LocalCluster(
+            processes=False, n_workers=1, threads_per_worker=1, dashboard_address="127.0.0.1:0"
+        ) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        yield cluster, client
+
+
+def test_a_cluster_that_has_lost_all_workers_is_given_up(small_cluster, monkeypatch):
+    monkeypatch.setattr(driver, "PATIENCE", 0.3)
+    cluster, client = small_cluster
+    outcomes = run_bounded(client, double, range(1000), window=4)
+    next(outcomes)
+    cluster.scale(0)
+    with pytest.raises(ClusterError, match="no workers any more") as refusal:
+        list(outcomes)
+    assert "same command again" in refusal.value.remedy
+
+
+def test_workers_that_join_in_time_go_on_where_none_was_left(small_cluster, monkeypatch):
+    monkeypatch.setattr(driver, "DESERTED", 0.2)
+    cluster, client = small_cluster
+    outcomes = run_bounded(client, double, range(40), window=4)
+    found = [next(outcomes).result]
+    cluster.scale(0)
+    told = threading.Event()
+    monkeypatch.setattr(driver.logger, "warning", lambda *_: told.set())
+    threading.Thread(target=lambda: told.wait(60.0) and cluster.scale(1), daemon=True).start()
+    found += [outcome.result for outcome in outcomes]
+    assert sorted(found) == [2 * number for number in range(40)]
+    assert told.is_set()

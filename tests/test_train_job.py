@@ -604,7 +604,8 @@ def told(model: Path) -> tuple[str, int] | None:
 def test_a_cluster_of_our_own_that_has_lost_its_workers_is_given_up(monkeypatch):
     monkeypatch.setattr(train_job, "DESERTED", 0.0)
     workers = {"tcp://127.0.0.1:1": 1}
-    done = train_job._Manned(SimpleNamespace(nthreads=lambda: workers), lambda: False)
+    client = SimpleNamespace(nthreads=lambda: workers, scheduler=None)
+    done = train_job._watched(client, lambda: False)
     time.sleep(0.01)
     assert not done()
     workers.clear()

@@ -299,6 +299,9 @@ class Soak:
             self.cluster.scheduler.kill()
         elif kind == "a nanny killed":
             self.one_of(self.cluster.nannies).kill()
+            wait_until(lambda: not all(map(alive, self.cluster.nannies)), "the end of a nanny")
+            if not any(map(alive, self.cluster.nannies)):
+                self.cluster.mend()  # without any worker the command would wait for others to join
         elif kind.startswith("the command killed"):
             process.kill()
             process.wait()
