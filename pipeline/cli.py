@@ -143,6 +143,26 @@ def ingest_command(
             min=0.0,
         ),
     ] = 0.0,
+    align_series: Annotated[
+        bool,
+        typer.Option(
+            "--align-series",
+            help="Bring all times onto one, too, by H-alpha. Times for which that cannot be found out with "
+            "confidence are not moved, and flagged.",
+        ),
+    ] = False,
+    largest_jump: Annotated[
+        float,
+        typer.Option(help="Pixels between two scans that --align-series takes for the telescope's.", min=0.0),
+    ] = 40.0,
+    alignment_figure: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Draw the displacements, of the lines and along the series, to this file (.png, .pdf).",
+            show_default=False,
+        ),
+    ] = None,
     cluster: ClusterOption = "local",
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -158,12 +178,21 @@ def ingest_command(
         calibrate=calibrate,
         wavelength_zero=wavelength_zero,
         min_contrast=min_contrast,
+        align_series=align_series,
+        largest_jump=largest_jump,
         medium=medium,
         description=generic,
         overwrite=overwrite,
         call=_call(),
     )
     _say(report.summary())
+    if alignment_figure is not None:
+        from pipeline import figures
+        from pipeline.observation import open_observation
+
+        with open_observation(output) as observation:
+            figures.save_figure(figures.alignment_figure(observation), alignment_figure)
+        _say(f"{alignment_figure}: written")
 
 
 @app.command("inspect", epilog="Example: [bold]flarefield inspect '2014-09-06/*.fits'[/]")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 from inn.layout import CA8542, HALPHA
 from pipeline.errors import MisuseError
+from pipeline.registration import CONFIDENT
 from pipeline.results import NOVELTY_LEVEL, Flag, count_flags, is_preview
 
 Array = NDArray[np.float64]
@@ -117,6 +119,22 @@ LINE_TITLES = {HALPHA.name: "Hα", CA8542.name: "Ca II 8542"}
 def _style() -> Iterator[None]:
     with mpl.rc_context(STYLE):
         yield
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a picture; the suffix decides the format (``.png``, ``.pdf``, ``.svg``).
+
+    Raises
+    ------
+    MisuseError
+        It cannot be written there, or there is no such format.
+    """
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise MisuseError(
+            "the picture cannot be written", where=path, found=error, expected="a .png, .pdf or .svg file"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -594,4 +612,73 @@ def truth_figure(ds: xr.Dataset, truth: xr.Dataset, *, time: int = 0, height: fl
         figure.suptitle(
             f"{_titles(ds, time)}   height {float(ds['height'][level]):.2f} Mm", x=0.01, ha="left"
         )
+    return figure
+
+
+def alignment_figure(observation: xr.Dataset) -> Figure:
+    """Draw how the scans of an observation are displaced: the lines, and all times along an aligned series.
+
+    Parameters
+    ----------
+    observation : xarray.Dataset
+        An observation store.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        Displacements along y and x against time, and how far each is known. Open symbols, and vertical lines,
+        are times at which nothing was moved.
+    """
+    minutes = (observation["time"].values - observation["time"].values[0]) / np.timedelta64(60, "s")
+    series = "series_aligned" in observation
+    rows = [("shift", "shift_applied", "Ca II against Hα")]
+    rows += [("series_shift", "series_aligned", "Hα along the series")] if series else []
+    with _style():
+        figure = Figure(figsize=(7.5, 2.3 * (len(rows) + 1)), layout="constrained")
+        axes = figure.subplots(len(rows) + 1, 1, sharex=True)
+        for panel, (name, moved, title) in zip(axes, rows, strict=False):
+            known = observation[moved].values.astype(bool)
+            for axis, colour, symbol in (("y", ACCENT, "o"), ("x", TRUE, "s")):
+                values = observation[f"{name}_{axis}"].values
+                for chosen, face in ((known, colour), (~known, "none")):
+                    panel.plot(
+                        minutes[chosen], values[chosen], symbol, markersize=4, color=colour,
+                        markerfacecolor=face, label=f"along {axis}" if face == colour else None,
+                    )  # fmt: skip
+            if known.any():  # what is not trusted may lie anywhere
+                moves = np.concatenate([observation[f"{name}_{axis}"].values[known] for axis in "yx"])
+                room = max(0.5, 0.1 * float(np.ptp(moves)))
+                panel.set_ylim(float(moves.min()) - room, float(moves.max()) + room)
+            for minute in minutes[~known]:
+                panel.axvline(minute, color=MISSING, linewidth=1.0, zorder=0)
+            panel.set(
+                title=f"{title}: moved at {known.sum()} of {known.size} times", ylabel="displacement [pixel]"
+            )
+            panel.legend(loc="best", ncols=2)
+        last = axes[-1]
+        last.plot(
+            minutes, observation["shift_confidence"].values, "o", markersize=4, color=ACCENT, label="lines"
+        )
+        if series:
+            last.plot(
+                minutes, observation["series_confidence"].values, "s", markersize=7, color=TRUE,
+                markerfacecolor="none", label="series",
+            )  # fmt: skip
+            residual = observation["series_residual"].values
+            beside = last.twinx()
+            beside.plot(minutes, residual, ".-", linewidth=0.9, markersize=3, color="#666666")
+            beside.set_ylabel("left over [pixel]", color="#666666")
+            beside.set_ylim(
+                0.0, max(0.02, 1.2 * float(np.nanmax(residual))) if np.isfinite(residual).any() else 1.0
+            )
+            beside.spines["top"].set_visible(False)
+        last.axhline(CONFIDENT, color="#888888", linestyle="--", linewidth=0.9)
+        last.set(
+            title="Confidence (below the dashed line nothing is moved)",
+            ylabel="confidence", ylim=(-0.03, 1.05),
+            xlabel=f"minutes since {np.datetime_as_string(observation['time'].values[0], unit='s')} UTC",
+        )  # fmt: skip
+        last.legend(loc="lower left", ncols=2)
+        for panel in axes:
+            _open_frame(panel)
     return figure

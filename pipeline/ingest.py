@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +24,17 @@ from distributed import Client
 from numpy.typing import NDArray
 from zarr.core.sync import sync
 
+from pipeline.alignment import (
+    LARGEST_JUMP,
+    LARGEST_TURN,
+    STRIDES,
+    Link,
+    LinkTask,
+    Position,
+    find_link,
+    links_of,
+    positions,
+)
 from pipeline.calibration import QuietSunCalibration, Reference, calibrate_store, write_calibration
 from pipeline.cluster import ClusterConfig, opened
 from pipeline.crisp import LINES, Cube, Medium, Scan, find_scans, open_intensity, open_wavelength_shift
@@ -31,7 +43,7 @@ from pipeline.defects import Survey, granulation_contrast, header_contradictions
 from pipeline.driver import Outcome, run_bounded
 from pipeline.errors import FlareFieldError, InputError, MisuseError, StoreError
 from pipeline.journal import Journal
-from pipeline.observation import SHARD, finish, is_observation, lay_out
+from pipeline.observation import SHARD, finish, is_observation, lay_out, pointing_of
 from pipeline.pairing import TOLERANCE, Pair, check_alike, label, pair_scans
 from pipeline.progress import Progress
 from pipeline.provenance import flarefield_version, provenance, sha256_source, stamp
@@ -53,8 +65,10 @@ from pipeline.storage import Place, is_url, log_at, out_of_space, place
 
 logger = logging.getLogger("flarefield")
 
-KERNEL = 5
+KERNEL = 6
 """Version of what an observation's numbers depend on in this package; raised whenever they change."""
+
+STAYS = Shift(0.0, 0.0, 0.0)
 
 LISTED = 10  # files that an error names one by one
 
@@ -65,12 +79,16 @@ Cluster: TypeAlias = ClusterConfig | Client | None
 
 @dataclass(frozen=True)
 class PairTask:
-    """What a worker needs to write one time of a store; `unhashed` are the files whose SHA-256 it finds."""
+    """What a worker needs to write one time of a store; `unhashed` are the files whose SHA-256 it finds.
+
+    `position` is what both lines are moved by to lie on the series' reference, if it is aligned along time.
+    """
 
     store: str
     time: int
     pair: Pair
     unhashed: tuple[str, ...]
+    position: Shift = STAYS
 
 
 @dataclass(frozen=True)
@@ -97,6 +115,8 @@ class IngestReport:
         Times that an earlier run had finished.
     complete_before : bool
         The store was there already, made from the same files: nothing was done.
+    positions : tuple of Position
+        Where each time lies, if the series was aligned along time.
     """
 
     path: Path | str
@@ -108,6 +128,7 @@ class IngestReport:
     calibration: QuietSunCalibration | None = None
     resumed: int = 0
     complete_before: bool = False
+    positions: tuple[Position, ...] = ()
 
     def summary(self) -> str:
         """Say it in a few lines."""
@@ -126,6 +147,15 @@ class IngestReport:
             if len(applied) < len(self.shifts):
                 text += "; elsewhere its displacement is not certain (`shift_confidence`) and it stays"
             lines.append(text)
+        if self.positions:
+            known = [position for position in self.positions if position.known]
+            reach = max(float(np.hypot(position.y, position.x)) for position in known)
+            lines.append(
+                f"  series aligned along time in {len(known)} of {len(self.positions)} scans, moved by up to "
+                f"{reach:.1f} pixels"
+            )
+            if len(known) < len(self.positions):
+                lines[-1] += "; elsewhere nothing was moved (`series_aligned`), the log says why"
         if self.found:
             lines.append(f"  something is wrong with scans (`defects`), {self.found[0]}")
             if len(self.found) > 1:
@@ -151,6 +181,8 @@ def ingest(
     calibrate: Reference = "none",
     wavelength_zero: Reference = "none",
     min_contrast: float = 0.0,
+    align_series: bool = False,
+    largest_jump: float = LARGEST_JUMP,
     overwrite: bool = False,
 ) -> IngestReport:
     """Make an observation store from CRISP scans of both lines.
@@ -185,6 +217,12 @@ def ingest(
     min_contrast : float
         Contrast of the granulation (`pipeline.defects.granulation_contrast`) below which the seeing has
         spoilt a scan. It is kept and flagged (``poor_seeing``, also in a map's quality).
+    align_series : bool
+        Whether all times are also brought onto one, by H-alpha (`pipeline.alignment`): both lines are moved,
+        once. Times for which that cannot be found out stay as they are (``series_aligned`` is false, and a
+        map's quality says ``registration_uncertain``).
+    largest_jump : float
+        Pixels between two scans that are linked; a larger displacement is not taken for the telescope's.
     overwrite : bool
         Replace an observation made from other files. It stays as it is until the new one is finished; on an
         object store, which cannot rename, there is no observation for as long as it takes to copy the new
@@ -210,6 +248,7 @@ def ingest(
                 where=source,
                 remedy="fetch the files first, or mount the store; only the output may be a URL",
             )
+    jump = largest_jump if align_series else None
     target = place(output)
     if not target.can_hold():
         raise MisuseError(
@@ -228,7 +267,7 @@ def ingest(
             )
         pairs, unpaired, passed_over = _find_pairs(sources, tolerance, medium, description)
         if target.exists() and not overwrite:
-            _check_same(target, pairs, tolerance, calibrate, wavelength_zero, min_contrast, cluster)
+            _check_same(target, pairs, tolerance, calibrate, wavelength_zero, min_contrast, jump, cluster)
             log_at(target.journal).remove()
             return IngestReport(target.location, pairs, (), unpaired, passed_over, complete_before=True)
         try:
@@ -243,6 +282,7 @@ def ingest(
                 calibrate,
                 wavelength_zero,
                 min_contrast,
+                jump,
             )
         except OSError as failure:
             if (refusal := out_of_space(failure, target)) is not None:
@@ -384,25 +424,26 @@ def _write(
     surveys: tuple[Survey, Survey],
 ) -> None:
     pair = task.pair
-    # Where the displacement is not known Ca II stays as it is: a shift of zero resamples nothing.
-    moved = shift if shift.applied else Shift(0.0, 0.0, shift.confidence)
+    moves = (task.position, _total(task.position, shift))
     # Whether a chunk is empty costs more to find out than it saves.
     halpha, ca8542, valid, defects = (
         _array(group, name).with_config({"write_empty_chunks": True}) for name in (*LINES, "valid", "defects")
     )
-    overlap = fields[0] & move_mask(fields[1], moved)
-    found = np.where(overlap, surveys[0].defects | move_flags(surveys[1].defects, moved), np.uint8(0))
+    overlap = move_mask(fields[0], moves[0]) & move_mask(fields[1], moves[1])
+    seen = [move_flags(one.defects, move) for one, move in zip(surveys, moves, strict=True)]
+    found = np.where(overlap, seen[0] | seen[1], np.uint8(0))
     usable = dict.fromkeys(LINES, False)
     rows, columns = pair.halpha.shape
     for top in range(0, rows, SHARD):
         for left in range(0, columns, SHARD):
             y, x = slice(top, min(top + SHARD, rows)), slice(left, min(left + SHARD, columns))
-            own = _as_it_is(cubes[0], fields[0], y, x)
-            if shift.applied:
-                other = resample(cubes[1], fields[1], shift, y, x, pair.ca8542.saturation, surveys[1].spoilt)
-            else:
-                other = _as_it_is(cubes[1], fields[1], y, x)
-            for array, block, scan in ((halpha, own, pair.halpha), (ca8542, other, pair.ca8542)):
+            for array, scan, cube, field, move, one in zip(
+                (halpha, ca8542), (pair.halpha, pair.ca8542), cubes, fields, moves, surveys, strict=True
+            ):
+                if move.y == move.x == 0.0:
+                    block = _as_it_is(cube, field, y, x)
+                else:
+                    block = resample(cube, field, move, y, x, scan.saturation, one.spoilt)
                 if not usable[scan.line]:
                     usable[scan.line] = bool(np.any((block > 0) & (block < np.inf)))
                 array[task.time, y, x] = block
@@ -418,6 +459,13 @@ def _write(
                 remedy="fetch the file again, or leave the scan out",
             )
     _check_overlap((overlap, overlap), pair)
+
+
+def _total(position: Shift, shift: Shift) -> Shift:
+    """What Ca II is moved by, once: onto H-alpha where that is known, and with it onto the reference."""
+    if not shift.applied:
+        return position
+    return Shift(position.y + shift.y, position.x + shift.x, shift.confidence)
 
 
 def _check_overlap(fields: tuple[Mask, Mask], pair: Pair) -> None:
@@ -448,8 +496,9 @@ def _write_wavelength_shifts(
         if found is not None and scan.line == "ca8542" and task.pair.placed:
             found = PlacedCube(found[None], task.pair.halpha.shape, task.pair.placement)[0].astype(np.float64)
         values = np.where(field, 0.0 if found is None else found, np.nan)
-        if shift.applied and scan.line == "ca8542":
-            values = move_values(values, shift)
+        move = task.position if scan.line == "halpha" else _total(task.position, shift)
+        if move.y or move.x:
+            values = move_values(values, move)
         _array(group, name)[task.time] = values
 
 
@@ -476,14 +525,17 @@ def _make(
     calibrate: Reference,
     wavelength_zero: Reference,
     min_contrast: float,
+    largest_jump: float | None,
 ) -> IngestReport:
-    store, journal = _begun(output, _fingerprint(pairs, tolerance), pairs)
-    with journal:
+    store, journal = _begun(output, _fingerprint(pairs, tolerance, largest_jump), pairs)
+    # One cluster for all that is to be done.
+    with journal, nullcontext() if cluster is None else opened(cluster) as cluster:
         done = _taken_up(store, journal)
         resumed = len(done)
         files = _files_of_times(pairs)
+        places = None if largest_jump is None else _aligned(cluster, pairs, journal, largest_jump)
         waiting = (
-            PairTask(str(store), time, pair, files[time])
+            PairTask(str(store), time, pair, files[time], places[time].shift if places else STAYS)
             for time, pair in enumerate(pairs)
             if time not in done
         )
@@ -515,6 +567,13 @@ def _make(
                     shift.y,
                     shift.x,
                     shift.confidence,
+                )
+        for pair, position in zip(pairs, places or (), strict=False):
+            if not position.known:
+                logger.warning(
+                    "%s: its displacement along time is not known (%s); not moved",
+                    pair.halpha.name,
+                    position.refused,
                 )
         odd = _contradictions(pairs)
         contrasts = np.array([record["contrast"] for record in records], dtype=np.float64)
@@ -552,8 +611,14 @@ def _make(
                 "header_contradiction": [
                     pair.halpha.path in odd or pair.ca8542.path in odd for pair in pairs
                 ],
+                **({} if places is None else _of_positions(pairs, places)),
             },
-            {**applied, "least_contrast": min_contrast, "found": found},
+            {
+                **applied,
+                "least_contrast": min_contrast,
+                "found": found,
+                **({} if largest_jump is None else {"series_alignment": _alignment_record(largest_jump)}),
+            },
             unpaired,
             passed_over,
             call,
@@ -563,8 +628,73 @@ def _make(
     swap(output, store)
     log_at(output.journal).remove()
     return IngestReport(
-        output.location, pairs, shifts, unpaired, passed_over, tuple(found), calibration, resumed
+        output.location,
+        pairs,
+        shifts,
+        unpaired,
+        passed_over,
+        tuple(found),
+        calibration,
+        resumed,
+        positions=places or (),
     )
+
+
+def _aligned(
+    cluster: Cluster, pairs: tuple[Pair, ...], journal: Journal, largest_jump: float
+) -> tuple[Position, ...]:
+    """Positions of all times; links that an earlier run has found are taken from its journal."""
+    known = {
+        (record["link"]["earlier"], record["link"]["later"]): Link(**record["link"])
+        for record in journal.records()
+        if "link" in record
+    }
+    wanted = links_of(len(pairs))
+    tasks = (
+        LinkTask(first, second, (pairs[first].halpha, pairs[second].halpha))
+        for first, second in wanted
+        if (first, second) not in known
+    )
+    failures: list[tuple[Pair, BaseException]] = []
+    with Progress("aligning", len(wanted), "links", done=len(known)) as progress:
+        for outcome in _run(cluster, find_link, tasks):
+            answer = outcome.error or outcome.result
+            if isinstance(answer, dict):
+                journal.append({"link": answer})
+                known[answer["earlier"], answer["later"]] = Link(**answer)
+            elif answer is not None:
+                failures.append((pairs[outcome.task.later], answer))
+            progress.advance(1)
+    if failures:
+        raise _failed(failures, len(wanted))
+    return positions(len(pairs), known.values(), largest_jump)
+
+
+def _of_positions(pairs: tuple[Pair, ...], places: tuple[Position, ...]) -> dict[str, list[Any]]:
+    """What a store says of each time's position, and where its moved frame's middle points."""
+    pointing = [
+        pointing_of(pair.halpha, position.shift) for pair, position in zip(pairs, places, strict=True)
+    ]
+    return {
+        "series_shift_y": [position.y for position in places],
+        "series_shift_x": [position.x for position in places],
+        "series_confidence": [position.confidence for position in places],
+        "series_residual": [position.residual for position in places],
+        "series_aligned": [position.known for position in places],
+        "pointing_longitude": [longitude for longitude, _, _ in pointing],
+        "pointing_latitude": [latitude for _, latitude, _ in pointing],
+        "mu": [mu for _, _, mu in pointing],
+    }
+
+
+def _alignment_record(largest_jump: float) -> dict[str, Any]:
+    return {
+        "strides": list(STRIDES),
+        "least_confidence": CONFIDENT,
+        "largest_jump_pixels": largest_jump,
+        "largest_turn_degrees": LARGEST_TURN,
+        "method": "links between H-alpha scans by the registration's search; positions by least squares",
+    }
 
 
 def _contradictions(pairs: tuple[Pair, ...]) -> dict[str, tuple[str, ...]]:
@@ -589,7 +719,7 @@ def _begun(output: Place, fingerprint: dict[str, Any], pairs: tuple[Pair, ...]) 
     journal = Journal.create(store.journal, run, fingerprint)
     try:
         halpha, ca8542 = ([getattr(pair, line) for pair in pairs] for line in LINES)
-        lay_out(store.location, halpha, ca8542, {})
+        lay_out(store.location, halpha, ca8542, {}, aligned=fingerprint["largest_jump"] is not None)
         if any(np.isnan(zarr.open_array(store.zarr, path="mu", mode="r")[:])):
             logger.warning("%s: the frame's middle is off the disc at some times; mu is not defined", output)
     except BaseException:
@@ -609,7 +739,7 @@ def _taken_up(store: Place, journal: Journal) -> dict[int, dict[str, Any]]:
     return done
 
 
-def _fingerprint(pairs: tuple[Pair, ...], tolerance: float) -> dict[str, Any]:
+def _fingerprint(pairs: tuple[Pair, ...], tolerance: float, largest_jump: float | None) -> dict[str, Any]:
     """Everything that decides the store's content, as far as it is known without reading the files."""
     files = []
     for pair in pairs:
@@ -619,6 +749,7 @@ def _fingerprint(pairs: tuple[Pair, ...], tolerance: float) -> dict[str, Any]:
     return {
         "files": files,
         "tolerance": tolerance,
+        "largest_jump": largest_jump,
         "kernel": KERNEL,
         "flarefield": flarefield_version(),
         "libraries": {name: version(name) for name in ("numpy", "scipy", "zarr")},
@@ -649,7 +780,10 @@ def _finish(
         {
             **provenance(call, hashes),
             **attrs,
-            "reference_frame": "H-alpha, not resampled; Ca II 8542 moved onto it where shift_applied",
+            "reference_frame": "H-alpha, not resampled; Ca II 8542 moved onto it where shift_applied"
+            if "series_alignment" not in attrs
+            else "H-alpha of the first time that is aligned; both lines moved onto it where series_aligned, "
+            "Ca II 8542 onto H-alpha where shift_applied",
             "pairing_tolerance_seconds": tolerance,
             "unpaired": [{"file": scan.path, "line": scan.line, "time": str(scan.time)} for scan in unpaired],
             "passed_over": list(passed_over),
@@ -720,6 +854,7 @@ def _check_same(
     calibrate: Reference,
     wavelength_zero: Reference,
     min_contrast: float,
+    largest_jump: float | None,
     cluster: Cluster,
 ) -> None:
     """Accept an existing observation only if it was made from the same files in the same way."""
@@ -736,6 +871,8 @@ def _check_same(
         )
     elif attrs.get("least_contrast", 0.0) != min_contrast:
         differs = f"made with --min-contrast {attrs.get('least_contrast', 0.0)}, now {min_contrast}"
+    elif (jump := attrs.get("series_alignment", {}).get("largest_jump_pixels")) != largest_jump:
+        differs = f"made {_alignment_said(jump)}, now {_alignment_said(largest_jump)}"
     elif (media := _media(output)) != {getattr(pairs[0], line).medium for line in LINES}:
         differs = f"made with wavelengths in {' and '.join(sorted(media))}"
     elif len(recorded) != len(paths):
@@ -758,6 +895,12 @@ def _check_same(
             found=differs,
             remedy="choose another name, or --overwrite to replace it",
         )
+
+
+def _alignment_said(largest_jump: float | None) -> str:
+    if largest_jump is None:
+        return "without --align-series"
+    return f"with --align-series and jumps of {largest_jump:g} pixels at most"
 
 
 def _media(output: Place) -> set[str]:

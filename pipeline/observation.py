@@ -17,6 +17,11 @@ variable                                           dimensions   meaning
                                                                 there if it is the first one throughout
 ``shift_confidence``                               time         0 to 1, see `pipeline.registration.Shift`
 ``shift_applied``                                  time         whether Ca II was moved by that shift
+``series_shift_y``, ``series_shift_x``             time         pixels by which both lines were moved onto
+                                                                the series' reference (`pipeline.alignment`);
+                                                                this and what follows only in aligned series
+``series_confidence``, ``series_residual``         time         how well that is known; pixels left over
+``series_aligned``                                 time         whether it is known at all
 ``contrast_halpha``, ``contrast_ca8542``           time         contrast of the granulation in the wings
 ``poor_seeing``                                    time         a contrast is below what was asked for
 ``header_contradiction``                           time         a header contradicts itself or its wavelengths
@@ -31,10 +36,11 @@ variable                                           dimensions   meaning
 ``wavelength_shift_ca8542``                        (or y, x)    at each pixel; not there if all have the same
 =================================================  ===========  ==============================================
 
-H-alpha's frame and time are the reference: Ca II is brought onto it. What every file says of itself is in the
-``headers`` attribute of the line's variable, once for each file, and ``header_of_time`` says which of them a
-time came from; the function `fits_headers` reads both. Intensities that were calibrated
-(`pipeline.calibration`) have a ``scale_factor``, by which xarray multiplies as it reads.
+H-alpha's frame and time are the reference: Ca II is brought onto it. In an aligned series every time has the
+pixels of the first time that is aligned, and the pointing, by its own header, of the frame moved there. What
+every file says of itself is in the ``headers`` attribute of the line's variable, once for each file, and
+``header_of_time`` says which of them a time came from; the function `fits_headers` reads both. Intensities
+that were calibrated (`pipeline.calibration`) have a ``scale_factor``, by which xarray multiplies as it reads.
 """
 
 from __future__ import annotations
@@ -58,6 +64,7 @@ from pipeline.crisp.scan import Scan, cosine_of_pointing
 from pipeline.defects import Defect
 from pipeline.errors import MisuseError, StoreError
 from pipeline.pairing import Pair
+from pipeline.registration import Shift
 from pipeline.storage import place
 
 KIND = "observation"
@@ -126,6 +133,8 @@ def lay_out(
     halpha: Sequence[Scan],
     ca8542: Sequence[Scan],
     attrs: Mapping[str, Any],
+    *,
+    aligned: bool = False,
 ) -> None:
     """Make a whole observation store with no intensities in it yet, so that tasks only fill in what exists.
 
@@ -137,8 +146,12 @@ def lay_out(
         The scans of each time, in order: frames, axes and times come from them.
     attrs : mapping
         Attributes of the store, beside its kind.
+    aligned : bool
+        Whether the series is to be aligned along time.
     """
     template = coordinates(halpha, ca8542).assign(_of_times(len(halpha)))
+    if aligned:
+        template = template.assign(_of_alignment(len(halpha)))
     template.attrs = {"Conventions": "CF-1.11", "kind": KIND, "schema": SCHEMA, **attrs}
     with place(path).appearing() as store:
         template.to_zarr(store, mode="w", zarr_format=3, consolidated=False)
@@ -232,12 +245,7 @@ def coordinates(halpha: Sequence[Scan], ca8542: Sequence[Scan]) -> xr.Dataset:
     rows, columns = first.shape
     y, x = np.mgrid[:rows, :columns].astype(np.float64)
     longitude, latitude = first.frame.coordinates(x, y)
-    middle = (np.array([(columns - 1) / 2.0]), np.array([(rows - 1) / 2.0]))
-    pointing = np.array([[float(angle[0]) for angle in scan.frame.coordinates(*middle)] for scan in halpha])
-    mu = [
-        cosine_of_pointing((place[0], place[1]), scan.time)
-        for place, scan in zip(pointing.tolist(), halpha, strict=True)
-    ]
+    pointing = np.array([pointing_of(scan) for scan in halpha])
     offsets = [
         (np.arange(size) - reference) * step
         for size, reference, step in zip(
@@ -304,7 +312,7 @@ def coordinates(halpha: Sequence[Scan], ca8542: Sequence[Scan]) -> xr.Dataset:
             ),
             "mu": (
                 "time",
-                np.array(mu),
+                pointing[:, 2],
                 {
                     "units": "1",
                     "long_name": "cosine of the heliocentric angle",
@@ -341,6 +349,28 @@ def coordinates(halpha: Sequence[Scan], ca8542: Sequence[Scan]) -> xr.Dataset:
     for name in ("time", "time_halpha", "time_ca8542"):
         dataset[name].encoding = {"units": "microseconds since 1970-01-01", "dtype": "int64"}
     return dataset
+
+
+def pointing_of(scan: Scan, shift: Shift = Shift(0.0, 0.0, 0.0)) -> tuple[float, float, float]:  # noqa: B008
+    """Where the middle of a scan's frame points, by its own header, once the scan has been moved.
+
+    Parameters
+    ----------
+    scan : Scan
+    shift : Shift, optional
+        What it is moved by.
+
+    Returns
+    -------
+    longitude, latitude : float
+        Helioprojective, arcsec.
+    mu : float
+        Cosine of the heliocentric angle.
+    """
+    rows, columns = scan.shape
+    middle = (np.array([(columns - 1) / 2.0 - shift.x]), np.array([(rows - 1) / 2.0 - shift.y]))
+    longitude, latitude = (float(angle[0]) for angle in scan.frame.coordinates(*middle))
+    return longitude, latitude, float(cosine_of_pointing((longitude, latitude), scan.time))
 
 
 def finish(
@@ -572,5 +602,25 @@ def _of_times(times: int) -> dict[str, tuple[str, NDArray[Any], dict[str, str]]]
             "time",
             np.zeros(times, dtype=bool),
             {"long_name": "whether a header contradicts itself or its wavelengths"},
+        ),
+    }
+
+
+def _of_alignment(times: int) -> dict[str, tuple[str, NDArray[Any], dict[str, str]]]:
+    along = "pixels along {} by which both lines were moved onto the series' reference"
+    numbers = {
+        **{f"series_shift_{axis}": ("pixel", along.format(axis)) for axis in ("y", "x")},
+        "series_confidence": ("1", "confidence of the best of the time's links along the series"),
+        "series_residual": ("pixel", "root mean square of what the time's links leave over"),
+    }
+    return {
+        **{
+            name: ("time", np.full(times, np.nan), {"units": unit, "long_name": text})
+            for name, (unit, text) in numbers.items()
+        },
+        "series_aligned": (
+            "time",
+            np.zeros(times, dtype=bool),
+            {"long_name": "whether the time was brought onto the series' reference"},
         ),
     }

@@ -7,12 +7,13 @@ common to both, then to a hundredth of a pixel on the same field, apodised (`pip
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import ndimage
+from scipy import ndimage, optimize
 
 from pipeline.correlation import STEPS, fine_displacement, whole_displacement
 from pipeline.crisp.cube import Cube
@@ -36,6 +37,7 @@ LARGEST = 384  # pixels: more of a large field adds time, not accuracy
 LARGEST_SEARCH = 256  # of these, the search in whole pixels needs no more than
 LARGEST_BLOCK = 96
 FINE_BLOCKS = 96  # fields at least so wide are checked on 3 x 3 blocks, smaller ones on 2 x 2
+LEAST_BLOCKS = 4  # from which a turn is found
 FILLED = 0.4  # a block counts if at least this share of it lies in the field
 OVERLAP = 0.5  # share of the field that a shift must leave in common
 SMALLEST_DETAIL = 0.7  # pixels: below is photon noise, CRISP resolves about two pixels
@@ -77,6 +79,22 @@ class Shift:
     def applied(self) -> bool:
         """Whether the shift is trusted enough to be applied."""
         return self.confidence >= CONFIDENT
+
+
+@dataclass(frozen=True)
+class Turn:
+    """By how much a scan seems turned against another, counterclockwise where y points up.
+
+    Attributes
+    ----------
+    degrees : float
+        To a tenth of itself, for small ones; NaN where too few parts of the field can be compared.
+    error : float
+        Its standard error, from how well the parts agree.
+    """
+
+    degrees: float
+    error: float
 
 
 def field_of_view(cube: Cube) -> Mask:
@@ -177,12 +195,52 @@ def find_shift(
         The mean over the bands that convince, weighted by how well the images correlate. If none does, over
         those that agree with one another and weigh most.
     """
+    details = _details((halpha, ca8542), wavelengths, rest_wavelengths, fields)
+    return _combined([_estimate(*images, *masks) for images, masks in details])
+
+
+def find_motion(
+    cubes: tuple[Cube, Cube],
+    wavelengths: tuple[ArrayLike, ArrayLike],
+    rest_wavelengths: tuple[float, float],
+    fields: tuple[Mask, Mask],
+) -> tuple[Shift, Turn]:
+    """Find the shift that brings one scan onto another, as `find_shift` does, and whether it is turned.
+
+    Parameters
+    ----------
+    cubes : tuple of Cube, shape (wavelength, y, x)
+        The scan that stays, and the one to be moved.
+    wavelengths, rest_wavelengths, fields
+        Theirs, as for `find_shift`.
+
+    Returns
+    -------
+    shift : Shift
+    turn : Turn
+        From the displacements that the field's blocks have left when the whole is moved, in the band whose
+        images correlate best.
+    """
+    details = _details(cubes, wavelengths, rest_wavelengths, fields)
+    found = [_estimate(*images, *masks) for images, masks in details]
+    shift = _combined(found)
+    best = max(range(len(found)), key=lambda band: (found[band].confidence, found[band].weight))
+    return shift, _turn(*details[best][0], *details[best][1], np.array([shift.y, shift.x]))
+
+
+def _details(
+    cubes: tuple[Cube, Cube],
+    wavelengths: tuple[ArrayLike, ArrayLike],
+    rest_wavelengths: tuple[float, float],
+    fields: tuple[Mask, Mask],
+) -> list[tuple[tuple[Image, Image], tuple[Mask, Mask]]]:
+    """Contrast of both scans' structures, and where it is known, in each of `BANDS`."""
     middle = middle_box(fields[0] & fields[1], LARGEST)
     bands = [
         band_images(cube[:, *middle], wavelength, rest)
-        for cube, wavelength, rest in zip((halpha, ca8542), wavelengths, rest_wavelengths, strict=True)
+        for cube, wavelength, rest in zip(cubes, wavelengths, rest_wavelengths, strict=True)
     ]
-    found = []
+    details = []
     for band in BANDS:
         images, masks = [], []
         for by_band, field in zip(bands, fields, strict=True):
@@ -191,7 +249,12 @@ def find_shift(
             mask = np.asarray(ndimage.binary_fill_holes(good), dtype=np.bool_)
             images.append(_detail(by_band[band], good, mask))
             masks.append(mask)
-        found.append(_estimate(images[0], images[1], masks[0], masks[1]))
+        details.append(((images[0], images[1]), (masks[0], masks[1])))
+    return details
+
+
+def _combined(found: list[_Estimate]) -> Shift:
+    """One shift of those that the bands give."""
     convincing = [estimate for estimate in found if estimate.confidence >= CONFIDENT]
     chosen = convincing or _best_supported(found)
     shifts = np.array([estimate.shift for estimate in chosen])
@@ -441,22 +504,65 @@ def _agreement(
     reference: Image, moving: Image, reference_mask: Mask, moving_mask: Mask, shift: NDArray[np.float64]
 ) -> float:
     """Share of the common field's blocks that give the same shift when searched on their own."""
-    common = reference_mask & moving_mask
+    votes = []
+    for block in _blocks(reference_mask & moving_mask):
+        found = whole_displacement(
+            reference[block], moving[block], reference_mask[block], moving_mask[block], OVERLAP
+        )
+        votes.append(found is not None and np.abs(found - shift).max() <= AGREEMENT)
+    return float(np.mean(votes)) if len(votes) > 2 else 0.0
+
+
+def _blocks(common: Mask) -> list[tuple[slice, slice]]:
+    """Parts of the common field that are compared on their own."""
     rows, columns = (np.flatnonzero(common.any(axis=axis)) for axis in (1, 0))
     count = 3 if min(np.ptp(rows), np.ptp(columns)) + 1 >= FINE_BLOCKS else 2
     edges = [np.linspace(line[0], line[-1] + 1, count + 1).astype(int) for line in (rows, columns)]
-    votes = []
-    for top, bottom in zip(edges[0][:-1], edges[0][1:], strict=True):
-        for left, right in zip(edges[1][:-1], edges[1][1:], strict=True):
-            block = (slice(top, bottom), slice(left, right))
-            if common[block].size == 0 or common[block].mean() < FILLED:
-                continue
-            inner = _centre(block, LARGEST_BLOCK)
-            found = whole_displacement(
-                reference[inner], moving[inner], reference_mask[inner], moving_mask[inner], OVERLAP
-            )
-            votes.append(found is not None and np.abs(found - shift).max() <= AGREEMENT)
-    return float(np.mean(votes)) if len(votes) > 2 else 0.0
+    blocks = [
+        (slice(top, bottom), slice(left, right))
+        for top, bottom in itertools.pairwise(edges[0].tolist())
+        for left, right in itertools.pairwise(edges[1].tolist())
+    ]
+    return [
+        _centre(block, LARGEST_BLOCK)
+        for block in blocks
+        if common[block].size and common[block].mean() >= FILLED
+    ]
+
+
+def _turn(
+    reference: Image, moving: Image, reference_mask: Mask, moving_mask: Mask, shift: NDArray[np.float64]
+) -> Turn:
+    """Turn between images, from what is left of their blocks' displacements after the shift."""
+    common = reference_mask & ndimage.shift(moving_mask, np.rint(shift), order=0, prefilter=False)
+    unknown = Turn(np.nan, np.nan)
+    if not common.any():
+        return unknown
+    moved = ndimage.shift(moving, shift, order=3)
+    places, left = [], []
+    for block in _blocks(common):
+        window = np.square(np.sin(0.5 * np.pi * np.minimum(_depth(common[block]) / TAPER, 1.0)))
+        apodised = [
+            (part - np.average(part, weights=window)) * window for part in (reference[block], moved[block])
+        ]
+        if all(image.any() for image in apodised):
+            displacement = fine_displacement(apodised[0], apodised[1])
+            if np.abs(displacement).max() <= 2.0 * AGREEMENT:  # not one that has nothing in common
+                places.append([0.5 * (side.start + side.stop - 1) for side in block])
+                left.append(displacement)
+    if len(places) < LEAST_BLOCKS:
+        return unknown
+    y, x = (np.array(places) - np.mean(places, axis=0)).T
+    # What was turned counterclockwise by an angle has been moved by it times (x, -y), along (y, x).
+    lever = np.concatenate((-x, y))
+    values = np.concatenate(np.array(left).T)
+    design = np.stack((lever, np.repeat([1.0, 0.0], len(x)), np.repeat([0.0, 1.0], len(x))), axis=1)
+    fit = optimize.least_squares(
+        lambda unknowns: design @ unknowns - values, np.zeros(3), loss="soft_l1", f_scale=0.1
+    )
+    spread = float(np.sqrt(np.sum(fit.fun**2) / (len(values) - 3)))
+    angle, error = fit.x[0], spread / float(np.sqrt(np.sum(lever**2)))
+    return Turn(float(np.degrees(angle)), float(np.degrees(error)))
 
 
 def _detail(image: Image, good: Mask, mask: Mask) -> Image:

@@ -68,7 +68,7 @@ class Flag(IntFlag):
     FAILED = 64
     """The computation failed; the journal beside the map says how."""
     REGISTRATION_UNCERTAIN = 128
-    """No reliable shift between the two lines was found for this time, and none was applied."""
+    """No reliable shift was found for this time, of the lines or along an aligned series; none applied."""
     NOT_DONE = 256
     """The run has not come to this pixel yet."""
     NOT_SELECTED = 512

@@ -523,8 +523,9 @@ def _compute(
         quality |= _where(valid & ~known, Flag.NOT_FINITE)
         missed = known & ~covered(wavelength[window.name], window, moved)
         quality |= _where(valid & missed, Flag.WAVELENGTH_NOT_COVERED)
-    if "shift_applied" in observation and not bool(observation["shift_applied"].isel(time=tile.time)):
-        quality |= _where(valid, Flag.REGISTRATION_UNCERTAIN)
+    for name in ("shift_applied", "series_aligned"):
+        if name in observation and not bool(observation[name].isel(time=tile.time)):
+            quality |= _where(valid, Flag.REGISTRATION_UNCERTAIN)
     quality |= np.where(valid, _known_defects(observation, here), np.uint16(0))
 
     values = _empty(tile, len(spec.quantiles), model.layout.heights.size)

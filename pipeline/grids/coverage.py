@@ -40,7 +40,7 @@ from scipy.signal import find_peaks
 
 from inn.layout import CA8542, HALPHA, LineWindow
 from pipeline.errors import MisuseError
-from pipeline.figures import ACCENT, LINE_TITLES, LOOKS, NAMES, STYLE, TRUE
+from pipeline.figures import ACCENT, LINE_TITLES, LOOKS, NAMES, STYLE, TRUE, save_figure
 from pipeline.grids.store import STATUS, open_grid, split
 from pipeline.training_set import content_hash
 
@@ -517,12 +517,4 @@ def show_grid(
     if figure is not None:
         with open_grid(path) as grid:
             drawn = coverage_figure(grid, mu=mu)
-        try:
-            drawn.savefig(figure)
-        except (OSError, ValueError) as error:
-            raise MisuseError(
-                "the picture cannot be written",
-                where=figure,
-                found=error,
-                expected="a .png, .pdf or .svg file",
-            ) from error
+        save_figure(drawn, figure)

@@ -1,0 +1,280 @@
+"""Alignment along time: known displacements of scenes that change, and links whose sums are known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import xarray as xr
+from scipy import ndimage
+from typer.testing import CliRunner
+
+from pipeline import ingest as engine
+from pipeline.alignment import LARGEST_TURN, Link, links_of, positions
+from pipeline.cli import app
+from pipeline.crisp.fchroma import file_name, write_fchroma
+from pipeline.errors import MisuseError
+from pipeline.figures import alignment_figure
+from pipeline.ingest import ingest
+from pipeline.observation import open_observation
+from pipeline.registration import find_motion
+from tests.fchroma_files import (
+    BETWEEN_LINES,
+    CADENCE,
+    START,
+    WAVELENGTH_CA8542,
+    WAVELENGTH_HALPHA,
+    displace,
+    scene,
+)
+
+SHAPE = (110, 130)
+MARGIN = 30
+AXES = {"halpha": WAVELENGTH_HALPHA, "ca8542": WAVELENGTH_CA8542}
+REST = 6564.61
+TRACK = np.array([(0.0, 0.0), (1.3, -0.8), (2.9, -2.2), (2.4, -3.9), (5.6, -3.1), (7.7, -6.4)])
+"""Pixels (y, x) by which the telescope has the scene displaced in each scan."""
+LINES_APART = (2.6, -1.3)
+RUINED = 3
+
+
+def wide_scene(time: int) -> tuple[np.ndarray, np.ndarray]:
+    """The Sun around the field: a tenth of the granules is new with each scan, ribbons brighten tenfold."""
+    wide = (SHAPE[0] + 2 * MARGIN, SHAPE[1] + 2 * MARGIN)
+    brightness = 0.3 * 10.0 ** (time / (len(TRACK) - 1))
+    old, new = (scene(np.random.default_rng(seed), wide, brightness) for seed in (5, 6))
+    share = 0.1 * time
+    return tuple((1.0 - share) * one + share * other for one, other in zip(old, new, strict=True))
+
+
+def seen(cube: np.ndarray, displacement: tuple[float, float]) -> np.ndarray:
+    """The field's part of a wide scene that the telescope has displaced."""
+    inside = (slice(MARGIN, MARGIN + SHAPE[0]), slice(MARGIN, MARGIN + SHAPE[1]))
+    return np.stack([displace(image, *displacement)[inside] for image in cube])
+
+
+def noisy(cube: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return np.maximum(cube + np.sqrt(np.maximum(cube, 1.0)) * rng.standard_normal(cube.shape), 1.0)
+
+
+def write_series(folder, ruined=(), jump=None):
+    rng = np.random.default_rng(11)
+    for time, track in enumerate(TRACK):
+        place = track + (np.array(jump[1]) if jump and time >= jump[0] else 0.0)
+        for line, cube in zip(AXES, wide_scene(time), strict=True):
+            own = place - (np.array(LINES_APART) if line == "ca8542" else 0.0)
+            image = noisy(seen(cube, tuple(own)), rng)
+            if time in ruined and line == "halpha":
+                image = noisy(np.full_like(image, 2000.0), rng)
+            moment = START + time * CADENCE + (0 if line == "halpha" else BETWEEN_LINES)
+            write_fchroma(folder / file_name(line, START, time), image, AXES[line], moment)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def series(tmp_path_factory):
+    return write_series(tmp_path_factory.mktemp("series"))
+
+
+@pytest.fixture(scope="module")
+def aligned(series, tmp_path_factory):
+    path = tmp_path_factory.mktemp("aligned") / "obs.zarr"
+    report = ingest([series], path, call="test", align_series=True)
+    return path, report
+
+
+def test_all_times_are_found_to_a_tenth_of_a_pixel_whatever_the_ribbons_do(aligned):
+    path, report = aligned
+    with open_observation(path) as observation:
+        found = np.stack([observation.series_shift_y.values, observation.series_shift_x.values], axis=1)
+        assert np.abs(found + TRACK).max() < 0.1
+        assert observation.series_aligned.values.all()
+        assert observation.shift_applied.values.all()
+        assert (observation.series_residual.values < 0.1).all()
+        assert (observation.series_confidence.values >= 0.6).all()
+        assert observation.attrs["series_alignment"]["largest_jump_pixels"] == 40.0
+    assert "aligned along time in 6 of 6 scans" in report.summary()
+
+
+def test_both_lines_of_all_times_show_the_scene_where_the_first_does(aligned):
+    with open_observation(aligned[0]) as observation:
+        for time in range(len(TRACK)):
+            here = observation.isel(time=time)
+            valid = ndimage.binary_erosion(here.valid.values, iterations=3)
+            assert 0.75 < valid.mean() < 1.0 or time == 0
+            for line, cube in zip(AXES, wide_scene(time), strict=True):
+                expected = np.moveaxis(seen(cube, (0.0, 0.0)), 0, -1)[valid]
+                error = (here[line].values[valid] - expected) / np.sqrt(expected)
+                # Photon noise, which splines make smoother, and what a hundredth of a pixel is off.
+                assert np.sqrt(np.mean(error**2)) < 1.3
+                assert abs(np.mean(error)) < 0.05
+
+
+def test_pointing_is_that_of_each_header_for_the_frame_as_it_was_moved(series, aligned, tmp_path):
+    ingest([series], tmp_path / "plain.zarr", call="test")
+    with open_observation(tmp_path / "plain.zarr") as plain, open_observation(aligned[0]) as observation:
+        assert "series_aligned" not in plain
+        # All headers point at one place, so a scene moved up shows at a pixel what lies lower by its header.
+        for axis, name in enumerate(("latitude", "longitude")):
+            moved = (observation[f"pointing_{name}"] - plain[f"pointing_{name}"]).values
+            np.testing.assert_allclose(moved, 0.057 * TRACK[:, axis], atol=0.01)
+        np.testing.assert_array_equal(observation.longitude, plain.longitude)
+        assert np.abs(observation.mu.values - plain.mu.values).max() < 1e-3
+
+
+def test_a_ruined_scan_is_flagged_and_bridged(tmp_path, capsys):
+    write_series(tmp_path, ruined=(RUINED,))
+    report = ingest([tmp_path], tmp_path / "obs.zarr", call="test", align_series=True)
+    known = [position.known for position in report.positions]
+    assert known == [time != RUINED for time in range(len(TRACK))]
+    assert "confidence of only" in report.positions[RUINED].refused
+    assert "in 5 of 6 scans" in report.summary()
+    with open_observation(tmp_path / "obs.zarr") as observation:
+        found = np.stack([observation.series_shift_y.values, observation.series_shift_x.values], axis=1)
+        assert np.isnan(found[RUINED]).all()
+        assert np.abs(np.delete(found + TRACK, RUINED, axis=0)).max() < 0.1
+        np.testing.assert_array_equal(observation.series_aligned, known)
+
+
+def test_a_jump_is_refused_and_the_smaller_part_stays(tmp_path):
+    write_series(tmp_path, jump=(4, (11.0, -9.0)))
+    report = ingest([tmp_path], tmp_path / "obs.zarr", call="test", align_series=True, largest_jump=10.0)
+    assert [position.known for position in report.positions] == [True] * 4 + [False] * 2
+    assert "jump of" in report.positions[4].refused
+    assert "more than 10" in report.positions[4].refused
+    with open_observation(tmp_path / "obs.zarr") as observation:
+        later = observation.isel(time=4)
+        own = noisy(seen(wide_scene(4)[0], tuple(TRACK[4] + (11.0, -9.0))), np.random.default_rng(0))
+        # As it was in its file: not moved at all.
+        error = (later.halpha.values - np.moveaxis(own, 0, -1)) / np.sqrt(np.moveaxis(own, 0, -1))
+        assert np.sqrt(np.mean(error**2)) < 2.0
+    with pytest.raises(MisuseError, match="made from other files, or otherwise") as refusal:
+        ingest([tmp_path / "*.fits"], tmp_path / "obs.zarr", call="test")
+    assert "without --align-series" in str(refusal.value.found)
+
+
+def test_links_are_not_searched_for_twice(series, aligned, tmp_path, monkeypatch):
+    class Interrupted(Exception):
+        """The command is killed before any pair is written."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "ingest_pair", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        ingest([series], tmp_path / "obs.zarr", call="test", align_series=True)
+    monkeypatch.undo()
+    monkeypatch.setattr(engine, "find_link", interrupt)
+    ingest([series], tmp_path / "obs.zarr", call="test", align_series=True)
+    with open_observation(tmp_path / "obs.zarr") as resumed, open_observation(aligned[0]) as undisturbed:
+        xr.testing.assert_identical(resumed.drop_attrs().load(), undisturbed.drop_attrs().load())
+
+
+def test_a_turned_field_is_told_from_one_that_is_displaced():
+    rng = np.random.default_rng(3)
+    field = (np.ones((150, 170), dtype=bool),) * 2
+    cube = wide_scene(0)[0]
+    for angle in (0.0, 0.6, -0.4):
+        turned = np.stack([turn(image, angle) for image in cube])
+        pair = tuple(noisy(one, rng)[:, 10:160, 10:180] for one in (cube, turned))
+        shift, found = find_motion(pair, (WAVELENGTH_HALPHA,) * 2, (REST,) * 2, field)
+        # The blocks' windows stand still, which makes a turn a tenth too small.
+        assert abs(found.degrees - 0.93 * angle) < 0.07 * abs(angle) + max(2.0 * found.error, 0.02)
+        assert found.error < 0.05
+        link = Link(0, 1, shift.y, shift.x, 1.0, found.degrees, found.error)
+        refusal = link.refusal(40.0)
+        assert (refusal is None) == (angle == 0.0)
+        assert refusal is None or "turned" in refusal
+
+
+def turn(image: np.ndarray, angle: float) -> np.ndarray:
+    """Turn an image counterclockwise, where y points up, about its middle."""
+    sine, cosine = np.sin(np.radians(angle)), np.cos(np.radians(angle))
+    middle = (np.array(image.shape) - 1) / 2.0
+    back = np.array([[cosine, -sine], [sine, cosine]])  # (y, x) of where a pixel of the turned image was
+    return ndimage.affine_transform(image, back, middle - back @ middle, order=3, mode="nearest")
+
+
+# Positions
+
+
+def links(track: np.ndarray, rng: np.random.Generator, error: float, strides=None) -> list[Link]:
+    return [
+        Link(first, second, *(track[first] - track[second] + error * rng.standard_normal(2)), 0.9, 0.0, 0.01)
+        for first, second in links_of(len(track))
+        if strides is None or second - first in strides
+    ]
+
+
+def errors(track: np.ndarray, found) -> np.ndarray:
+    return np.array([(position.y, position.x) for position in found]) + (track - track[0])
+
+
+def test_errors_do_not_add_up_over_a_long_series():
+    rng = np.random.default_rng(4)
+    track = np.cumsum(rng.normal(0.0, 0.5, (240, 2)), axis=0)
+    joined = errors(track, positions(240, links(track, rng, 0.03)))
+    alone = errors(track, positions(240, links(track, rng, 0.03, strides=(1,))))
+    # A walk of 239 steps of 0.03 ends 0.46 off; over 30 links of eight steps, 0.16.
+    assert np.sqrt(np.mean(joined[200:] ** 2)) < 0.25
+    assert np.sqrt(np.mean(joined**2)) < 0.6 * np.sqrt(np.mean(alone**2))
+    exact = errors(track, positions(240, links(track, rng, 0.0)))
+    np.testing.assert_allclose(exact, 0.0, atol=1e-9)
+
+
+def test_a_link_that_went_wrong_is_left_out():
+    rng = np.random.default_rng(5)
+    track = np.cumsum(rng.normal(0.0, 0.5, (20, 2)), axis=0)
+    all_links = links(track, rng, 0.02)
+    wrong = next(number for number, link in enumerate(all_links) if (link.earlier, link.later) == (9, 10))
+    all_links[wrong] = replace(all_links[wrong], y=all_links[wrong].y + 7.0)
+    found = positions(20, all_links)
+    assert np.abs(errors(track, found)).max() < 0.1
+    assert all(position.residual < 0.1 for position in found)
+
+
+def test_what_no_link_holds_together_is_not_known():
+    rng = np.random.default_rng(6)
+    track = np.zeros((6, 2))
+    broken = [
+        replace(link, confidence=0.3) if link.earlier < 2 <= link.later else link
+        for link in links(track, rng, 0.0)
+    ]
+    found = positions(6, broken)
+    assert [position.known for position in found] == [False, False, True, True, True, True]
+    assert (found[2].y, found[2].x) == (0.0, 0.0)
+    assert "confidence of only 0.30" in found[0].refused
+    assert found[0].shift.y == 0.0
+    assert np.isnan(found[0].y)
+    assert positions(1, [])[0].known
+    assert [position.known for position in positions(2, [])] == [True, False]
+    assert Link(0, 1, 0.0, 0.0, 1.0, LARGEST_TURN * 3, 0.01).refusal(40.0) is not None
+    assert Link(0, 1, 0.0, 0.0, 1.0).refusal(40.0) is None
+
+
+# The picture
+
+
+def test_the_picture_shows_both_displacements(aligned, series, tmp_path):
+    with open_observation(aligned[0]) as observation:
+        figure = alignment_figure(observation)
+        titles = [axes.get_title(loc="left") for axes in figure.axes]
+        assert titles[:2] == [
+            "Ca II against Hα: moved at 6 of 6 times",
+            "Hα along the series: moved at 6 of 6 times",
+        ]
+        drawn = {line.get_label(): line.get_ydata() for line in figure.axes[1].lines}
+        np.testing.assert_allclose(drawn["along y"], observation.series_shift_y)
+        lost = observation.load().copy(deep=True)
+    lost["series_aligned"][:] = False
+    lost["series_residual"][:] = np.nan
+    assert "moved at 0 of 6" in alignment_figure(lost).axes[1].get_title(loc="left")
+
+
+def test_the_command_draws_it(series, tmp_path):
+    picture = tmp_path / "alignment.png"
+    arguments = ["ingest", str(series), str(tmp_path / "obs.zarr"), "--alignment-figure", str(picture)]
+    result = CliRunner().invoke(app, [*arguments, "--cluster", "local"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
