@@ -293,12 +293,14 @@ def test_what_ingest_has_found_comes_into_quality(spec, tmp_path):
     dataset["change_between_lines"] = (("time", "y", "x"), change, {"units": "1", "threshold": 0.05})
     dataset["poor_seeing"] = ("time", np.array([False, True]))
     dataset["header_contradiction"] = ("time", np.array([True, False]))
+    dataset["series_aligned"] = ("time", np.array([False, True]))
     write_store(dataset, observation)
     plain = tiles.compute_tile(spec, GRID[0])
     spec = replace(spec, observation=str(observation), observation_hash=observation_hash(observation))
     whole = TileGrid((2, 20, 18), (20, 18))
     first, second = (tiles.compute_tile(spec, tile) for tile in whole)
-    expected = np.where(dataset.valid[0], np.uint16(Flag.HEADER_CONTRADICTION), np.uint16(0))
+    everywhere = Flag.HEADER_CONTRADICTION | Flag.REGISTRATION_UNCERTAIN  # not aligned along time
+    expected = np.where(dataset.valid[0], np.uint16(everywhere), np.uint16(0))
     expected[10, 11] |= np.uint16(Flag.SPIKE | Flag.CHANGED_BETWEEN_LINES)
     expected[12, 13] |= np.uint16(Flag.DEAD_PIXEL)
     said = (
@@ -307,12 +309,13 @@ def test_what_ingest_has_found_comes_into_quality(spec, tmp_path):
         | Flag.WAVELENGTH_MISSING
         | Flag.POOR_SEEING
         | Flag.CHANGED_BETWEEN_LINES
-        | Flag.HEADER_CONTRADICTION
+        | everywhere
     )
     np.testing.assert_array_equal(first["quality"] & said, expected)
     assert np.isfinite(first["temperature"][10, 11]).all()
     assert np.isnan(first["temperature"][12, 13]).all()
-    assert second["quality"][14, 15] & said == Flag.WAVELENGTH_MISSING | Flag.POOR_SEEING
+    of_lines = Flag.REGISTRATION_UNCERTAIN
+    assert second["quality"][14, 15] & said == Flag.WAVELENGTH_MISSING | Flag.POOR_SEEING | of_lines
     assert np.isnan(second["temperature"][14, 15]).all()
     assert (plain["quality"] & said == 0).all()
 
