@@ -22,9 +22,10 @@ logger = logging.getLogger("flarefield")
 PAUSE = 0.02
 """Seconds to wait for more results before they are fetched, and new tasks submitted, together."""
 DESERTED = 60.0
-"""Seconds without any worker after which it is said: one that died is replaced within a few."""
+"""Seconds without any worker after which it is said, and a job on a cluster of this machine given up: one
+that died is replaced within a few, and nobody else joins."""
 PATIENCE = 600.0
-"""Seconds without any worker after which a job is given up, unless a batch system is to start some."""
+"""Seconds without any worker after which a job is given up on a cluster that others run, and may mend."""
 
 
 @dataclass(frozen=True)
@@ -162,9 +163,7 @@ def run_bounded(
     # A batch's results are fetched together, and submissions go out in batches: a message for each task would
     # cost more than a small task does. Without a pause a batch of small tasks would hold one or two of them.
     # (`as_completed` could fetch results, but would wait for ever when the scheduler is lost meanwhile.)
-    # A batch system starts others in place of workers whose time is over, when it comes to that.
-    replaced = client.cluster is not None and not isinstance(client.cluster, LocalCluster)
-    manned = Manned(client, math.inf if replaced else PATIENCE)
+    manned = Manned(client, _patience(client))
     in_flight = as_completed(more(window), loop=client.loop, raise_errors=False)
     try:
         for batch in _batches(in_flight, manned):
@@ -193,6 +192,14 @@ def run_bounded(
     finally:
         if pending and client.status == "running":
             client.cancel(list(pending), force=True)
+
+
+def _patience(client: Client) -> float:
+    """Seconds that a cluster may be without workers."""
+    if client.cluster is None:
+        return PATIENCE
+    # A batch system starts others in place of workers whose time is over, when it comes to that.
+    return DESERTED if isinstance(client.cluster, LocalCluster) else math.inf
 
 
 def _batches(in_flight: as_completed, manned: Manned) -> Iterator[list[Future]]:

@@ -167,7 +167,7 @@ def small_cluster():
 
 
 def test_a_cluster_that_has_lost_all_workers_is_given_up(small_cluster, monkeypatch):
-    monkeypatch.setattr(driver, "PATIENCE", 0.3)
+    monkeypatch.setattr(driver, "DESERTED", 0.3)
     cluster, client = small_cluster
     outcomes = run_bounded(client, double, range(1000), window=4)
     next(outcomes)
@@ -179,7 +179,12 @@ def test_a_cluster_that_has_lost_all_workers_is_given_up(small_cluster, monkeypa
 
 def test_workers_that_join_in_time_go_on_where_none_was_left(small_cluster, monkeypatch):
     monkeypatch.setattr(driver, "DESERTED", 0.2)
-    cluster, client = small_cluster
+    cluster, _ = small_cluster
+    with Client(cluster.scheduler_address, set_as_default=False) as client:  # of a cluster that others run
+        _goes_on(client, cluster, monkeypatch)
+
+
+def _goes_on(client, cluster, monkeypatch):
     outcomes = run_bounded(client, double, range(40), window=4)
     found = [next(outcomes).result]
     cluster.scale(0)

@@ -259,25 +259,45 @@ class Soak:
         process = begin(command, self.log)
         happened = []
         try:
-            while plan and time.monotonic() < self.deadline and self.comes_to_a_moment(process, output):
+            while (
+                plan
+                and time.monotonic() < self.deadline
+                and self.comes_to_a_moment(process, output, elsewhere=elsewhere)
+            ):
                 if not elsewhere:
                     self.relatives += family(process)
                 if self.happens(plan[0], process, output, elsewhere=elsewhere):
                     happened.append(plan.pop(0))
-            wait_until(lambda: not alive(process), "the end of a command")
+            wait_until(lambda: self.over(process, elsewhere=elsewhere), "the end of a command")
             return self.ending(process.wait()), happened
+        except ProblemError as problem:
+            said = self.log.read_text(errors="replace")[-2000:]
+            raise ProblemError(f"{problem}, after {', '.join(happened) or 'nothing'}: {said}") from problem
         finally:
             end(process)
 
-    def comes_to_a_moment(self, process: psutil.Popen, output: Path) -> bool:
+    def comes_to_a_moment(self, process: psutil.Popen, output: Path, *, elsewhere: bool) -> bool:
         """Wait for a random moment; False if the command ends before."""
         if self.random.uniform() < 0.4:
             moment = time.monotonic() + self.random.uniform(0.0, 10.0)
-            wait_until(lambda: not alive(process) or time.monotonic() > moment, "a moment")
+            wait_until(
+                lambda: self.over(process, elsewhere=elsewhere) or time.monotonic() > moment, "a moment"
+            )
         else:
             tiles = len(recorded(output)) + self.random.integers(1, len(GRID) // 4)
-            wait_until(lambda: not alive(process) or len(recorded(output)) >= tiles, "finished tiles")
+            wait_until(
+                lambda: self.over(process, elsewhere=elsewhere) or len(recorded(output)) >= tiles,
+                "finished tiles",
+            )
         return alive(process)
+
+    def over(self, process: psutil.Popen, *, elsewhere: bool) -> bool:
+        """Whether a command has ended; until then workers join a cluster that has lost all of them."""
+        scheduler = self.cluster.scheduler
+        manned = not elsewhere or any(map(alive, self.cluster.nannies))
+        if not manned and scheduler is not None and alive(scheduler):
+            self.cluster.mend()
+        return not alive(process)
 
     def ending(self, code: int) -> str:
         """How a command has ended, in a few words."""
@@ -299,9 +319,6 @@ class Soak:
             self.cluster.scheduler.kill()
         elif kind == "a nanny killed":
             self.one_of(self.cluster.nannies).kill()
-            wait_until(lambda: not all(map(alive, self.cluster.nannies)), "the end of a nanny")
-            if not any(map(alive, self.cluster.nannies)):
-                self.cluster.mend()  # without any worker the command would wait for others to join
         elif kind.startswith("the command killed"):
             process.kill()
             process.wait()
