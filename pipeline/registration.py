@@ -138,8 +138,30 @@ def _equal(image: NDArray[Any], value: float) -> Mask:
     return np.asarray(image == value)
 
 
+def band_wavelengths(wavelength: ArrayLike, rest_wavelength: float) -> tuple[Mask, Mask, Mask]:
+    """Which wavelengths of a line each of `BANDS` takes: the same shares of its range, whichever the line.
+
+    Parameters
+    ----------
+    wavelength : array_like, shape (wavelength,)
+        Angstrom, increasing.
+    rest_wavelength : float
+        Of the line, Angstrom; inside the axis.
+
+    Returns
+    -------
+    tuple of ndarray of bool, shape (wavelength,)
+    """
+    offset = np.asarray(wavelength, dtype=np.float64) - rest_wavelength
+    reach = min(-offset[0], offset[-1])
+    # A wavelength at a band's end belongs to it, whatever the last digits of a conversion from air.
+    least = WING * reach - ROUNDING
+    core = max(CORE * reach, np.abs(offset).min()) + ROUNDING
+    return offset <= -least, np.abs(offset) <= core, offset >= least
+
+
 def band_images(cube: Cube, wavelength: ArrayLike, rest_wavelength: float) -> dict[str, Image]:
-    """Images in `BANDS`: means over the same shares of a line's range, whichever the line.
+    """Images in `BANDS`: means over the wavelengths that `band_wavelengths` chooses.
 
     Parameters
     ----------
@@ -154,15 +176,7 @@ def band_images(cube: Cube, wavelength: ArrayLike, rest_wavelength: float) -> di
     -------
     dict of str to ndarray, shape (y, x)
     """
-    offset = np.asarray(wavelength, dtype=np.float64) - rest_wavelength
-    reach = min(-offset[0], offset[-1])
-    # A wavelength at a band's end belongs to it, whatever the last digits of a conversion from air.
-    least = WING * reach - ROUNDING
-    chosen = (
-        offset <= -least,
-        np.abs(offset) <= max(CORE * reach, np.abs(offset).min()) + ROUNDING,
-        offset >= least,
-    )
+    chosen = band_wavelengths(wavelength, rest_wavelength)
     return {
         band: np.mean(cube[points], axis=0, dtype=np.float32)
         for band, points in zip(BANDS, chosen, strict=True)
