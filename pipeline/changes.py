@@ -37,12 +37,22 @@ import zarr
 from numpy.typing import NDArray
 from scipy import ndimage
 from zarr.codecs import BloscCodec
+from zarr.core.sync import sync
 
 from pipeline.crisp import LINES, Scan
 from pipeline.crisp.cube import Cube
 from pipeline.errors import FlareFieldError, StoreError
 from pipeline.pairing import cadence
-from pipeline.registration import BANDS, Image, Mask, Shift, band_wavelengths, middle_box, resample
+from pipeline.registration import (
+    BANDS,
+    Image,
+    Mask,
+    Shift,
+    band_wavelengths,
+    find_shift,
+    middle_box,
+    resample,
+)
 from pipeline.storage import Place, out_of_space, place
 
 NAME = "change_between_lines"
@@ -225,6 +235,8 @@ class BandImages:
         for line, values in self._images.items():
             _array(group, line)[time] = values
             _array(group, f"level_{line}")[time] = self._levels[line]
+        for folder in image_folders(time):
+            images.bring_to_disk(folder)
 
 
 def _half(values: NDArray[np.floating[Any]], usable: Any) -> NDArray[np.float16]:  # noqa: ANN401
@@ -297,18 +309,18 @@ class ChangeTask:
         Which time.
     weights : mapping of str to sequence of mappings
         Each line's changes: the largest one counts. None of a line of which nothing is known.
-    moves : mapping of int to pair of float
-        By how many pixels (y, x) the other scans' images have to be moved to lie on this one's.
     scales : mapping of str to float
         By which each line's intensities are multiplied, where they are calibrated.
+    aligned : bool
+        Whether the scans lie on one another already. If not, it is found out how far they are displaced.
     """
 
     store: str
     images: str
     time: int
     weights: Mapping[str, Sequence[Weights]]
-    moves: Mapping[int, tuple[float, float]]
     scales: Mapping[str, float]
+    aligned: bool = False
 
 
 def find_change(task: ChangeTask) -> dict[str, Any] | FlareFieldError:
@@ -328,6 +340,8 @@ def find_change(task: ChangeTask) -> dict[str, Any] | FlareFieldError:
     try:
         images, group = _opened(place(task.images), "r"), _opened(place(task.store), "r+")
         values = _round(_changes(task, images))
+        # What an earlier attempt left behind would be read and merged, whatever state it is in.
+        sync(group.store.delete_dir(folder(task.time)))
         _array(group, NAME).with_config({"write_empty_chunks": True})[task.time] = values
         place(task.store).bring_to_disk(folder(task.time))
     except FlareFieldError as refusal:
@@ -350,29 +364,48 @@ def folder(time: int) -> str:
 
 def _changes(task: ChangeTask, images: zarr.Group) -> Image:
     """Estimate of the change (y, x); NaN where it is not known."""
-    series = {line: _Series(images, line, task) for line in LINES}
-    shape = series["halpha"].shape
-    largest = np.full(shape, np.nan, np.float32)
+    reference = np.asarray(_array(images, "halpha")[task.time])
+    largest = np.full(reference.shape[1:], np.nan, np.float32)
+    others = {time for several in task.weights.values() for weights in several for time in weights}
+    moves = {task.time: Shift(0.0, 0.0, 1.0)}
+    for time in sorted(others - {task.time}):
+        moves[time] = moves[task.time]
+        if not task.aligned:
+            moves[time] = _displacement(reference, np.asarray(_array(images, "halpha")[time]))
+    brightest = np.zeros_like(largest)
     for line in LINES:
+        series = _Series(images, line, task, moves)
+        np.maximum(brightest, series.brightest, out=brightest)
         for weights in task.weights.get(line, ()):
-            found = series[line].changes(weights)
-            np.fmax(largest, found, out=largest)
-    brightest = np.maximum(*(series[line].brightest for line in LINES))
+            if all(moves[time].applied for time in weights):
+                np.fmax(largest, series.changes(weights), out=largest)
     with np.errstate(invalid="ignore"):
         return np.asarray(largest / brightest, dtype=np.float32)
+
+
+AXIS = (-1.0, 0.0, 1.0)
+"""Wavelengths, in units of the bands' own, of images that are bands already."""
+
+
+def _displacement(reference: NDArray[np.float16], moving: NDArray[np.float16]) -> Shift:
+    """By how many pixels H-alpha's images of another time have to be moved to lie on the reference's."""
+    known = (np.asarray(np.isfinite(one).all(axis=0)) for one in (reference, moving))
+    bands = [np.nan_to_num(one[:-1].astype(np.float32)) for one in (reference, moving)]
+    return find_shift(bands[0], bands[1], (AXIS, AXIS), (0.0, 0.0), (next(known), next(known)))
 
 
 class _Series:
     """Images of one line at several times, brought onto those of the task's."""
 
-    def __init__(self, images: zarr.Group, line: str, task: ChangeTask) -> None:
-        self._task = task
+    def __init__(self, images: zarr.Group, line: str, task: ChangeTask, moves: Mapping[int, Shift]) -> None:
+        self._moves = moves
+        self._time = task.time
         self._array = _array(images, line)
         self._level = _array(images, f"level_{line}")
         self._scale = task.scales[line]
         self._read: dict[int, NDArray[np.float16]] = {}
         self.shape = (int(self._array.shape[2]), int(self._array.shape[3]))
-        self.brightest = self._images(task.time)[-1].astype(np.float32) * self._factor(task.time)
+        self.brightest = self._images(self._time)[-1].astype(np.float32) * self._factor(self._time)
 
     def _factor(self, time: int) -> np.float32:
         return np.float32(self._scale * float(np.asarray(self._level[time])))
@@ -384,7 +417,7 @@ class _Series:
 
     def changes(self, weights: Weights) -> Image:
         """Largest change (y, x) in any band, in the units of intensity, less the noise."""
-        known = np.isfinite(self._images(self._task.time)[0])
+        known = np.isfinite(self._images(self._time)[0])
         middle = middle_box(known, SAMPLE)
         noise = [
             _noise(change, intensity) for change, intensity in zip(*self._sums(weights, *middle), strict=True)
@@ -405,7 +438,7 @@ class _Series:
         change, intensity = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
         total = sum(map(abs, weights.values()))
         if not weights:
-            intensity[:] = self._images(self._task.time)[:-1, rows, columns] * self._factor(self._task.time)
+            intensity[:] = self._images(self._time)[:-1, rows, columns] * self._factor(self._time)
             change[~np.isfinite(intensity)] = np.nan
         for time, weight in weights.items():
             values = self._moved(time, rows, columns)
@@ -415,12 +448,12 @@ class _Series:
 
     def _moved(self, time: int, rows: slice, columns: slice) -> Image:
         images = self._images(time)[:-1]
-        y, x = (0.0, 0.0) if time == self._task.time else self._task.moves[time]
-        if (y, x) == (0.0, 0.0):
+        move = self._moves[time]
+        if (move.y, move.x) == (0.0, 0.0):
             part = images[:, rows, columns].astype(np.float32)
         else:
             known = np.asarray(np.isfinite(images).all(axis=0))
-            part = np.moveaxis(resample(images, known, Shift(y, x, 1.0), rows, columns), -1, 0)
+            part = np.moveaxis(resample(images, known, move, rows, columns), -1, 0)
         part[~np.isfinite(part)] = np.nan
         return part * self._factor(time)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -24,6 +24,7 @@ from distributed import Client
 from numpy.typing import NDArray
 from zarr.core.sync import sync
 
+from pipeline import changes
 from pipeline.alignment import (
     LARGEST_JUMP,
     LARGEST_TURN,
@@ -36,6 +37,7 @@ from pipeline.alignment import (
     positions,
 )
 from pipeline.calibration import QuietSunCalibration, Reference, calibrate_store, write_calibration
+from pipeline.changes import BandImages, ChangeTask, Weights
 from pipeline.cluster import ClusterConfig, opened
 from pipeline.crisp import LINES, Cube, Medium, Scan, find_scans, open_intensity, open_wavelength_shift
 from pipeline.crisp.cube import PlacedCube
@@ -60,7 +62,7 @@ from pipeline.registration import (
     read_block,
     resample,
 )
-from pipeline.replacement import discard, finish_swaps, replacement, replacements, swap
+from pipeline.replacement import discard, finish_swaps, replacement, replacements, scratch, swap
 from pipeline.storage import Place, is_url, log_at, out_of_space, place
 
 logger = logging.getLogger("flarefield")
@@ -81,10 +83,12 @@ Cluster: TypeAlias = ClusterConfig | Client | None
 class PairTask:
     """What a worker needs to write one time of a store; `unhashed` are the files whose SHA-256 it finds.
 
+    `images` is the store of images that `pipeline.changes` compares, None if there is nothing to compare.
     `position` is what both lines are moved by to lie on the series' reference, if it is aligned along time.
     """
 
     store: str
+    images: str | None
     time: int
     pair: Pair
     unhashed: tuple[str, ...]
@@ -111,6 +115,9 @@ class IngestReport:
         What is wrong with the scans: spikes, dead pixels, missing images, poor seeing, headers at odds.
     calibration : QuietSunCalibration, optional
         What the quiet Sun in the field said, if it was asked.
+    changed : float, optional
+        Share of the pixels that changed between the two lines' times (`pipeline.changes`), of those of which
+        this is known; None if it is not known of any.
     resumed : int
         Times that an earlier run had finished.
     complete_before : bool
@@ -126,6 +133,7 @@ class IngestReport:
     passed_over: tuple[str, ...]
     found: tuple[str, ...] = ()
     calibration: QuietSunCalibration | None = None
+    changed: float | None = None
     resumed: int = 0
     complete_before: bool = False
     positions: tuple[Position, ...] = ()
@@ -156,6 +164,13 @@ class IngestReport:
             )
             if len(known) < len(self.positions):
                 lines[-1] += "; elsewhere nothing was moved (`series_aligned`), the log says why"
+        if self.changed is not None:
+            lines.append(
+                f"  {100.0 * self.changed:.1f} % of the pixels changed between the two lines' times by more "
+                f"than {100.0 * changes.CHANGED:g} % (`change_between_lines`)"
+            )
+        elif not self.complete_before:
+            lines.append("  how much changed between the two lines' times is not known")
         if self.found:
             lines.append(f"  something is wrong with scans (`defects`), {self.found[0]}")
             if len(self.found) > 1:
@@ -357,10 +372,17 @@ def ingest_pair(task: PairTask) -> dict[str, Any] | FlareFieldError:
             survey(cubes[0], fields[0], pair.halpha.saturation),
             survey(cubes[1], fields[1], pair.ca8542.saturation),
         )
-        _write(task, group, cubes, fields, shift, surveys)
+        images = None
+        if task.images is not None:
+            scans = (pair.halpha, pair.ca8542)
+            levels = (changes.level(cube, field) for cube, field in zip(cubes, fields, strict=True))
+            images = BandImages(scans, dict(zip(LINES, levels, strict=True)))
+        _write(task, group, cubes, fields, shift, surveys, images)
         _write_wavelength_shifts(task, group, fields, shift)
         for folder in _folders(task.time):
             store.bring_to_disk(folder)
+        if images is not None and task.images is not None:
+            images.write(place(task.images), task.time)
     except FlareFieldError as refusal:
         return refusal
     except OSError as failure:
@@ -381,7 +403,8 @@ def ingest_pair(task: PairTask) -> dict[str, Any] | FlareFieldError:
             for scan, seen in zip((pair.halpha, pair.ca8542), surveys, strict=True)
             for sentence in seen.sentences(np.subtract(scan.wavelength, scan.window.rest_wavelength))
         ],
-        "stored": _stored(store, task.time),
+        "stored": _stored(store, _folders(task.time)),
+        "images": _images_stored(task.images, task.time),
         "sha256": {path: sha256_source(path) for path in task.unhashed},
     }
 
@@ -398,9 +421,14 @@ def _folders(time: int) -> list[str]:
     return [f"{name}/c/{time}" for name in (*LINES, "valid", "defects", *shifts)]
 
 
-def _stored(store: Place, time: int) -> int:
-    """Bytes of one time's files."""
-    return sum(sum(store.sizes(folder).values()) for folder in _folders(time))
+def _stored(store: Place, folders: Iterable[str]) -> int:
+    """Bytes of the files in some folders of a store."""
+    return sum(sum(store.sizes(folder).values()) for folder in folders)
+
+
+def _images_stored(images: str | None, time: int) -> int:
+    """Bytes of one time's files in the store of images."""
+    return 0 if images is None else _stored(place(images), changes.image_folders(time))
 
 
 def _opened(store: Place) -> zarr.Group:
@@ -422,6 +450,7 @@ def _write(
     fields: tuple[Mask, Mask],
     shift: Shift,
     surveys: tuple[Survey, Survey],
+    images: BandImages | None,
 ) -> None:
     pair = task.pair
     moves = (task.position, _total(task.position, shift))
@@ -447,8 +476,12 @@ def _write(
                 if not usable[scan.line]:
                     usable[scan.line] = bool(np.any((block > 0) & (block < np.inf)))
                 array[task.time, y, x] = block
+                if images is not None:
+                    images.add(scan.line, block, y, x)
             valid[task.time, y, x] = overlap[y, x]
             defects[task.time, y, x] = found[y, x]
+    if images is not None:
+        images.leave_out(~overlap | (found != 0))
     for scan in (pair.halpha, pair.ca8542):
         if not usable[scan.line]:
             raise InputError(
@@ -528,14 +561,24 @@ def _make(
     largest_jump: float | None,
 ) -> IngestReport:
     store, journal = _begun(output, _fingerprint(pairs, tolerance, largest_jump), pairs)
+    images = scratch(store) if len(pairs) > 1 else None
+    if images is not None:
+        changes.lay_out_images(images, (pairs[0].halpha, pairs[0].ca8542), len(pairs))
     # One cluster for all that is to be done.
     with journal, nullcontext() if cluster is None else opened(cluster) as cluster:
-        done = _taken_up(store, journal)
+        done = _taken_up(store, images, journal)
         resumed = len(done)
         files = _files_of_times(pairs)
         places = None if largest_jump is None else _aligned(cluster, pairs, journal, largest_jump)
         waiting = (
-            PairTask(str(store), time, pair, files[time], places[time].shift if places else STAYS)
+            PairTask(
+                str(store),
+                None if images is None else str(images),
+                time,
+                pair,
+                files[time],
+                places[time].shift if places else STAYS,
+            )
             for time, pair in enumerate(pairs)
             if time not in done
         )
@@ -601,6 +644,12 @@ def _make(
                 intensities=calibrate == "quiet-sun",
                 wavelengths=wavelength_zero == "quiet-sun",
             )
+        scales = dict.fromkeys(LINES, 1.0)
+        if calibration is not None and calibrate == "quiet-sun":
+            scales = {line: getattr(calibration, line).scale for line in LINES}
+        changed = None
+        if images is not None:
+            changed = _compare(store, images, journal, cluster, pairs, shifts, places, scales)
         _finish(
             store,
             shifts,
@@ -635,6 +684,7 @@ def _make(
         passed_over,
         tuple(found),
         calibration,
+        changed,
         resumed,
         positions=places or (),
     )
@@ -697,6 +747,76 @@ def _alignment_record(largest_jump: float) -> dict[str, Any]:
     }
 
 
+def _compare(
+    store: Place,
+    images: Place,
+    journal: Journal,
+    cluster: Cluster,
+    pairs: tuple[Pair, ...],
+    shifts: tuple[Shift, ...],
+    places: tuple[Position, ...] | None,
+    scales: Mapping[str, float],
+) -> float | None:
+    """Estimate how much changed between the lines; return the share of the pixels that did."""
+    tasks = {
+        time: ChangeTask(str(store), str(images), time, weights, scales, places is not None)
+        for time, weights in enumerate(_weights(pairs, shifts, places))
+        if weights
+    }
+    journal.flush()
+    done = {
+        record["change"]: record
+        for record in journal.records()
+        if record.get("scales") == scales
+        and "change" in record
+        and _stored(store, [changes.folder(record["change"])]) == record["stored"]
+    }
+    waiting = [task for time, task in tasks.items() if time not in done]
+    with Progress("comparing", len(tasks), "scan pairs", done=len(done)) as progress:
+        for outcome in _run(cluster, changes.find_change, waiting):
+            answer = outcome.error or outcome.result
+            if isinstance(answer, FlareFieldError):
+                raise answer
+            if not isinstance(answer, dict):
+                raise StoreError(
+                    "what changed between the lines could not be found out",
+                    where=outcome.task.images,
+                    found=f"{type(answer).__name__}: {answer}, at {pairs[outcome.task.time].halpha.time}",
+                    remedy="run the same command again: it resumes, finished times are kept",
+                ) from outcome.error
+            record = {**answer, "scales": scales}
+            record["stored"] = _stored(store, [changes.folder(outcome.task.time)])
+            journal.append(record)
+            done[outcome.task.time] = record
+            progress.advance(1)
+    unknown = [time for time in range(len(pairs)) if time not in done or not done[time]["known"]]
+    if unknown:
+        logger.warning(
+            "at %d of %d times it is not known how much changed between the lines: no neighbour in time that "
+            "is near enough and lies on the scan with certainty",
+            len(unknown),
+            len(pairs),
+        )
+    known = sum(record["known"] for record in done.values())
+    return sum(record["changed"] for record in done.values()) / known if known else None
+
+
+def _weights(
+    pairs: tuple[Pair, ...], shifts: tuple[Shift, ...], places: tuple[Position, ...] | None
+) -> Iterator[dict[str, list[Weights]]]:
+    """What is to be compared at each time: see `pipeline.changes.ChangeTask`."""
+    times = {line: np.array([getattr(pair, line).time for pair in pairs]) for line in LINES}
+    known = np.array([place.known for place in places] if places else [True] * len(pairs))
+    comparable = {"halpha": known, "ca8542": known & [shift.applied for shift in shifts]}
+    for time in range(len(pairs)):
+        found = {}
+        for line, other in (("halpha", "ca8542"), ("ca8542", "halpha")):
+            weights = changes.lag_weights(times[line], time, times[other][time], comparable[line])
+            if weights is not None:
+                found[line] = [weights]
+        yield found
+
+
 def _contradictions(pairs: tuple[Pair, ...]) -> dict[str, tuple[str, ...]]:
     """Files whose headers contradict themselves, and in what."""
     scans = {scan.path: scan for pair in pairs for scan in (pair.halpha, pair.ca8542)}
@@ -728,10 +848,15 @@ def _begun(output: Place, fingerprint: dict[str, Any], pairs: tuple[Pair, ...]) 
     return store, journal
 
 
-def _taken_up(store: Place, journal: Journal) -> dict[int, dict[str, Any]]:
+def _taken_up(store: Place, images: Place | None, journal: Journal) -> dict[int, dict[str, Any]]:
     """Records of the times that earlier runs have finished, and that are still there."""
     records = {record["time"]: record for record in journal.records() if "time" in record}
-    done = {time: record for time, record in records.items() if _stored(store, time) == record["stored"]}
+    done = {
+        time: record
+        for time, record in records.items()
+        if _stored(store, _folders(time)) == record["stored"]
+        and _images_stored(None if images is None else str(images), time) == record["images"]
+    }
     if len(done) < len(records):
         logger.warning(
             "%d finished times are missing or damaged, and are done again", len(records) - len(done)

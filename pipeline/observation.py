@@ -59,6 +59,7 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec
 
 import pipeline.geometry  # noqa: F401  (gives datasets the accessor `flarefield`)
+from pipeline.changes import CHANGED, LONGEST, LONGEST_SECONDS, NAME, SIGNIFICANT
 from pipeline.crisp import read_headers
 from pipeline.crisp.scan import Scan, cosine_of_pointing
 from pipeline.defects import Defect
@@ -102,7 +103,7 @@ CONTRACT: Mapping[str, tuple[tuple[str, ...], str | None]] = {
 
 OPTIONAL: Mapping[str, tuple[tuple[tuple[str, ...], ...], str]] = {
     **{f"wavelength_shift_{line}": ((("time", "y", "x"), ("y", "x")), "Angstrom") for line in LONG_NAMES},
-    "change_between_lines": ((("time", "y", "x"),), "1"),
+    NAME: ((("time", "y", "x"),), "1"),
 }
 """Units and dimensions of what an observation may have, and what is then used."""
 
@@ -207,6 +208,25 @@ def _lay_out_variables(group: zarr.Group, halpha: Sequence[Scan], ca8542: Sequen
             "long_name": "what is wrong with the pixel in either line",
             "flag_masks": [int(defect) for defect in Defect],
             "flag_meanings": " ".join(str(defect.name).lower() for defect in Defect),
+        },
+    )
+    group.create_array(
+        NAME,
+        shape=frame,
+        dtype="float32",
+        chunks=shards,
+        fill_value=np.nan,
+        compressors=_compressor(),
+        dimension_names=("time", "y", "x"),
+        attributes={
+            "units": "1",
+            "long_name": "change of the profiles between the two lines' times, over their joint maximum",
+            "threshold": CHANGED,
+            "comment": "NaN where it is not known; above the threshold: changed_between_lines",
+            "method": "largest of three images (blue wing, core, red wing) of either line, each interpolated "
+            "linearly in time to the other line's; of an interpolated line, the next term of Newton's "
+            f"interpolation; {SIGNIFICANT:g} noise levels taken off in quadrature; not over more than "
+            f"{LONGEST:g} times the cadence or {LONGEST_SECONDS:g} s",
         },
     )
     for scans in (halpha, ca8542):

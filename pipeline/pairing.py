@@ -107,6 +107,8 @@ def pair_scans(scans: Sequence[Scan], tolerance: float) -> tuple[tuple[Pair, ...
     cost = np.where(apart <= allowed, apart + np.where(after < 0.0, AS_GOOD, 0.0), allowed + 2 * AS_GOOD)
     first, second = linear_sum_assignment(cost)
     chosen = [(i, j) for i, j in zip(first, second, strict=True) if apart[i, j] <= allowed]
+    # Of choices with the same total, one in which the scans of both lines keep their order.
+    chosen = list(zip(*map(sorted, zip(*chosen, strict=True)), strict=True))
     if not chosen:
         raise InputError(
             "no scans of the two lines belong together",

@@ -1,5 +1,7 @@
 """A store that is made beside its name, ``<store>.<run>.new`` with its journal, and put there when whole.
 
+What is needed only while it is made may lie beside it, in its `scratch`.
+
 Who does this holds the store's lock, and ends the journal with a record that says ``finished``. A command
 that is killed at any moment leaves something that the next one goes on with (`replacements`), or completes
 (`finish_swaps`).
@@ -10,6 +12,8 @@ from __future__ import annotations
 from pipeline.errors import StoreError
 from pipeline.journal import Journal
 from pipeline.storage import Place, log_at
+
+SCRATCH = ".scratch"
 
 
 def replacement(output: Place, run: str) -> Place:
@@ -30,9 +34,15 @@ def replacements(output: Place) -> list[Place]:
     return [replacement(output, run) for run in output.runs(".new")]
 
 
+def scratch(store: Place) -> Place:
+    """Where a replacement keeps what is needed only while it is made: gone when it has taken its place."""
+    return store.beside(SCRATCH)
+
+
 def discard(store: Place) -> None:
-    """Remove a replacement and its journal."""
+    """Remove a replacement, its scratch and its journal."""
     store.remove()
+    scratch(store).remove()
     log_at(store.journal).remove()
 
 
@@ -49,12 +59,16 @@ def finish_swaps(output: Place) -> None:
             swap(output, store)
         elif not store.exists():
             log_at(store.journal).remove()
-    for ending in (".old", ".new.layout"):
+    for ending in (".old", ".new.layout", f".new{SCRATCH}.layout"):
         for run in output.runs(ending):
             output.beside(f".{run}{ending}").remove()
+    for run in output.runs(f".new{SCRATCH}"):
+        if not (store := replacement(output, run)).exists():
+            scratch(store).remove()
 
 
 def swap(output: Place, store: Place) -> None:
     """Put a finished replacement and its journal in the store's place."""
     run = store.name.removeprefix(f"{output.name}.").removesuffix(".new")
     output.replace_with(store, output.beside(f".{run}.old"))
+    scratch(store).remove()
