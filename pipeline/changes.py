@@ -45,6 +45,7 @@ from pipeline.errors import FlareFieldError, StoreError
 from pipeline.pairing import cadence
 from pipeline.registration import (
     BANDS,
+    LARGEST,
     Image,
     Mask,
     Shift,
@@ -299,16 +300,14 @@ def image_folders(time: int) -> list[str]:
 
 @dataclass(frozen=True)
 class ChangeTask:
-    """What a worker needs to estimate the change of one time.
+    """What a worker needs to estimate the changes of some times in a row.
 
     Attributes
     ----------
     store, images : str
         The observation, and the store of images.
-    time : int
-        Which time.
-    weights : mapping of str to sequence of mappings
-        Each line's changes: the largest one counts. None of a line of which nothing is known.
+    weights : mapping of int to mapping of str to sequence of mappings
+        At each time, each line's changes: the largest one counts. None of a line of which nothing is known.
     scales : mapping of str to float
         By which each line's intensities are multiplied, where they are calibrated.
     aligned : bool
@@ -317,14 +316,13 @@ class ChangeTask:
 
     store: str
     images: str
-    time: int
-    weights: Mapping[str, Sequence[Weights]]
+    weights: Mapping[int, Mapping[str, Sequence[Weights]]]
     scales: Mapping[str, float]
     aligned: bool = False
 
 
-def find_change(task: ChangeTask) -> dict[str, Any] | FlareFieldError:
-    """Estimate the change of one time and write it into the observation: what a worker does.
+def find_changes(task: ChangeTask) -> list[dict[str, Any]] | FlareFieldError:
+    """Estimate the changes of some times and write them into the observation: what a worker does.
 
     Parameters
     ----------
@@ -333,28 +331,37 @@ def find_change(task: ChangeTask) -> dict[str, Any] | FlareFieldError:
 
     Returns
     -------
-    dict or FlareFieldError
-        The journal's record: number of pixels of which the change is known, and of those that changed. What a
-        user has to mend comes back as a value.
+    list of dict, or FlareFieldError
+        For the journal, of each time: how many pixels' change is known, how many changed, and the bytes
+        written. What a user has to mend comes back as a value.
     """
+    records = []
+    store = place(task.store)
     try:
-        images, group = _opened(place(task.images), "r"), _opened(place(task.store), "r+")
-        values = _round(_changes(task, images))
-        # What an earlier attempt left behind would be read and merged, whatever state it is in.
-        sync(group.store.delete_dir(folder(task.time)))
-        _array(group, NAME).with_config({"write_empty_chunks": True})[task.time] = values
-        place(task.store).bring_to_disk(folder(task.time))
+        scans = _Scans(_opened(place(task.images), "r"), task.scales, task.aligned)
+        group = _opened(store, "r+")
+        array = _array(group, NAME).with_config({"write_empty_chunks": True})
+        for time, weights in sorted(task.weights.items()):
+            values = scans.change(time, weights)
+            # What an earlier attempt left behind would be read and merged, whatever state it is in.
+            sync(group.store.delete_dir(folder(time)))
+            array[time] = values
+            store.bring_to_disk(folder(time))
+            records.append(
+                {
+                    "change": time,
+                    "known": int(np.count_nonzero(np.isfinite(values))),
+                    "changed": int(np.count_nonzero(values > CHANGED)),
+                    "stored": sum(store.sizes(folder(time)).values()),
+                }
+            )
     except FlareFieldError as refusal:
         return refusal
     except OSError as failure:
         if (full := out_of_space(failure, task.store)) is not None:
             return full
         raise
-    return {
-        "change": task.time,
-        "known": int(np.count_nonzero(np.isfinite(values))),
-        "changed": int(np.count_nonzero(values > CHANGED)),
-    }
+    return records
 
 
 def folder(time: int) -> str:
@@ -362,102 +369,101 @@ def folder(time: int) -> str:
     return f"{NAME}/c/{time}"
 
 
-def _changes(task: ChangeTask, images: zarr.Group) -> Image:
-    """Estimate of the change (y, x); NaN where it is not known."""
-    reference = np.asarray(_array(images, "halpha")[task.time])
-    largest = np.full(reference.shape[1:], np.nan, np.float32)
-    others = {time for several in task.weights.values() for weights in several for time in weights}
-    moves = {task.time: Shift(0.0, 0.0, 1.0)}
-    for time in sorted(others - {task.time}):
-        moves[time] = moves[task.time]
-        if not task.aligned:
-            moves[time] = _displacement(reference, np.asarray(_array(images, "halpha")[time]))
-    brightest = np.zeros_like(largest)
-    for line in LINES:
-        series = _Series(images, line, task, moves)
-        np.maximum(brightest, series.brightest, out=brightest)
-        for weights in task.weights.get(line, ()):
-            if all(moves[time].applied for time in weights):
-                np.fmax(largest, series.changes(weights), out=largest)
-    with np.errstate(invalid="ignore"):
-        return np.asarray(largest / brightest, dtype=np.float32)
+class _Scans:
+    """Images of a series: those of a few times are in memory, as they are stored."""
+
+    def __init__(self, images: zarr.Group, scales: Mapping[str, float], aligned: bool) -> None:
+        self._group = images
+        self._scales = scales
+        self._aligned = aligned
+        self._read: dict[tuple[str, int], tuple[NDArray[np.float16], np.float32]] = {}
+        self._moves: dict[tuple[int, int], Shift] = {}
+
+    def change(self, time: int, weights: Mapping[str, Sequence[Weights]]) -> Image:
+        """Estimate of a time's change (y, x); NaN where it is not known."""
+        needed = {time}.union(*(one for several in weights.values() for one in several))
+        self._read = {key: images for key, images in self._read.items() if key[1] in needed}
+        brightest = np.maximum(*(self._brightest(line, time) for line in LINES))
+        largest = np.full_like(brightest, np.nan)
+        for line, several in weights.items():
+            for one in several:
+                if all(self._move(other, time).applied for other in one):
+                    np.fmax(largest, self._largest(line, time, one), out=largest)
+        with np.errstate(invalid="ignore"):
+            return np.asarray(np.rint(largest / brightest / STEP) * STEP, dtype=np.float32)
+
+    def _images(self, line: str, time: int) -> tuple[NDArray[np.float16], np.float32]:
+        """A scan's images (band, y, x), its brightest intensities as the last one; and their unit."""
+        if (line, time) not in self._read:
+            level = float(np.asarray(_array(self._group, f"level_{line}")[time]))
+            images = np.asarray(_array(self._group, line)[time])
+            self._read[line, time] = (images, np.float32(self._scales[line] * level))
+        return self._read[line, time]
+
+    def _brightest(self, line: str, time: int) -> Image:
+        images, unit = self._images(line, time)
+        return np.asarray(images[-1].astype(np.float32) * unit)
+
+    def _move(self, time: int, onto: int) -> Shift:
+        """By how many pixels a time's images have to be moved to lie on another time's."""
+        if self._aligned or time == onto:
+            return Shift(0.0, 0.0, 1.0)
+        earlier, later = sorted((time, onto))
+        if (earlier, later) not in self._moves:
+            self._moves[earlier, later] = self._displacement(earlier, later)
+        move = self._moves[earlier, later]
+        return move if time == later else Shift(-move.y, -move.x, move.confidence)
+
+    def _displacement(self, earlier: int, later: int) -> Shift:
+        images = [self._images("halpha", time)[0][:-1] for time in (earlier, later)]
+        known = [np.asarray(np.isfinite(one[0])) for one in images]
+        box = middle_box(known[0] & known[1], LARGEST)
+        first, second = (np.nan_to_num(one[:, *box].astype(np.float32)) for one in images)
+        return find_shift(first, second, (AXIS, AXIS), (0.0, 0.0), (known[0][box], known[1][box]))
+
+    def _largest(self, line: str, time: int, weights: Weights) -> Image:
+        """Largest change (y, x) of a line in any band, in units of intensity, less the noise."""
+        known = np.isfinite(self._images(line, time)[0][0])
+        sample = self._sums(line, time, weights, *middle_box(known, SAMPLE))
+        noise = np.array([_noise(*of_band) for of_band in zip(*sample, strict=True)], np.float32)
+        largest = np.empty(known.shape, np.float32)
+        for top in range(0, len(known), STRIP):
+            rows = slice(top, min(top + STRIP, len(known)))
+            change, intensity = self._sums(line, time, weights, rows, slice(0, known.shape[1]))
+            square = change**2 - (SIGNIFICANT * noise[:, None, None]) ** 2 * intensity
+            largest[rows] = np.sqrt(np.maximum(square, np.float32(0.0))).max(axis=0)
+        return largest
+
+    def _sums(
+        self, line: str, time: int, weights: Weights, rows: slice, columns: slice
+    ) -> tuple[Image, Image]:
+        """Change in each band (band, rows, columns), and the mean intensity of what it was found from."""
+        total = sum(map(abs, weights.values()))
+        if not total:
+            intensity = self._moved(line, time, time, rows, columns)
+            return 0.0 * intensity, intensity
+        parts = {other: self._moved(line, other, time, rows, columns) for other in weights}
+        change, intensity = (np.zeros_like(parts[time]) for _ in range(2))
+        for other, part in parts.items():
+            change += np.float32(weights[other]) * part
+            intensity += np.float32(abs(weights[other]) / total) * part
+        return change, intensity
+
+    def _moved(self, line: str, time: int, onto: int, rows: slice, columns: slice) -> Image:
+        """Part of a scan's images, as they are in another time's frame."""
+        images, unit = self._images(line, time)
+        move = self._move(time, onto)
+        if (move.y, move.x) == (0.0, 0.0):
+            part = images[:-1, rows, columns].astype(np.float32)
+        else:
+            known = np.asarray(np.isfinite(images[:-1]).all(axis=0))
+            part = np.moveaxis(resample(images[:-1], known, move, rows, columns), -1, 0)
+        part[~np.isfinite(part)] = np.nan
+        return part * unit
 
 
 AXIS = (-1.0, 0.0, 1.0)
-"""Wavelengths, in units of the bands' own, of images that are bands already."""
-
-
-def _displacement(reference: NDArray[np.float16], moving: NDArray[np.float16]) -> Shift:
-    """By how many pixels H-alpha's images of another time have to be moved to lie on the reference's."""
-    known = (np.asarray(np.isfinite(one).all(axis=0)) for one in (reference, moving))
-    bands = [np.nan_to_num(one[:-1].astype(np.float32)) for one in (reference, moving)]
-    return find_shift(bands[0], bands[1], (AXIS, AXIS), (0.0, 0.0), (next(known), next(known)))
-
-
-class _Series:
-    """Images of one line at several times, brought onto those of the task's."""
-
-    def __init__(self, images: zarr.Group, line: str, task: ChangeTask, moves: Mapping[int, Shift]) -> None:
-        self._moves = moves
-        self._time = task.time
-        self._array = _array(images, line)
-        self._level = _array(images, f"level_{line}")
-        self._scale = task.scales[line]
-        self._read: dict[int, NDArray[np.float16]] = {}
-        self.shape = (int(self._array.shape[2]), int(self._array.shape[3]))
-        self.brightest = self._images(self._time)[-1].astype(np.float32) * self._factor(self._time)
-
-    def _factor(self, time: int) -> np.float32:
-        return np.float32(self._scale * float(np.asarray(self._level[time])))
-
-    def _images(self, time: int) -> NDArray[np.float16]:
-        if time not in self._read:
-            self._read[time] = np.asarray(self._array[time])
-        return self._read[time]
-
-    def changes(self, weights: Weights) -> Image:
-        """Largest change (y, x) in any band, in the units of intensity, less the noise."""
-        known = np.isfinite(self._images(self._time)[0])
-        middle = middle_box(known, SAMPLE)
-        noise = [
-            _noise(change, intensity) for change, intensity in zip(*self._sums(weights, *middle), strict=True)
-        ]
-        largest = np.empty(self.shape, np.float32)
-        for top in range(0, self.shape[0], STRIP):
-            rows = slice(top, min(top + STRIP, self.shape[0]))
-            changes, intensities = self._sums(weights, rows, slice(0, self.shape[1]))
-            squares = (
-                changes**2 - (SIGNIFICANT * np.array(noise, np.float32)[:, None, None]) ** 2 * intensities
-            )
-            largest[rows] = np.sqrt(np.maximum(squares, np.float32(0.0))).max(axis=0)
-        return largest
-
-    def _sums(self, weights: Weights, rows: slice, columns: slice) -> tuple[Image, Image]:
-        """Change of each band (band, rows, columns), and the mean intensity of what it was found from."""
-        shape = (len(BANDS), rows.stop - rows.start, columns.stop - columns.start)
-        change, intensity = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-        total = sum(map(abs, weights.values()))
-        if not weights:
-            intensity[:] = self._images(self._time)[:-1, rows, columns] * self._factor(self._time)
-            change[~np.isfinite(intensity)] = np.nan
-        for time, weight in weights.items():
-            values = self._moved(time, rows, columns)
-            change += np.float32(weight) * values
-            intensity += np.float32(abs(weight) / total) * values
-        return change, intensity
-
-    def _moved(self, time: int, rows: slice, columns: slice) -> Image:
-        images = self._images(time)[:-1]
-        move = self._moves[time]
-        if (move.y, move.x) == (0.0, 0.0):
-            part = images[:, rows, columns].astype(np.float32)
-        else:
-            known = np.asarray(np.isfinite(images).all(axis=0))
-            part = np.moveaxis(resample(images, known, move, rows, columns), -1, 0)
-        part[~np.isfinite(part)] = np.nan
-        return part * self._factor(time)
-
-
+"""Wavelengths of images that are bands already: one in each."""
 LAPLACIAN = np.outer((1.0, -2.0, 1.0), (1.0, -2.0, 1.0)).astype(np.float32) / 6.0
 """Gives white noise its own standard deviation, and of anything that a telescope resolves next to nothing."""
 
@@ -468,10 +474,6 @@ def _noise(change: Image, intensity: Image) -> float:
         roughness = ndimage.convolve(change / np.sqrt(intensity), LAPLACIAN)[1:-1, 1:-1]
     known = np.abs(roughness[np.isfinite(roughness)])
     return NORMAL * float(np.median(known)) if known.size else float("nan")
-
-
-def _round(values: Image) -> Image:
-    return np.asarray(np.rint(values / np.float32(STEP)) * np.float32(STEP), dtype=np.float32)
 
 
 def _opened(store: Place, mode: Any) -> zarr.Group:  # noqa: ANN401

@@ -72,6 +72,9 @@ KERNEL = 6
 
 STAYS = Shift(0.0, 0.0, 0.0)
 
+COMPARED = 8
+"""Times that are compared in one task: neighbours share what is read and found out."""
+
 LISTED = 10  # files that an error names one by one
 
 Task = TypeVar("Task")
@@ -758,37 +761,41 @@ def _compare(
     scales: Mapping[str, float],
 ) -> float | None:
     """Estimate how much changed between the lines; return the share of the pixels that did."""
-    tasks = {
-        time: ChangeTask(str(store), str(images), time, weights, scales, places is not None)
-        for time, weights in enumerate(_weights(pairs, shifts, places))
-        if weights
-    }
     journal.flush()
     done = {
         record["change"]: record
         for record in journal.records()
         if record.get("scales") == scales
-        and "change" in record
         and _stored(store, [changes.folder(record["change"])]) == record["stored"]
     }
-    waiting = [task for time, task in tasks.items() if time not in done]
-    with Progress("comparing", len(tasks), "scan pairs", done=len(done)) as progress:
-        for outcome in _run(cluster, changes.find_change, waiting):
+    wanted = {time: weights for time, weights in _weights(pairs, shifts, places).items() if weights}
+    waiting = [time for time in wanted if time not in done]
+    tasks = (
+        ChangeTask(
+            str(store),
+            str(images),
+            {time: wanted[time] for time in waiting[first : first + COMPARED]},
+            scales,
+            places is not None,
+        )
+        for first in range(0, len(waiting), COMPARED)
+    )
+    with Progress("comparing", len(wanted), "scan pairs", done=len(done)) as progress:
+        for outcome in _run(cluster, changes.find_changes, tasks):
             answer = outcome.error or outcome.result
             if isinstance(answer, FlareFieldError):
                 raise answer
-            if not isinstance(answer, dict):
+            if not isinstance(answer, list):
                 raise StoreError(
                     "what changed between the lines could not be found out",
                     where=outcome.task.images,
-                    found=f"{type(answer).__name__}: {answer}, at {pairs[outcome.task.time].halpha.time}",
+                    found=f"{type(answer).__name__}: {answer}",
                     remedy="run the same command again: it resumes, finished times are kept",
                 ) from outcome.error
-            record = {**answer, "scales": scales}
-            record["stored"] = _stored(store, [changes.folder(outcome.task.time)])
-            journal.append(record)
-            done[outcome.task.time] = record
-            progress.advance(1)
+            for record in answer:
+                done[record["change"]] = {**record, "scales": scales}
+                journal.append(done[record["change"]])
+            progress.advance(len(answer))
     unknown = [time for time in range(len(pairs)) if time not in done or not done[time]["known"]]
     if unknown:
         logger.warning(
@@ -803,18 +810,18 @@ def _compare(
 
 def _weights(
     pairs: tuple[Pair, ...], shifts: tuple[Shift, ...], places: tuple[Position, ...] | None
-) -> Iterator[dict[str, list[Weights]]]:
+) -> dict[int, dict[str, list[Weights]]]:
     """What is to be compared at each time: see `pipeline.changes.ChangeTask`."""
     times = {line: np.array([getattr(pair, line).time for pair in pairs]) for line in LINES}
     known = np.array([place.known for place in places] if places else [True] * len(pairs))
     comparable = {"halpha": known, "ca8542": known & [shift.applied for shift in shifts]}
-    for time in range(len(pairs)):
-        found = {}
+    found: dict[int, dict[str, list[Weights]]] = {time: {} for time in range(len(pairs))}
+    for time, of_lines in found.items():
         for line, other in (("halpha", "ca8542"), ("ca8542", "halpha")):
             weights = changes.lag_weights(times[line], time, times[other][time], comparable[line])
             if weights is not None:
-                found[line] = [weights]
-        yield found
+                of_lines[line] = [weights]
+    return found
 
 
 def _contradictions(pairs: tuple[Pair, ...]) -> dict[str, tuple[str, ...]]:

@@ -79,21 +79,22 @@ def estimates(folder, cubes, times, scales=(1.0, 1.0), weights=None):
         collected.write(images, time)
     moments = {line: np.array([moment(second) for second in times[line]]) for line in AXES}
     everything = np.ones(count, dtype=bool)
-    for time in range(count):
-        if weights is None:
-            found = {
+    if weights is None:
+        weights = {}
+        for time in range(count):
+            weights[time] = {
                 line: [lag_weights(moments[line], time, moments[other][time], everything)]
                 for line, other in (("halpha", "ca8542"), ("ca8542", "halpha"))
             }
-        else:
-            found = weights[time]
-        task = ChangeTask(str(store), str(images), time, found, dict(zip(AXES, scales, strict=True)))
-        record = changes.find_change(task)
-        assert isinstance(record, dict), record
-        assert record["change"] == time
+    task = ChangeTask(str(store), str(images), weights, dict(zip(AXES, scales, strict=True)))
+    records = changes.find_changes(task)
+    assert isinstance(records, list), records
+    assert [record["change"] for record in records] == list(weights)
     values = zarr.open_array(store.zarr, path=changes.NAME, mode="r")[:]
-    assert record["known"] == np.isfinite(values[-1]).sum()
-    assert record["changed"] == (values[-1] > CHANGED).sum()
+    for record in records:
+        found = values[record["change"]]
+        assert record["known"] == np.isfinite(found).sum()
+        assert record["changed"] == (found > CHANGED).sum()
     return values
 
 
@@ -198,12 +199,10 @@ class TestClosedForms:
         }
         cubes = {line: np.stack([scene(line, one) for one in bright[line]]) for line in AXES}
         moments = {line: np.array([moment(second) for second in times[line]]) for line in AXES}
-        weights = [{} for _ in range(5)]
         bracket = (moments["ca8542"][1], moments["ca8542"][2])
         found = departure_weights(moments["ca8542"], 2, moments["halpha"][2], bracket, np.ones(5, bool))
         assert [sorted(one) for one in found] == [[0, 1, 2], [1, 2, 3]]
-        weights[2] = {"ca8542": found}
-        change = estimates(tmp_path, cubes, times, weights=weights)
+        change = estimates(tmp_path, cubes, times, weights={2: {"ca8542": found}})
         share = (times["halpha"][2] - times["ca8542"][1]) / CADENCE
         interpolated = (1 - share) * bright["ca8542"][1] + share * bright["ca8542"][2]
         wrong = self.bands("ca8542").max() * np.abs(interpolated - now)

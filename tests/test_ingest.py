@@ -17,8 +17,11 @@ import xarray as xr
 import zarr
 from astropy.io import fits
 from distributed import Client, LocalCluster
+from scipy import ndimage
 
 import pipeline.ingest
+from pipeline import changes
+from pipeline.changes import CHANGED
 from pipeline.crisp import find_scans
 from pipeline.crisp.fchroma import write_fchroma
 from pipeline.crisp.scan import Frame, Scan, cosine_of_pointing
@@ -26,16 +29,22 @@ from pipeline.crisp.wavelengths import vacuum_to_air
 from pipeline.defects import Defect
 from pipeline.errors import FlareFieldError, InputError, MisuseError, StoreError
 from pipeline.ingest import ingest
+from pipeline.invert import invert
 from pipeline.observation import CONTRACT, chunks_and_shards, fits_headers, open_observation, validate
 from pipeline.pairing import pair_scans
 from pipeline.provenance import sha256_file
 from pipeline.registration import Shift, move_mask, resample
+from pipeline.results import flagged, open_map
 from pipeline.storage import Directory, lock
 from tests.fchroma_files import (
     CADENCE,
+    PAD,
     START,
     WAVELENGTH_CA8542,
     WAVELENGTH_HALPHA,
+    displace,
+    rotated_field,
+    scene,
     write_pair,
 )
 
@@ -425,6 +434,140 @@ class TestPairing:
         assert listed["file"].endswith("h50.fits")
         assert listed["line"] == "halpha"
         assert "1 scans without a partner" in report.summary()
+
+
+def write_growing(folder, count, *, seconds=None, ca8542=None):
+    """Scans at these seconds of each line: ribbons that brighten by 0.03 a second, in a field that drifts.
+
+    What is returned makes both lines' cubes of a brightness: 0.6 at the start.
+    """
+    halpha = 11.54 * np.arange(count) if seconds is None else np.asarray(seconds)
+    ca8542 = halpha + 5.015 if ca8542 is None else np.asarray(ca8542)
+    dark, bright = (scene(np.random.default_rng(7), SHAPE, brightness) for brightness in (0.0, 1.0))
+    field = rotated_field(SHAPE, 20.0)
+    rng = np.random.default_rng(8)
+    for line, axis in (("halpha", WAVELENGTH_HALPHA), ("ca8542", WAVELENGTH_CA8542)):
+        index = 0 if line == "halpha" else 1
+        for second in (halpha, ca8542)[index]:
+            brightness = 0.6 + 0.03 * second
+            cube = dark[index] + brightness * (bright[index] - dark[index])
+            # the field drifts, and Ca II is displaced from H-alpha
+            move = (0.06 * second - 2.3 * index, -0.04 * second + 1.4 * index)
+            cube = np.stack([displace(image, *move) for image in cube])
+            noisy = cube + 0.4 * np.sqrt(np.maximum(cube, 1.0)) * rng.standard_normal(cube.shape)
+            write_fchroma(
+                folder / f"{line}_{second:07.3f}.fits",
+                np.where(field, np.clip(noisy, 1, 32767), PAD),
+                axis,
+                START + np.timedelta64(round(1000 * second), "ms"),
+                start=START,
+            )
+
+    def truth(brightness):
+        return tuple(one + brightness * (other - one) for one, other in zip(dark, bright, strict=True))
+
+    return truth
+
+
+def bands_of(cube, axis, rest, reach):
+    offset = axis - rest
+    chosen = (offset < -0.69 * reach, np.abs(offset) < 0.26 * reach, offset > 0.69 * reach)
+    return np.stack([cube[points].mean(axis=0) for points in chosen])
+
+
+@pytest.fixture(scope="module")
+def growing(tmp_path_factory):
+    """Files of four scans of both lines in which ribbons brighten, and the observation made of them."""
+    folder = tmp_path_factory.mktemp("growing")
+    truth = write_growing(folder, 4)
+    output = tmp_path_factory.mktemp("grown") / "obs.zarr"
+    return folder, truth, output, ingest([folder], output, call="a test")
+
+
+class TestChange:
+    def test_ribbons_that_brighten(self, growing):
+        """The estimate is what the scene did, and it is flagged in the ribbons and nowhere else."""
+        _, truth, output, report = growing
+        dataset = open_observation(output).load()
+        change = dataset.change_between_lines
+        assert change.attrs["threshold"] == CHANGED
+        lag = 5.015
+        for time in range(4):
+            second = 11.54 * time
+            whole = [truth(0.6 + 0.03 * second)[0], truth(0.6 + 0.03 * (second + lag))[1]]
+            rate = [0.03 * (one - other) for one, other in zip(truth(1.0), truth(0.0), strict=True)]
+            rate = np.concatenate(
+                [
+                    bands_of(rate[0], WAVELENGTH_HALPHA, 6564.61, 1.374),
+                    bands_of(rate[1], WAVELENGTH_CA8542, 8544.44, 1.2),
+                ]
+            )
+            brightest = np.maximum(*(cube.max(axis=0) for cube in whole))
+            expected = displace((np.abs(rate) * lag).max(axis=0) / brightest, 0.06 * second, -0.04 * second)
+            found = change[time].values
+            known = np.isfinite(found)
+            assert known[dataset.valid[time].values].mean() > 0.95
+            assert not known[~dataset.valid[time].values].any()
+            inner = ndimage.binary_erosion(known, iterations=3)
+            np.testing.assert_allclose(found[inner], expected[inner], atol=0.015)
+            assert abs(np.median((found - expected)[inner & (expected > 0.06)])) < 0.003
+            assert (found > CHANGED)[inner & (expected > 0.065)].all()
+            assert not (found > CHANGED)[inner & (expected < 0.035)].any()
+            assert 0.1 < (expected > CHANGED)[inner].mean() < 0.4
+        share = float((change > CHANGED).sum() / np.isfinite(change).sum())
+        assert report.changed == pytest.approx(share)
+        assert f"{100 * share:.1f} % of the pixels changed" in report.summary()
+        assert leftovers(output) == []
+
+    def test_a_map_of_it_is_flagged(self, growing, fake_model, client, tmp_path):
+        invert(growing[2], tmp_path / "map.zarr", model=fake_model, cluster=client, draws=8, times="1")
+        change = open_observation(growing[2]).change_between_lines.values
+        flags = flagged(open_map(tmp_path / "map.zarr"), "changed_between_lines").values
+        np.testing.assert_array_equal(flags[1], change[1] > CHANGED)
+        assert 100 < flags[1].sum() < flags[1].size / 4
+
+    def test_a_single_pair_knows_nothing(self, pair, tmp_path):
+        report = ingest(pair, tmp_path / "obs.zarr", call="")
+        assert report.changed is None
+        assert "how much changed between the two lines' times is not known" in report.summary()
+        assert np.isnan(open_observation(tmp_path / "obs.zarr").change_between_lines.values).all()
+
+    def test_gaps_and_scans_that_cannot_be_compared(self, tmp_path, caplog):
+        """Over a gap nothing is known from that side, and a scan alone between gaps knows nothing."""
+        write_growing(tmp_path, 0, seconds=[0.0, 10.0, 20.0, 60.0, 100.0, 110.0])
+        ingest([tmp_path], tmp_path / "obs.zarr", call="")
+        change = open_observation(tmp_path / "obs.zarr").change_between_lines.values
+        known = np.isfinite(change).any(axis=(1, 2))
+        assert known.tolist() == [True, True, True, False, True, True]
+        assert "at 1 of 6 times it is not known" in caplog.text
+
+    def test_resumes_and_compares_no_more_than_it_must(self, growing, tmp_path, monkeypatch):
+        """What was compared is known to the journal; what is damaged, or calibrated otherwise, is not."""
+        output = tmp_path / "obs.zarr"
+        find, compared = changes.find_changes, []
+
+        def stop(*arguments):
+            raise KeyboardInterrupt
+
+        def counted(task):
+            compared.extend(task.weights)
+            return find(task)
+
+        monkeypatch.setattr("pipeline.changes.find_changes", counted)
+        for damaged in ([], [2]):
+            with monkeypatch.context() as patch:
+                patch.setattr("pipeline.ingest.finish", stop)
+                with pytest.raises(KeyboardInterrupt):
+                    ingest([growing[0]], output, call="a test")
+            (store,) = tmp_path.glob("obs.zarr.*.new")
+            assert len(list(tmp_path.glob("obs.zarr.*.new.scratch"))) == 1
+            for time in damaged:
+                (store / f"change_between_lines/c/{time}/0/0").write_bytes(b"")
+        assert compared == [0, 1, 2, 3]
+        ingest([growing[0]], output, call="a test")
+        assert compared == [0, 1, 2, 3, 2]
+        assert contents(output) == contents(growing[2])
+        assert leftovers(output) == []
 
 
 class TestBadInput:
