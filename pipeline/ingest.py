@@ -884,7 +884,7 @@ def _fingerprint(pairs: tuple[Pair, ...], tolerance: float, largest_jump: float 
         "largest_jump": largest_jump,
         "kernel": KERNEL,
         "flarefield": flarefield_version(),
-        "libraries": {name: version(name) for name in ("numpy", "scipy", "zarr")},
+        "libraries": {name: version(name) for name in ("numpy", "scipy", "scikit-image", "zarr")},
     }
 
 
