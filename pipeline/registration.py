@@ -401,7 +401,7 @@ def resample(
     ndarray of float32, shape (rows, columns, wavelength)
         NaN outside of the moved field.
     """
-    block = np.full((rows.stop - rows.start, columns.stop - columns.start, len(cube)), np.nan, np.float32)
+    block = np.empty((rows.stop - rows.start, columns.stop - columns.start, len(cube)), np.float32)
     for first in range(rows.start, rows.stop, STRIP):
         last = min(first + STRIP, rows.stop)
         strip = block[first - rows.start : last - rows.start]
@@ -421,6 +421,8 @@ def _resample_into(
 ) -> None:
     whole = (round(shift.y), round(shift.x))
     seen = _moved_part(field, whole, rows, columns)
+    if not seen.all():
+        block[...] = np.nan
     if not seen.any():
         return
     # A block in a corner of a rotated field's frame is mostly pad.
@@ -433,30 +435,35 @@ def _resample_into(
         boxes.append(slice(int(wanted[there[0]]), int(wanted[there[-1]]) + 1))
         pads.append((int(there[0]), len(wanted) - 1 - int(there[-1])))
     inside = np.pad(field[tuple(boxes)], pads)
-    spectra = read_block(cube, boxes[0], boxes[1])
+    # Rows of images, row by row of the frame: see `_spline_shift`.
+    lines: Image = np.moveaxis(cube[:, *boxes], 0, 1).astype(np.float32, order="C")
     if any(map(any, pads)):
-        spectra = np.pad(spectra, (*pads, (0, 0)), mode="edge")
+        lines = np.pad(lines, (pads[0], (0, 0), pads[1]), mode="edge")
+    spectra = lines.swapaxes(1, 2)
     if not inside.all():
         spectra[~inside] = spectra[_nearest(inside)]
     middle = (slice(MARGIN, inside.shape[0] - MARGIN), slice(MARGIN, inside.shape[1] - MARGIN))
-    bad = ~((spectra > 0) & (spectra < saturation))  # what is not finite is neither
+    kept: dict[int, tuple[Mask, Image]] = {}
     place = spoilt[:, 1:] + [pad[0] - box.start for pad, box in zip(pads, boxes, strict=True)]
     here = ((place >= 0) & (place < inside.shape)).all(axis=1)
-    bad[place[here, 0], place[here, 1], spoilt[here, 0]] = True
-    damaged = np.flatnonzero(bad.any(axis=(0, 1))).tolist() if bad.any() else []
-    kept = {index: spectra[..., index][middle][bad[..., index][middle]] for index in damaged}
-    known, nearest = inside, None
-    for index in damaged:
-        good = ~bad[..., index]
-        if good.any():
-            if nearest is None or not np.array_equal(good, known):  # mostly as at the wavelength before
-                known, nearest = good, _nearest(good)
-            spectra[~good, index] = spectra[..., index][nearest]
-    moved = _spline_shift(spectra, (shift.y - whole[0], shift.x - whole[1]))
-    for index in damaged:
-        moved[bad[..., index][middle], index] = kept[index]
-    moved[~inside[middle]] = np.nan
-    block[part] = moved
+    # What is not finite is neither.
+    if here.any() or not (lines.min() > 0 and lines.max() < saturation):
+        bad = ~((spectra > 0) & (spectra < saturation))
+        bad[place[here, 0], place[here, 1], spoilt[here, 0]] = True
+        known, nearest = inside, None
+        for index in np.flatnonzero(bad.any(axis=(0, 1))).tolist():
+            good = ~bad[..., index]
+            kept[index] = (~good[middle], spectra[..., index][middle][~good[middle]])
+            if good.any():
+                if nearest is None or not np.array_equal(good, known):  # mostly as at the wavelength before
+                    known, nearest = good, _nearest(good)
+                spectra[~good, index] = spectra[..., index][nearest]
+    moved = block[part]
+    _spline_shift(lines, (shift.y - whole[0], shift.x - whole[1]), moved)
+    for index, (where, values) in kept.items():
+        moved[where, index] = values
+    if not inside[middle].all():
+        moved[~inside[middle]] = np.nan
 
 
 def _moved_part(flags: Flags, steps: tuple[int, int], rows: slice, columns: slice) -> Flags:
@@ -668,43 +675,29 @@ def _nearest(good: Mask) -> tuple[NDArray[np.intp], ...]:
     return tuple(indices[:, ~good])
 
 
-def _spline_shift(spectra: Image, displacement: tuple[float, float]) -> Image:
+def _spline_shift(lines: Image, displacement: tuple[float, float], moved: Image) -> None:
     """Move images by half a pixel at most along both axes by cubic B-splines, and take off the margin.
 
     Two recursions along each axis make the splines' coefficients (Unser 1999, doi:10.1109/79.799930), four of
-    which are then added up. Both go along rows and columns of whole spectra, several times as fast as
-    filtering image by image, and give the same bits whatever the block's place in memory.
+    which are then added up. Both go along the first axis, whole rows of all images at a time, several times as
+    fast as filtering image by image; between the two axes the numbers change places, which turns images into
+    spectra as well. The bits are the same whatever the block's place in memory.
 
     Parameters
     ----------
-    spectra : ndarray of float32, shape (y, x, wavelength)
+    lines : ndarray of float32, shape (y, wavelength, x)
         Overwritten.
     displacement : tuple of float
         Along y and x, pixels.
-
-    Returns
-    -------
-    ndarray of float32
-        Smaller by `MARGIN` at every edge.
+    moved : ndarray of float32, shape (y, x, wavelength)
+        Where the result goes, smaller by `MARGIN` at every edge.
     """
-    rows, columns = (size - 2 * MARGIN for size in spectra.shape[:2])
-    points = spectra.shape[2]
-    along_y, along_x = (_spline_weights(one) for one in displacement)
+    rows, points, columns = len(lines) - 2 * MARGIN, lines.shape[1], lines.shape[2]
+    _spline_coefficients(lines)
+    spectra = np.empty((columns, rows, points), dtype=np.float32)
+    _spline_values(lines, displacement[0], spectra.transpose(1, 2, 0))
     _spline_coefficients(spectra)
-    lines = spectra.reshape(len(spectra), -1)
-    between = np.zeros((rows, lines.shape[1]), dtype=np.float32)
-    product = np.empty(lines.shape[1], dtype=np.float32)
-    for row, out in enumerate(between):
-        for step, weight in along_y:
-            out += np.multiply(lines[row + MARGIN + step], weight, out=product)
-    _spline_coefficients(between.reshape(rows, -1, points).swapaxes(0, 1))
-    moved = np.zeros((rows, columns * points), dtype=np.float32)
-    product = product[: moved.shape[1]]
-    for line, out in zip(between, moved, strict=True):
-        for step, weight in along_x:
-            first = (MARGIN + step) * points
-            out += np.multiply(line[first : first + out.size], weight, out=product)
-    return moved.reshape(rows, columns, points)
+    _spline_values(spectra, displacement[1], moved.swapaxes(0, 1))
 
 
 POLE = np.float32(np.sqrt(3.0) - 2.0)
@@ -720,6 +713,17 @@ def _spline_coefficients(values: Image) -> None:
     values[-1] /= 1 - POLE
     for index in range(len(values) - 2, -1, -1):
         values[index] += np.multiply(values[index + 1], POLE, out=product)
+
+
+def _spline_values(coefficients: Image, displacement: float, values: Image) -> None:
+    """Write what splines are worth beside their knots along the first axis, without its margins."""
+    (first, weight), *others = _spline_weights(displacement)
+    total, product = np.empty_like(coefficients[0]), np.empty_like(coefficients[0])
+    for index, out in enumerate(values, start=MARGIN):
+        np.multiply(coefficients[index + first], weight, out=total)
+        for step, other in others:
+            total += np.multiply(coefficients[index + step], other, out=product)
+        out[:] = total
 
 
 def _spline_weights(displacement: float) -> list[tuple[int, np.float32]]:
