@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntFlag
+from typing import Any
 
 import numpy as np
 from astropy.io import fits
@@ -53,6 +54,8 @@ NORMAL = 1.4826  # standard deviation of a normal distribution over its median a
 
 RING = np.array([(y, x) for y in range(-2, 3) for x in range(-2, 3) if max(abs(y), abs(x)) == 2])
 Positions = tuple[NDArray[np.intp], NDArray[np.intp]]
+Numbers = NDArray[Any]
+"""An image of the file's own whole numbers, or in single precision."""
 
 
 class Defect(IntFlag):
@@ -143,17 +146,17 @@ def survey(cube: Cube, field: Mask, saturation: float = np.inf) -> Survey:
     -------
     Survey
     """
-    inner = ndimage.binary_erosion(field)
+    box = middle_box(field, SAMPLE)
     unusable = np.zeros(field.shape, dtype=np.bool_)
-    constant = np.nonzero(field)
+    constant: Positions | None = None
     often = np.zeros(field.shape, dtype=np.uint16)
     spikes: list[NDArray[np.intp]] = []
     missing: list[int] = []
-    first: Image | None = None
-    before: Image | None = None
+    first: Numbers | None = None
+    before: Numbers | None = None
     waiting: tuple[int, Positions, NDArray[np.float32]] | None = None
 
-    def judge(after: Image | None) -> None:
+    def judge(after: Numbers | None) -> None:
         """Decide on the sharp pixels of the image before, now that those beside it are known."""
         if waiting is None:
             return
@@ -165,20 +168,23 @@ def survey(cube: Cube, field: Mask, saturation: float = np.inf) -> Survey:
         found = np.column_stack([np.full(excess.size, index), *where])[alone]
         spikes.append(found.astype(np.intp))
 
-    last: Image | None = None
+    last: Numbers | None = None
     for index, values in enumerate(cube):
-        image = np.asarray(values, dtype=np.float32)
-        noise = _Noise.of(image, field)
+        image = _native(values)
+        noise = _Noise.of(image, field, box)
         if noise is None:
             missing.append(index)
             continue
         if first is None:
             first = image
+        elif constant is None:
+            constant = _positions(field & (image == first))
         else:
             same = image[constant] == first[constant]
             constant = (constant[0][same], constant[1][same])
-        candidates = _candidates(image, field, saturation, noise.level * SIGNIFICANT, unusable)
-        kept = inner[candidates] & (image[candidates] < saturation)  # what is saturated is known as that
+        candidates = _candidates(image, saturation, noise.level * SIGNIFICANT, unusable)
+        # What is saturated is known as that.
+        kept = _inside(field, candidates) & (image[candidates] < saturation)
         where = (candidates[0][kept], candidates[1][kept])
         excess, around = _excess(image, where), _around(image, where)
         sharp = (excess > SIGNIFICANT * noise.at(around)) & (excess > SHARP * (image[where] - around))
@@ -190,7 +196,7 @@ def survey(cube: Cube, field: Mask, saturation: float = np.inf) -> Survey:
     images = len(cube) - len(missing)
     hot = often >= max(ALWAYS * images, 2)
     dead = hot
-    if images > 1:
+    if constant is not None:
         dead[constant] = True
     found = np.concatenate([np.empty((0, 3), dtype=np.intp), *spikes])
     return Survey(
@@ -297,16 +303,15 @@ class _Noise:
     intensity: float
 
     @classmethod
-    def of(cls, image: Image, field: Mask) -> _Noise | None:
-        """Take it from the differences of neighbours in the field's middle; None if all values are one."""
-        box = middle_box(field, SAMPLE)
-        part, seen = image[box], field[box]
-        good = seen & np.isfinite(part)
+    def of(cls, image: Numbers, field: Mask, box: tuple[slice, slice]) -> _Noise | None:
+        """Take it from the differences of neighbours in a part; None if all values of the image are one."""
+        part = image[box].astype(np.float32)
+        good = field[box] & np.isfinite(part)
         if not good.any() or np.ptp(part[good]) == 0.0:
-            whole = image[field & np.isfinite(image)]
-            if whole.size == 0 or np.ptp(whole) == 0.0:
+            part = image.astype(np.float32)
+            good = field & np.isfinite(part)
+            if not good.any() or np.ptp(part[good]) == 0.0:
                 return None
-            part, good = image, field & np.isfinite(image)
         between = part[1:-1] - 0.5 * (part[:-2] + part[2:])
         known = good[1:-1] & good[:-2] & good[2:]
         values = between[known] if known.any() else part[good]
@@ -324,44 +329,65 @@ def _deviation(values: NDArray[np.floating]) -> float:
     return float(np.median(np.abs(values - np.median(values))))
 
 
-def _candidates(image: Image, field: Mask, saturation: float, least: float, unusable: Mask) -> Positions:
-    """Pixels that exceed two opposite neighbours; on the way mark those whose values are of no use."""
+def _native(values: NDArray[Any]) -> Numbers:
+    """Whole numbers as they are, in the processor's byte order; all others in single precision."""
+    kind = values.dtype.newbyteorder("=") if values.dtype.kind in "iu" else np.dtype(np.float32)
+    return np.asarray(values).astype(kind, copy=False)
+
+
+def _candidates(image: Numbers, saturation: float, least: float, unusable: Mask) -> Positions:
+    """Pixels that may exceed two opposite neighbours; on the way mark those whose values are of no use.
+
+    None is missed. Whole numbers overflow, if ever, in darkness, whose pixels are then candidates in vain.
+    """
+    step = image.dtype.type(
+        min(np.floor(least), np.iinfo(image.dtype).max) if image.dtype.kind in "iu" else least
+    )
     rows: list[NDArray[np.intp]] = []
     columns: list[NDArray[np.intp]] = []
     for top in range(0, len(image), ROWS):
         own = image[top : top + ROWS]
-        good = own > 0  # whatever is not a number is not either
-        if saturation < np.inf:
-            good &= own < saturation
-        if not good.all():
-            unusable[top : top + ROWS] |= ~good
-        block = image[max(top - 1, 0) : top + ROWS + 1]
-        hit = np.zeros(own.shape, dtype=np.bool_)
-        first = 1 if top == 0 else 0
+        # Whatever is not a number is not positive either.
+        if not (own.min() > 0 and own.max() < saturation):
+            unusable[top : top + ROWS] |= ~((own > 0) & (own < saturation))
+        block = image[max(top - 1, 0) : top + ROWS + 1, 1:-1]
         inside = block[1:-1]
-        hit[first : first + len(inside)] = inside - np.maximum(block[:-2], block[2:]) > least
-        hit[:, 1:-1] |= own[:, 1:-1] - np.maximum(own[:, :-2], own[:, 2:]) > least
+        first = 1 if top == 0 else 0
+        beside = image[top + first : top + first + len(inside)]
+        higher = np.fmin(np.maximum(block[:-2], block[2:]), np.maximum(beside[:, :-2], beside[:, 2:]))
+        hit = higher < inside - step
         if hit.any():
-            y, x = np.nonzero(hit)
-            rows.append(y + top)
-            columns.append(x)
+            y, x = _positions(hit)
+            rows.append(y + top + first)
+            columns.append(x + 1)
     empty = [np.empty(0, dtype=np.intp)]
     return np.concatenate(rows or empty), np.concatenate(columns or empty)
 
 
-def _excess(image: Image, where: Positions) -> Image:
+def _positions(where: Mask) -> Positions:
+    y, x = np.nonzero(where)
+    return y, x
+
+
+def _inside(field: Mask, where: Positions) -> Mask:
+    """Whether pixels, none of them at the frame's edge, and their four neighbours are in the field."""
+    y, x = where
+    return field[y, x] & field[y - 1, x] & field[y + 1, x] & field[y, x - 1] & field[y, x + 1]
+
+
+def _excess(image: Numbers, where: Positions) -> Image:
     """How far pixels exceed the brighter of two opposite neighbours, along the axis where it is more."""
     y, x = where
-    rows, columns = image.shape
-    above, below = image[np.maximum(y - 1, 0), x], image[np.minimum(y + 1, rows - 1), x]
-    left, right = image[y, np.maximum(x - 1, 0)], image[y, np.minimum(x + 1, columns - 1)]
-    own = image[y, x]
+    above, below, left, right, own = (
+        image[y + down, x + aside].astype(np.float32)
+        for down, aside in ((-1, 0), (1, 0), (0, -1), (0, 1), (0, 0))
+    )
     return np.asarray(np.fmax(own - np.maximum(above, below), own - np.maximum(left, right)))
 
 
-def _around(image: Image, where: Positions) -> Image:
+def _around(image: Numbers, where: Positions) -> Image:
     """Median of the ring two pixels away."""
     rows, columns = image.shape
     y = np.clip(where[0] + RING[:, 0, None], 0, rows - 1)
     x = np.clip(where[1] + RING[:, 1, None], 0, columns - 1)
-    return np.asarray(np.median(image[y, x], axis=0))
+    return np.asarray(np.median(image[y, x].astype(np.float32), axis=0))

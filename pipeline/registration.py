@@ -679,9 +679,9 @@ def _spline_shift(lines: Image, displacement: tuple[float, float], moved: Image)
     """Move images by half a pixel at most along both axes by cubic B-splines, and take off the margin.
 
     Two recursions along each axis make the splines' coefficients (Unser 1999, doi:10.1109/79.799930), four of
-    which are then added up. Both go along the first axis, whole rows of all images at a time, several times as
-    fast as filtering image by image; between the two axes the numbers change places, which turns images into
-    spectra as well. The bits are the same whatever the block's place in memory.
+    which are then added up. Both go along the first axis, whole rows of all images at a time, several times
+    as fast as filtering image by image; between the two axes the numbers change places, which turns images
+    into spectra as well. The bits are the same whatever the block's place in memory.
 
     Parameters
     ----------
