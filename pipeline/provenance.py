@@ -8,8 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-BLOCK = 1 << 20
-
 
 def flarefield_version() -> str:
     """Version of the installed `flarefield` distribution.
@@ -22,7 +20,7 @@ def flarefield_version() -> str:
 
 
 def sha256_file(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, as hexadecimal digits, read in blocks.
+    """SHA-256 of a file's bytes, as hexadecimal digits.
 
     Parameters
     ----------
@@ -39,11 +37,8 @@ def sha256_file(path: str | Path) -> str:
     OSError
         It cannot be read.
     """
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_source(path: str | Path) -> str:

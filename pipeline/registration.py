@@ -12,6 +12,7 @@ scenes where this one's are hundredths).
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -125,15 +126,17 @@ def field_of_view(cube: Cube) -> Mask:
     edge[:, [0, -1]] = True
     # Infinity stands for NaN, which is equal to nothing, while candidates for the pad's spectrum are counted.
     spectra = np.nan_to_num(np.asarray(cube[:, edge], dtype=np.float64).T, nan=np.inf)
-    values, counts = np.unique(spectra, axis=0, return_counts=True)
-    if counts.max() < max(PAD_LEAST, PAD_SHARE * len(spectra)):
+    ((commonest, count),) = Counter(spectrum.tobytes() for spectrum in spectra).most_common(1)
+    if count < max(PAD_LEAST, PAD_SHARE * len(spectra)):
         return np.ones(cube.shape[1:], dtype=np.bool_)
     constant = np.ones(cube.shape[1:], dtype=np.bool_)
-    for image, value in zip(cube, values[counts.argmax()], strict=True):
+    for image, value in zip(cube, np.frombuffer(commonest, dtype=np.float64), strict=True):
         constant &= np.isnan(image) if np.isinf(value) else _equal(image, value)
-    labels, _ = ndimage.label(constant)
-    touching = np.unique(labels[edge & constant])
-    return np.asarray(~np.isin(labels, touching), dtype=np.bool_)
+    labels, regions = ndimage.label(constant)
+    seen = np.ones(regions + 1, dtype=np.bool_)
+    seen[labels[edge & constant]] = False
+    field: Mask = seen[labels]
+    return field
 
 
 def _equal(image: NDArray[Any], value: float) -> Mask:
