@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -63,6 +64,7 @@ from pipeline.registration import (
     resample,
 )
 from pipeline.replacement import discard, finish_swaps, replacement, replacements, scratch, swap
+from pipeline.shards import ShardWriter
 from pipeline.storage import Place, is_url, log_at, out_of_space, place
 
 logger = logging.getLogger("flarefield")
@@ -456,33 +458,39 @@ def _write(
     images: BandImages | None,
 ) -> None:
     pair = task.pair
+    writers = [ShardWriter(_array(group, line)) for line in LINES]
     moves = (task.position, _total(task.position, shift))
-    # Whether a chunk is empty costs more to find out than it saves.
-    halpha, ca8542, valid, defects = (
-        _array(group, name).with_config({"write_empty_chunks": True}) for name in (*LINES, "valid", "defects")
-    )
     overlap = move_mask(fields[0], moves[0]) & move_mask(fields[1], moves[1])
     seen = [move_flags(one.defects, move) for one, move in zip(surveys, moves, strict=True)]
     found = np.where(overlap, seen[0] | seen[1], np.uint8(0))
     usable = dict.fromkeys(LINES, False)
     rows, columns = pair.halpha.shape
-    for top in range(0, rows, SHARD):
-        for left in range(0, columns, SHARD):
-            y, x = slice(top, min(top + SHARD, rows)), slice(left, min(left + SHARD, columns))
-            for array, scan, cube, field, move, one in zip(
-                (halpha, ca8542), (pair.halpha, pair.ca8542), cubes, fields, moves, surveys, strict=True
+    # A block is compressed and written while the next one is made: no more of them are in memory.
+    with ThreadPoolExecutor(1) as background:
+        writing: Future[None] | None = None
+        for number in np.ndindex(-(-rows // SHARD), -(-columns // SHARD)):
+            y, x = (
+                slice(one * SHARD, min((one + 1) * SHARD, size))
+                for one, size in zip(number, (rows, columns), strict=True)
+            )
+            for writer, scan, cube, field, move, one in zip(
+                writers, (pair.halpha, pair.ca8542), cubes, fields, moves, surveys, strict=True
             ):
                 if move.y == move.x == 0.0:
                     block = _as_it_is(cube, field, y, x)
                 else:
                     block = resample(cube, field, move, y, x, scan.saturation, one.spoilt)
+                if writing is not None:
+                    writing.result()
+                writing = background.submit(writer.write, (task.time, *number, 0), block[None])
                 if not usable[scan.line]:
                     usable[scan.line] = bool(np.any((block > 0) & (block < np.inf)))
-                array[task.time, y, x] = block
                 if images is not None:
                     images.add(scan.line, block, y, x)
-            valid[task.time, y, x] = overlap[y, x]
-            defects[task.time, y, x] = found[y, x]
+        assert writing is not None
+        writing.result()
+    _array(group, "valid")[task.time] = overlap
+    _array(group, "defects")[task.time] = found
     if images is not None:
         images.leave_out(~overlap | (found != 0))
     for scan in (pair.halpha, pair.ca8542):

@@ -471,12 +471,14 @@ def _resample_into(
 
 def _moved_part(flags: Flags, steps: tuple[int, int], rows: slice, columns: slice) -> Flags:
     """One block of flags that are moved by whole pixels; zero comes in at the edges."""
-    indices = [
-        np.arange(span.start, span.stop) - step for span, step in zip((rows, columns), steps, strict=True)
-    ]
-    there = [(index >= 0) & (index < size) for index, size in zip(indices, flags.shape, strict=True)]
-    moved: Flags = np.zeros((len(indices[0]), len(indices[1])), dtype=flags.dtype)
-    moved[np.ix_(*there)] = flags[np.ix_(*(index[one] for index, one in zip(indices, there, strict=True)))]
+    source, target = [], []
+    for span, step, size in zip((rows, columns), steps, flags.shape, strict=True):
+        first = min(max(span.start - step, 0), size)
+        last = max(min(span.stop - step, size), first)
+        source.append(slice(first, last))
+        target.append(slice(first + step - span.start, last + step - span.start))
+    moved: Flags = np.zeros((rows.stop - rows.start, columns.stop - columns.start), dtype=flags.dtype)
+    moved[tuple(target)] = flags[tuple(source)]
     return moved
 
 
