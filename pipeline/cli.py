@@ -163,6 +163,14 @@ def ingest_command(
             show_default=False,
         ),
     ] = None,
+    common_time: Annotated[
+        bool,
+        typer.Option(
+            "--common-time",
+            help="Interpolate Ca II in time to H-alpha's, between the scans before and after; times where "
+            "that is not possible keep their own (`ca8542_interpolated`).",
+        ),
+    ] = False,
     cluster: ClusterOption = "local",
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -180,6 +188,7 @@ def ingest_command(
         min_contrast=min_contrast,
         align_series=align_series,
         largest_jump=largest_jump,
+        common_time=common_time,
         medium=medium,
         description=generic,
         overwrite=overwrite,

@@ -22,7 +22,6 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 import zarr
 from distributed import Client
-from numpy.typing import NDArray
 from zarr.core.sync import sync
 
 from pipeline import changes
@@ -40,29 +39,18 @@ from pipeline.alignment import (
 from pipeline.calibration import QuietSunCalibration, Reference, calibrate_store, write_calibration
 from pipeline.changes import BandImages, ChangeTask, Weights
 from pipeline.cluster import ClusterConfig, opened
-from pipeline.crisp import LINES, Cube, Medium, Scan, find_scans, open_intensity, open_wavelength_shift
-from pipeline.crisp.cube import PlacedCube
-from pipeline.defects import Survey, granulation_contrast, header_contradictions, survey
+from pipeline.common_time import Other, between, other_scans, share_of_other
+from pipeline.crisp import LINES, Medium, Scan, find_scans
+from pipeline.defects import header_contradictions
 from pipeline.driver import Outcome, run_bounded
 from pipeline.errors import FlareFieldError, InputError, MisuseError, StoreError
 from pipeline.journal import Journal
-from pipeline.observation import SHARD, finish, is_observation, lay_out, pointing_of
+from pipeline.moved_scan import STAYS, MovedScan
+from pipeline.observation import SHARD, finish, is_observation, lay_out, microseconds, pointing_of
 from pipeline.pairing import TOLERANCE, Pair, check_alike, label, pair_scans
 from pipeline.progress import Progress
 from pipeline.provenance import flarefield_version, provenance, sha256_source, stamp
-from pipeline.registration import (
-    BANDS,
-    CONFIDENT,
-    Mask,
-    Shift,
-    field_of_view,
-    find_shift,
-    move_flags,
-    move_mask,
-    move_values,
-    read_block,
-    resample,
-)
+from pipeline.registration import BANDS, CONFIDENT, Mask, Shift
 from pipeline.replacement import discard, finish_swaps, replacement, replacements, scratch, swap
 from pipeline.shards import ShardWriter
 from pipeline.storage import Place, is_url, log_at, out_of_space, place
@@ -72,7 +60,6 @@ logger = logging.getLogger("flarefield")
 KERNEL = 6
 """Version of what an observation's numbers depend on in this package; raised whenever they change."""
 
-STAYS = Shift(0.0, 0.0, 0.0)
 
 COMPARED = 8
 """Times that are compared in one task: neighbours share what is read and found out."""
@@ -90,6 +77,7 @@ class PairTask:
 
     `images` is the store of images that `pipeline.changes` compares, None if there is nothing to compare.
     `position` is what both lines are moved by to lie on the series' reference, if it is aligned along time.
+    `other` is a second scan of Ca II, if it is to be interpolated in time to H-alpha's.
     """
 
     store: str
@@ -98,6 +86,7 @@ class PairTask:
     pair: Pair
     unhashed: tuple[str, ...]
     position: Shift = STAYS
+    other: Scan | None = None
 
 
 @dataclass(frozen=True)
@@ -129,6 +118,8 @@ class IngestReport:
         The store was there already, made from the same files: nothing was done.
     positions : tuple of Position
         Where each time lies, if the series was aligned along time.
+    interpolated : tuple of bool
+        Whether Ca II is interpolated to H-alpha's time, at each time; empty if that was not asked for.
     """
 
     path: Path | str
@@ -142,6 +133,7 @@ class IngestReport:
     resumed: int = 0
     complete_before: bool = False
     positions: tuple[Position, ...] = ()
+    interpolated: tuple[bool, ...] = ()
 
     def summary(self) -> str:
         """Say it in a few lines."""
@@ -169,6 +161,13 @@ class IngestReport:
             )
             if len(known) < len(self.positions):
                 lines[-1] += "; elsewhere nothing was moved (`series_aligned`), the log says why"
+        if self.interpolated:
+            lines.append(
+                f"  Ca II interpolated to H-alpha's time in {sum(self.interpolated)} of "
+                f"{len(self.interpolated)} scans"
+            )
+            if not all(self.interpolated):
+                lines[-1] += "; elsewhere it keeps its own (`ca8542_interpolated`), the log says why"
         if self.changed is not None:
             lines.append(
                 f"  {100.0 * self.changed:.1f} % of the pixels changed between the two lines' times by more "
@@ -203,6 +202,7 @@ def ingest(
     min_contrast: float = 0.0,
     align_series: bool = False,
     largest_jump: float = LARGEST_JUMP,
+    common_time: bool = False,
     overwrite: bool = False,
 ) -> IngestReport:
     """Make an observation store from CRISP scans of both lines.
@@ -243,6 +243,9 @@ def ingest(
         map's quality says ``registration_uncertain``).
     largest_jump : float
         Pixels between two scans that are linked; a larger displacement is not taken for the telescope's.
+    common_time : bool
+        Whether Ca II is interpolated to H-alpha's times (`pipeline.common_time`). Times for which that is not
+        possible keep the pair's own scan: ``ca8542_interpolated`` is false, and ``time_ca8542`` is its time.
     overwrite : bool
         Replace an observation made from other files. It stays as it is until the new one is finished; on an
         object store, which cannot rename, there is no observation for as long as it takes to copy the new
@@ -286,14 +289,18 @@ def ingest(
                 remedy="choose another name",
             )
         pairs, unpaired, passed_over = _find_pairs(sources, tolerance, medium, description)
+        others = other_scans(pairs, unpaired) if common_time else None
         if target.exists() and not overwrite:
-            _check_same(target, pairs, tolerance, calibrate, wavelength_zero, min_contrast, jump, cluster)
+            _check_same(
+                target, pairs, others, tolerance, calibrate, wavelength_zero, min_contrast, jump, cluster
+            )
             log_at(target.journal).remove()
             return IngestReport(target.location, pairs, (), unpaired, passed_over, complete_before=True)
         try:
             return _make(
                 target,
                 pairs,
+                others,
                 unpaired,
                 passed_over,
                 cluster,
@@ -330,9 +337,7 @@ def _find_pairs(
     pairs, unpaired = pair_scans(scans, tolerance)
     check_alike(pairs)
     for scan in unpaired:
-        logger.warning(
-            "%s: %s has no partner of its own within %g s, left out", scan.name, label(scan), tolerance
-        )
+        logger.warning("%s: %s has no partner of its own within %g s", scan.name, label(scan), tolerance)
     for text in passed_over:
         logger.warning("%s, passed over", text)
     return pairs, unpaired, passed_over
@@ -360,30 +365,24 @@ def ingest_pair(task: PairTask) -> dict[str, Any] | FlareFieldError:
         for folder in _folders(task.time):
             # What an earlier attempt left behind would be read and merged, whatever state it is in.
             sync(group.store.delete_dir(folder))
-        cubes = (open_intensity(pair.halpha), open_intensity(pair.ca8542))
-        fields = (field_of_view(cubes[0]), field_of_view(cubes[1]))
+        halpha, ca8542 = (MovedScan.opened(pair, line) for line in LINES)
         if pair.placed:
-            cubes = (cubes[0], PlacedCube(cubes[1], pair.halpha.shape, pair.placement))
-            fields = (fields[0], _in_frame(fields[1], pair))
-            _check_overlap(fields, pair)
-        shift = find_shift(
-            cubes[0],
-            cubes[1],
-            (pair.halpha.wavelength, pair.ca8542.wavelength),
-            (pair.halpha.window.rest_wavelength, pair.ca8542.window.rest_wavelength),
-            fields,
-        )
-        surveys = (
-            survey(cubes[0], fields[0], pair.halpha.saturation),
-            survey(cubes[1], fields[1], pair.ca8542.saturation),
-        )
+            _check_overlap(halpha.own_field & ca8542.own_field, pair)
+        shift = ca8542.displacement(halpha)
+        halpha, ca8542 = halpha.moved(task.position), ca8542.moved(_total(task.position, shift))
+        other, other_shift = None, STAYS
+        if task.other is not None:
+            other = MovedScan.opened(Pair(pair.halpha, task.other), "ca8542")
+            other_shift = other.displacement(halpha)
+            other = other.moved(_total(task.position, other_shift))
+        interpolated = other is not None and shift.applied and other_shift.applied
         images = None
         if task.images is not None:
-            scans = (pair.halpha, pair.ca8542)
-            levels = (changes.level(cube, field) for cube, field in zip(cubes, fields, strict=True))
-            images = BandImages(scans, dict(zip(LINES, levels, strict=True)))
-        _write(task, group, cubes, fields, shift, surveys, images)
-        _write_wavelength_shifts(task, group, fields, shift)
+            images = BandImages(
+                (halpha.scan, ca8542.scan),
+                {one.scan.line: changes.level(one.cube, one.own_field) for one in (halpha, ca8542)},
+            )
+        _write(task, group, halpha, ca8542, other if interpolated else None, images)
         for folder in _folders(task.time):
             store.bring_to_disk(folder)
         if images is not None and task.images is not None:
@@ -394,30 +393,22 @@ def ingest_pair(task: PairTask) -> dict[str, Any] | FlareFieldError:
         if (full := out_of_space(failure, task.store)) is not None:
             return full
         raise
+    contrasts = [halpha.contrast, ca8542.contrast]
+    if interpolated and other is not None and other.contrast is not None:
+        contrasts[1] = min(contrasts[1] or 0.0, other.contrast)
     return {
         "time": task.time,
         "shift_y": shift.y,
         "shift_x": shift.x,
         "confidence": shift.confidence,
-        "contrast": [
-            _contrast(cube, scan, field)
-            for cube, scan, field in zip(cubes, (pair.halpha, pair.ca8542), fields, strict=True)
-        ],
-        "found": [
-            f"{scan.name}: {sentence}"
-            for scan, seen in zip((pair.halpha, pair.ca8542), surveys, strict=True)
-            for sentence in seen.sentences(np.subtract(scan.wavelength, scan.window.rest_wavelength))
-        ],
+        "interpolated": interpolated,
+        "other_confidence": other_shift.confidence,
+        "contrast": contrasts,
+        "found": [*halpha.sentences, *ca8542.sentences, *(other.sentences if other is not None else [])],
         "stored": _stored(store, _folders(task.time)),
         "images": _images_stored(task.images, task.time),
         "sha256": {path: sha256_source(path) for path in task.unhashed},
     }
-
-
-def _contrast(cube: Cube, scan: Scan, field: Mask) -> float | None:
-    """Contrast of a scan, None where there is none: a journal holds no NaN."""
-    value = granulation_contrast(cube, scan.wavelength, scan.window.rest_wavelength, field)
-    return value if np.isfinite(value) else None
 
 
 def _folders(time: int) -> list[str]:
@@ -451,20 +442,19 @@ def _opened(store: Place) -> zarr.Group:
 def _write(
     task: PairTask,
     group: zarr.Group,
-    cubes: tuple[Cube, Cube],
-    fields: tuple[Mask, Mask],
-    shift: Shift,
-    surveys: tuple[Survey, Survey],
+    halpha: MovedScan,
+    ca8542: MovedScan,
+    other: MovedScan | None,
     images: BandImages | None,
 ) -> None:
-    pair = task.pair
-    writers = [ShardWriter(_array(group, line)) for line in LINES]
-    moves = (task.position, _total(task.position, shift))
-    overlap = move_mask(fields[0], moves[0]) & move_mask(fields[1], moves[1])
-    seen = [move_flags(one.defects, move) for one, move in zip(surveys, moves, strict=True)]
-    found = np.where(overlap, seen[0] | seen[1], np.uint8(0))
+    """Write one time; between Ca II's two scans, if there is another one."""
+    writers = {line: ShardWriter(_array(group, line)) for line in LINES}
+    scans = (halpha, ca8542) if other is None else (halpha, ca8542, other)
+    overlap = np.logical_and.reduce([one.field for one in scans])
+    found = np.where(overlap, np.bitwise_or.reduce([one.defects for one in scans]), np.uint8(0))
+    share = 0.0 if other is None else share_of_other(task.pair, other.scan)
     usable = dict.fromkeys(LINES, False)
-    rows, columns = pair.halpha.shape
+    rows, columns = halpha.scan.shape
     # A block is compressed and written while the next one is made: no more of them are in memory.
     with ThreadPoolExecutor(1) as background:
         writing: Future[None] | None = None
@@ -473,36 +463,43 @@ def _write(
                 slice(one * SHARD, min((one + 1) * SHARD, size))
                 for one, size in zip(number, (rows, columns), strict=True)
             )
-            for writer, scan, cube, field, move, one in zip(
-                writers, (pair.halpha, pair.ca8542), cubes, fields, moves, surveys, strict=True
-            ):
-                if move.y == move.x == 0.0:
-                    block = _as_it_is(cube, field, y, x)
-                else:
-                    block = resample(cube, field, move, y, x, scan.saturation, one.spoilt)
+            for scan in (halpha, ca8542):
+                line = scan.scan.line
+                block = scan.block(y, x)
+                if images is not None:
+                    images.add(line, block, y, x)
+                if not usable[line]:
+                    usable[line] = bool(np.any((block > 0) & (block < np.inf)))
+                if scan is ca8542 and other is not None:
+                    block = between(block, other.block(y, x), share, scan.scan.saturation)
+                    if images is not None:
+                        images.brightest(line, block, y, x)
                 if writing is not None:
                     writing.result()
-                writing = background.submit(writer.write, (task.time, *number, 0), block[None])
-                if not usable[scan.line]:
-                    usable[scan.line] = bool(np.any((block > 0) & (block < np.inf)))
-                if images is not None:
-                    images.add(scan.line, block, y, x)
+                writing = background.submit(writers[line].write, (task.time, *number, 0), block[None])
         assert writing is not None
         writing.result()
     _array(group, "valid")[task.time] = overlap
     _array(group, "defects")[task.time] = found
     if images is not None:
         images.leave_out(~overlap | (found != 0))
-    for scan in (pair.halpha, pair.ca8542):
-        if not usable[scan.line]:
+    for one in (halpha, ca8542):
+        if not usable[one.scan.line]:
             raise InputError(
                 "the scan holds no intensities",
-                where=scan.name,
+                where=one.scan.name,
                 found="nothing but zeros, values that are not finite, or one constant value",
                 expected="positive intensities",
                 remedy="fetch the file again, or leave the scan out",
             )
-    _check_overlap((overlap, overlap), pair)
+    _check_overlap(overlap, task.pair)
+    for one in (halpha, ca8542):
+        # Where any scan of the series has such a map.
+        if (name := f"wavelength_shift_{one.scan.line}") in group:
+            values = one.wavelength_shift()
+            if one is ca8542 and other is not None:
+                values = (1.0 - share) * values + share * other.wavelength_shift()
+            _array(group, name)[task.time] = values
 
 
 def _total(position: Shift, shift: Shift) -> Shift:
@@ -512,8 +509,8 @@ def _total(position: Shift, shift: Shift) -> Shift:
     return Shift(position.y + shift.y, position.x + shift.x, shift.confidence)
 
 
-def _check_overlap(fields: tuple[Mask, Mask], pair: Pair) -> None:
-    if not (fields[0] & fields[1]).any():
+def _check_overlap(overlap: Mask, pair: Pair) -> None:
+    if not overlap.any():
         y, x = pair.placement
         raise InputError(
             "the fields of the two lines have no pixel in common",
@@ -521,35 +518,6 @@ def _check_overlap(fields: tuple[Mask, Mask], pair: Pair) -> None:
             found=f"as {pair.ca8542.name}, which begins at ({y}, {x}) pixels (y, x) by the headers",
             remedy="leave both scans out, or mend the pointing in their headers",
         )
-
-
-def _in_frame(field: Mask, pair: Pair) -> Mask:
-    """Ca II's field of view, of its own frame, in H-alpha's."""
-    return np.asarray(PlacedCube(field[None].astype(np.float32), pair.halpha.shape, pair.placement)[0] == 1.0)
-
-
-def _write_wavelength_shifts(
-    task: PairTask, group: zarr.Group, fields: tuple[Mask, Mask], shift: Shift
-) -> None:
-    """Write what is added to each pixel's wavelengths, where any scan of the series has such a map."""
-    for scan, field in zip((task.pair.halpha, task.pair.ca8542), fields, strict=True):
-        name = f"wavelength_shift_{scan.line}"
-        if name not in group:
-            continue
-        found = open_wavelength_shift(scan)
-        if found is not None and scan.line == "ca8542" and task.pair.placed:
-            found = PlacedCube(found[None], task.pair.halpha.shape, task.pair.placement)[0].astype(np.float64)
-        values = np.where(field, 0.0 if found is None else found, np.nan)
-        move = task.position if scan.line == "halpha" else _total(task.position, shift)
-        if move.y or move.x:
-            values = move_values(values, move)
-        _array(group, name)[task.time] = values
-
-
-def _as_it_is(cube: Cube, field: Mask, rows: slice, columns: slice) -> NDArray[np.float32]:
-    block = read_block(cube, rows, columns)
-    block[~field[rows, columns]] = np.nan
-    return block
 
 
 def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
@@ -561,6 +529,7 @@ def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
 def _make(
     output: Place,
     pairs: tuple[Pair, ...],
+    others: list[Other] | None,
     unpaired: tuple[Scan, ...],
     passed_over: tuple[str, ...],
     cluster: Cluster,
@@ -571,7 +540,7 @@ def _make(
     min_contrast: float,
     largest_jump: float | None,
 ) -> IngestReport:
-    store, journal = _begun(output, _fingerprint(pairs, tolerance, largest_jump), pairs)
+    store, journal = _begun(output, _fingerprint(pairs, others, tolerance, largest_jump), pairs)
     images = scratch(store) if len(pairs) > 1 else None
     if images is not None:
         changes.lay_out_images(images, (pairs[0].halpha, pairs[0].ca8542), len(pairs))
@@ -579,7 +548,7 @@ def _make(
     with journal, nullcontext() if cluster is None else opened(cluster) as cluster:
         done = _taken_up(store, images, journal)
         resumed = len(done)
-        files = _files_of_times(pairs)
+        files = _files_of_times(pairs, others)
         places = None if largest_jump is None else _aligned(cluster, pairs, journal, largest_jump)
         waiting = (
             PairTask(
@@ -589,6 +558,7 @@ def _make(
                 pair,
                 files[time],
                 places[time].shift if places else STAYS,
+                others[time].scan if others else None,
             )
             for time, pair in enumerate(pairs)
             if time not in done
@@ -629,10 +599,14 @@ def _make(
                     pair.halpha.name,
                     position.refused,
                 )
-        odd = _contradictions(pairs)
+        interpolated = [bool(record["interpolated"]) for record in records]
+        if others is not None:
+            _say_not_interpolated(pairs, others, records)
+        odd = _contradictions(pairs, others)
         contrasts = np.array([record["contrast"] for record in records], dtype=np.float64)
         poor = [bool((both < min_contrast).any()) for both in contrasts]
-        found = [sentence for record in records for sentence in record["found"]]
+        # A scan of Ca II may serve two times.
+        found = list(dict.fromkeys(sentence for record in records for sentence in record["found"]))
         found += [f"{path}: {sentence}" for path, said in odd.items() for sentence in said]
         found += [
             f"{pair.halpha.name}: contrast of {both[0]:.3f} in H-alpha and {both[1]:.3f} in Ca II, less than "
@@ -660,7 +634,12 @@ def _make(
             scales = {line: getattr(calibration, line).scale for line in LINES}
         changed = None
         if images is not None:
-            changed = _compare(store, images, journal, cluster, pairs, shifts, places, scales)
+            used = [
+                other.scan if common else None
+                for other, common in zip(others or (), interpolated, strict=False)
+            ]
+            weights = _weights(pairs, shifts, places, used)
+            changed = _compare(store, images, journal, cluster, weights, places is not None, scales)
         _finish(
             store,
             shifts,
@@ -669,14 +648,20 @@ def _make(
                 **{f"contrast_{line}": contrasts[:, index].tolist() for index, line in enumerate(LINES)},
                 "poor_seeing": poor,
                 "header_contradiction": [
-                    pair.halpha.path in odd or pair.ca8542.path in odd for pair in pairs
+                    any(scan.path in odd for scan in several) for several in _scans_of_times(pairs, others)
                 ],
                 **({} if places is None else _of_positions(pairs, places)),
+                "ca8542_interpolated": interpolated,
+                "time_ca8542": [
+                    microseconds(pair.halpha.time if common else pair.ca8542.time)
+                    for pair, common in zip(pairs, interpolated, strict=True)
+                ],
             },
             {
                 **applied,
                 "least_contrast": min_contrast,
                 "found": found,
+                "common_time": others is not None,
                 **({} if largest_jump is None else {"series_alignment": _alignment_record(largest_jump)}),
             },
             unpaired,
@@ -698,6 +683,7 @@ def _make(
         changed,
         resumed,
         positions=places or (),
+        interpolated=tuple(interpolated) if others is not None else (),
     )
 
 
@@ -763,9 +749,8 @@ def _compare(
     images: Place,
     journal: Journal,
     cluster: Cluster,
-    pairs: tuple[Pair, ...],
-    shifts: tuple[Shift, ...],
-    places: tuple[Position, ...] | None,
+    weights: Mapping[int, Mapping[str, Sequence[Weights]]],
+    aligned: bool,
     scales: Mapping[str, float],
 ) -> float | None:
     """Estimate how much changed between the lines; return the share of the pixels that did."""
@@ -776,7 +761,7 @@ def _compare(
         if record.get("scales") == scales
         and _stored(store, [changes.folder(record["change"])]) == record["stored"]
     }
-    wanted = {time: weights for time, weights in _weights(pairs, shifts, places).items() if weights}
+    wanted = {time: of_lines for time, of_lines in weights.items() if of_lines}
     waiting = [time for time in wanted if time not in done]
     tasks = (
         ChangeTask(
@@ -784,7 +769,7 @@ def _compare(
             str(images),
             {time: wanted[time] for time in waiting[first : first + COMPARED]},
             scales,
-            places is not None,
+            aligned,
         )
         for first in range(0, len(waiting), COMPARED)
     )
@@ -804,37 +789,62 @@ def _compare(
                 done[record["change"]] = {**record, "scales": scales}
                 journal.append(done[record["change"]])
             progress.advance(len(answer))
-    unknown = [time for time in range(len(pairs)) if time not in done or not done[time]["known"]]
+    unknown = [time for time in weights if time not in done or not done[time]["known"]]
     if unknown:
         logger.warning(
             "at %d of %d times it is not known how much changed between the lines: no neighbour in time that "
             "is near enough and lies on the scan with certainty",
             len(unknown),
-            len(pairs),
+            len(weights),
         )
     known = sum(record["known"] for record in done.values())
     return sum(record["changed"] for record in done.values()) / known if known else None
 
 
 def _weights(
-    pairs: tuple[Pair, ...], shifts: tuple[Shift, ...], places: tuple[Position, ...] | None
+    pairs: tuple[Pair, ...],
+    shifts: tuple[Shift, ...],
+    places: tuple[Position, ...] | None,
+    others: Sequence[Scan | None],
 ) -> dict[int, dict[str, list[Weights]]]:
-    """What is to be compared at each time: see `pipeline.changes.ChangeTask`."""
+    """What is to be compared at each time; `others` are the scans with which Ca II was interpolated."""
     times = {line: np.array([getattr(pair, line).time for pair in pairs]) for line in LINES}
     known = np.array([place.known for place in places] if places else [True] * len(pairs))
     comparable = {"halpha": known, "ca8542": known & [shift.applied for shift in shifts]}
     found: dict[int, dict[str, list[Weights]]] = {time: {} for time in range(len(pairs))}
     for time, of_lines in found.items():
+        if others and (second := others[time]) is not None:
+            ends = sorted((pairs[time].ca8542.time, second.time))
+            of_lines["ca8542"] = changes.departure_weights(
+                times["ca8542"], time, times["halpha"][time], (ends[0], ends[1]), comparable["ca8542"]
+            )
+            continue
         for line, other in (("halpha", "ca8542"), ("ca8542", "halpha")):
             weights = changes.lag_weights(times[line], time, times[other][time], comparable[line])
             if weights is not None:
                 of_lines[line] = [weights]
-    return found
+    return {
+        time: {line: several for line, several in of_lines.items() if several}
+        for time, of_lines in found.items()
+    }
 
 
-def _contradictions(pairs: tuple[Pair, ...]) -> dict[str, tuple[str, ...]]:
+def _say_not_interpolated(
+    pairs: tuple[Pair, ...], others: Sequence[Other], records: Sequence[Mapping[str, Any]]
+) -> None:
+    """Log at which times Ca II keeps its own time although another was asked for, and why."""
+    for pair, other, record in zip(pairs, others, records, strict=True):
+        why = other.refused
+        if other.scan is not None and not record["interpolated"]:
+            certain = min(record["confidence"], record["other_confidence"])
+            why = f"the displacement of a Ca II scan around it is not certain ({certain:.2f})"
+        if why:
+            logger.warning("%s: Ca II is not interpolated to its time: %s", pair.halpha.name, why)
+
+
+def _contradictions(pairs: tuple[Pair, ...], others: Sequence[Other] | None) -> dict[str, tuple[str, ...]]:
     """Files whose headers contradict themselves, and in what."""
-    scans = {scan.path: scan for pair in pairs for scan in (pair.halpha, pair.ca8542)}
+    scans = {scan.path: scan for several in _scans_of_times(pairs, others) for scan in several}
     said = {path: header_contradictions(scan) for path, scan in scans.items()}
     return {path: sentences for path, sentences in said.items() if sentences}
 
@@ -879,16 +889,28 @@ def _taken_up(store: Place, images: Place | None, journal: Journal) -> dict[int,
     return done
 
 
-def _fingerprint(pairs: tuple[Pair, ...], tolerance: float, largest_jump: float | None) -> dict[str, Any]:
+def _scans_of_times(pairs: Sequence[Pair], others: Sequence[Other] | None) -> list[tuple[Scan, ...]]:
+    """All scans that a time may come from."""
+    scans: list[tuple[Scan, ...]] = [(pair.halpha, pair.ca8542) for pair in pairs]
+    for time, other in enumerate(others or ()):
+        if other.scan is not None:
+            scans[time] += (other.scan,)
+    return scans
+
+
+def _fingerprint(
+    pairs: tuple[Pair, ...], others: Sequence[Other] | None, tolerance: float, largest_jump: float | None
+) -> dict[str, Any]:
     """Everything that decides the store's content, as far as it is known without reading the files."""
     files = []
-    for pair in pairs:
-        for scan in (pair.halpha, pair.ca8542):
+    for several in _scans_of_times(pairs, others):
+        for scan in several:
             files.append([scan.path, scan.index, scan.medium, *stamp(scan.path)])
             files.extend([sidecar, *stamp(sidecar)] for sidecar in scan.sidecars)
     return {
         "files": files,
         "tolerance": tolerance,
+        "common_time": others is not None,
         "largest_jump": largest_jump,
         "kernel": KERNEL,
         "flarefield": flarefield_version(),
@@ -974,14 +996,12 @@ def _run(
             yield Outcome(task, result, None, 1)
 
 
-def _files_of_times(pairs: tuple[Pair, ...]) -> list[tuple[str, ...]]:
+def _files_of_times(pairs: Sequence[Pair], others: Sequence[Other] | None) -> list[tuple[str, ...]]:
     """Files (and sidecars) of each time that no earlier one came from: a file may hold many scans."""
     seen: set[str] = set()
     files = []
-    for pair in pairs:
-        new = dict.fromkeys(
-            path for scan in (pair.halpha, pair.ca8542) for path in (scan.path, *scan.sidecars)
-        )
+    for several in _scans_of_times(pairs, others):
+        new = dict.fromkeys(path for scan in several for path in (scan.path, *scan.sidecars))
         files.append(tuple(path for path in new if path not in seen))
         seen |= set(new)
     return files
@@ -990,6 +1010,7 @@ def _files_of_times(pairs: tuple[Pair, ...]) -> list[tuple[str, ...]]:
 def _check_same(
     output: Place,
     pairs: tuple[Pair, ...],
+    others: Sequence[Other] | None,
     tolerance: float,
     calibrate: Reference,
     wavelength_zero: Reference,
@@ -1000,7 +1021,7 @@ def _check_same(
     """Accept an existing observation only if it was made from the same files in the same way."""
     attrs: dict[str, Any] = dict(zarr.open_group(output.zarr, mode="r").attrs.asdict())
     recorded = list(attrs.get("made_from", {}).values())
-    paths = [path for files in _files_of_times(pairs) for path in files]
+    paths = [path for files in _files_of_times(pairs, others) for path in files]
     differs = None
     if attrs.get("pairing_tolerance_seconds") != tolerance:
         differs = f"made with a tolerance of {attrs.get('pairing_tolerance_seconds')} s, now {tolerance} s"
@@ -1013,6 +1034,8 @@ def _check_same(
         differs = f"made with --min-contrast {attrs.get('least_contrast', 0.0)}, now {min_contrast}"
     elif (jump := attrs.get("series_alignment", {}).get("largest_jump_pixels")) != largest_jump:
         differs = f"made {_alignment_said(jump)}, now {_alignment_said(largest_jump)}"
+    elif attrs.get("common_time", False) != (others is not None):
+        differs = f"made {'with' if others is None else 'without'} --common-time, now otherwise"
     elif (media := _media(output)) != {getattr(pairs[0], line).medium for line in LINES}:
         differs = f"made with wavelengths in {' and '.join(sorted(media))}"
     elif len(recorded) != len(paths):
@@ -1025,9 +1048,9 @@ def _check_same(
                     "the file cannot be read", where=outcome.task, found=outcome.error
                 ) from outcome.error
             given.append(outcome.result)
-        others = len(given) - len(set(given) & set(recorded))
-        if others:
-            differs = f"{others} of the {len(given)} files are not those that it was made from"
+        unknown = len(given) - len(set(given) & set(recorded))
+        if unknown:
+            differs = f"{unknown} of the {len(given)} files are not those that it was made from"
     if differs:
         raise MisuseError(
             "the output exists and was made from other files, or otherwise",

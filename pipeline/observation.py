@@ -26,7 +26,9 @@ variable                                           dimensions   meaning
 ``poor_seeing``                                    time         a contrast is below what was asked for
 ``header_contradiction``                           time         a header contradicts itself or its wavelengths
 ``time``, ``time_halpha``                          time         mean time of the H-alpha scan, UTC
-``time_ca8542``                                    time         mean time of the Ca II scan, UTC
+``time_ca8542``                                    time         mean time of the Ca II scan, UTC; H-alpha's
+                                                                where Ca II is interpolated to it
+``ca8542_interpolated``                            time         whether it is (`pipeline.common_time`)
 ``y``, ``x``                                       y; x         offset from the reference pixel, arcsec
 ``longitude``, ``latitude``                        y, x         helioprojective, at the first time, arcsec
 ``pointing_longitude``, ``pointing_latitude``      time         the same of the frame's middle, at each time
@@ -288,7 +290,15 @@ def coordinates(halpha: Sequence[Scan], ca8542: Sequence[Scan]) -> xr.Dataset:
             "time_ca8542": (
                 "time",
                 [scan.time for scan in ca8542],
-                {"long_name": "mean time of the Ca II 8542 scan, UTC"},
+                {
+                    "long_name": "time of the Ca II 8542 intensities, UTC",
+                    "comment": "the scan's mean time, or H-alpha's where ca8542_interpolated",
+                },
+            ),
+            "ca8542_interpolated": (
+                "time",
+                np.zeros(len(ca8542), dtype=bool),
+                {"long_name": "whether Ca II 8542 is interpolated in time, to H-alpha's, between two scans"},
             ),
             "y": (
                 "y",
@@ -366,9 +376,14 @@ def coordinates(halpha: Sequence[Scan], ca8542: Sequence[Scan]) -> xr.Dataset:
                     "long_name": f"where Ca II's first pixel lies along {axis}, by the headers",
                 },
             )
-    for name in ("time", "time_halpha", "time_ca8542"):
+    for name in ("time", "time_halpha", "time_ca8542"):  # see `microseconds`
         dataset[name].encoding = {"units": "microseconds since 1970-01-01", "dtype": "int64"}
     return dataset
+
+
+def microseconds(time: np.datetime64) -> int:
+    """A time as an observation holds it: microseconds since 1970-01-01."""
+    return int(time.astype("datetime64[us]").astype(np.int64))
 
 
 def pointing_of(scan: Scan, shift: Shift = Shift(0.0, 0.0, 0.0)) -> tuple[float, float, float]:  # noqa: B008
@@ -395,7 +410,7 @@ def pointing_of(scan: Scan, shift: Shift = Shift(0.0, 0.0, 0.0)) -> tuple[float,
 
 def finish(
     path: str | Path,
-    of_times: Mapping[str, Sequence[float] | Sequence[bool]],
+    of_times: Mapping[str, Sequence[float] | Sequence[int] | Sequence[bool]],
     attrs: Mapping[str, Any],
 ) -> None:
     """Write what is known only at the end, and consolidate the metadata.
