@@ -182,7 +182,9 @@ class IngestReport:
         if self.calibration is not None:
             lines.extend(f"  {line}" for line in self.calibration.summary().splitlines())
         if self.unpaired:
-            lines.append(f"  {len(self.unpaired)} scans without a partner left out (attribute `unpaired`)")
+            lines.append(
+                f"  {len(self.unpaired)} scans without a partner make no time (attribute `unpaired`)"
+            )
         if self.passed_over:
             lines.append(f"  {len(self.passed_over)} other files passed over")
         return "\n".join(lines)
