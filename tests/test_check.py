@@ -65,20 +65,39 @@ def test_a_file_that_is_gone_is_missing(copy, variable):
     assert f"tile at {GRID[4]}" in report.summary()
 
 
-def test_every_bit_of_a_file_counts(copy):
-    """A file is cut, emptied, or has one bit turned over: whatever is done to it, the tile is not sound."""
+def test_whatever_is_done_to_a_file_the_tile_is_as_it_was_or_not_sound(copy):
+    """A file is cut, emptied, or has one bit turned over (a few bits of Blosc's headers mean nothing)."""
     file = copy / tile_keys(GRID[2])["temperature"]
     content = file.read_bytes()
+    intact = temperature_of(copy)
     places = np.linspace(0, len(content) - 1, 12).astype(int)
     damaged = [content[:place] for place in places]
     damaged += [content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :] for place in places]
+    harmless = 0
     for wrong in damaged:
         file.write_bytes(wrong)
         report = check_map(copy)
-        assert report.of("damaged") == (GRID[2],)
-        assert len(report.faults) == 1
+        if len(wrong) == len(content) and is_as(temperature_of(copy), intact):
+            assert report.sound
+            harmless += 1
+        else:
+            assert report.of("damaged") == (GRID[2],)
+            assert len(report.faults) == 1
+    assert harmless <= 2
     file.write_bytes(content)
     assert check_map(copy).sound
+
+
+def is_as(found, intact):
+    return found is not None and np.array_equal(found, intact, equal_nan=True)
+
+
+def temperature_of(path):
+    """A map's temperatures; None where they cannot be read."""
+    try:
+        return zarr.open_group(path, mode="r")["temperature"][:]
+    except Exception:  # which one a damaged file raises is up to its codec
+        return None
 
 
 def test_values_that_were_changed_are_damage(copy):
