@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from pipeline.validation import Scores
 
 # In a pipe or a file there is no width to keep to: tables there are not cut short.
-console = Console(width=None if sys.stdout.isatty() else 140)
-errors = Console(stderr=True)
+console = Console(width=None if sys.stdout.isatty() else 140, emoji=False)
+errors = Console(stderr=True, emoji=False)
 
 
 class _Commands(TyperGroup):
@@ -340,7 +340,7 @@ def invert_command(
         str | None,
         typer.Option(
             metavar="RANGES",
-            help="Only these times, by their indices from 0: 0:10 (10 is not in it), 3,5,8 or 0:100:10.",
+            help="Only these times, by their indices from 0: 0:10 (10 is not in it), 3,5,8 or 0:90:10.",
             show_default=False,
         ),
     ] = None,

@@ -215,7 +215,7 @@ def select(
         ``"Y0:Y1,X0:X1arcsec"`` in values of the coordinates `y` and `x`, both ends included. An end that is
         left out is the field's.
     times : str, optional
-        Indices and ranges of indices, separated by commas: ``"0:10"``, ``"3,5,8"``, ``"0:100:10"``.
+        Indices and ranges of indices, separated by commas: ``"0:10"``, ``"3,5,8"``, ``"0:90:10"``.
     skip : sequence of str
         Names of flags, as in ``flag_meanings`` of `skip_from`: pixels with any of them are left out.
     skip_from : str or Path, optional
@@ -312,7 +312,7 @@ def _times(text: str, count: int) -> tuple[int, ...]:
                 "these are no times",
                 where="times",
                 found=text,
-                expected="indices, '3,5,8', or ranges of them, '0:10' or '0:100:10'",
+                expected="indices, '3,5,8', or ranges of them, '0:10' or '0:90:10'",
             ) from None
         if not some or min(some) < 0 or max(some) >= count:
             raise MisuseError(

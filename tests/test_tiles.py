@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from distributed.core import error_message
 from toy_observation import FULL, NOT_A_NUMBER, OUTSIDE, ZERO, toy_observation, write_store
 
 import pipeline.tiles as tiles
@@ -279,6 +281,15 @@ def test_nan_only_where_quality_says_why(spec):
     np.testing.assert_array_equal(np.isfinite(dataset["misfit"].values), answered)
     assert sum(receipt.answered for receipt in receipts) == answered.sum()
     assert sum(receipt.flags.get("outside_field", 0) for receipt in receipts) == 12
+
+
+def test_a_map_that_has_gone_is_said_across_processes(spec, tmp_path):
+    values = tiles.compute_tile(spec, GRID[0])
+    with pytest.raises(StoreError, match="has gone") as refusal:
+        tiles.write_tile(tmp_path / "gone.zarr", "run", GRID[0], values)
+    sent = error_message(refusal.value)
+    assert isinstance(pickle.loads(sent["exception"].data), StoreError)
+    assert "all workers see" in refusal.value.remedy
 
 
 def test_what_ingest_has_found_comes_into_quality(spec, tmp_path):
