@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
+from dask.utils import funcname
 from distributed import CancelledError, Client, Future, KilledWorker, LocalCluster, as_completed
 
 from pipeline.errors import ClusterError, FlareFieldError
@@ -48,6 +49,30 @@ class Outcome(Generic[Task, Result]):
     result: Result | None
     error: BaseException | None
     attempts: int
+
+
+@dataclass(frozen=True)
+class Attempt(Generic[Task, Result]):
+    """A function as a worker calls it: what it says to a person arrives as it was said.
+
+    Errors take their causes along when they are sent to another process, and some libraries' errors cannot be
+    sent: what comes in their place would look like any other failure, and be tried again.
+
+    Attributes
+    ----------
+    function : callable
+        What is to be done.
+    """
+
+    function: Callable[[Task], Result]
+
+    def __call__(self, task: Task) -> Result:
+        """Do it."""
+        try:
+            return self.function(task)
+        except FlareFieldError as error:
+            error.__cause__ = error.__context__ = None
+            raise
 
 
 class Manned:
@@ -153,7 +178,9 @@ def run_bounded(
 
     def submit(tasks: Iterable[tuple[Task, int]]) -> list[Future]:
         drawn = list(tasks)
-        futures: list[Future] = client.map(function, [task for task, _ in drawn], pure=False)
+        futures: list[Future] = client.map(
+            Attempt(function), [task for task, _ in drawn], key=funcname(function), pure=False
+        )
         pending.update(zip(futures, drawn, strict=True))
         return futures
 

@@ -749,18 +749,15 @@ def write_tile(store: str | Path, run: str, tile: Tile, values: Mapping[str, NDA
     StoreError
         The store belongs to another run, or there is no space left.
     """
-    group, found = None, ""
     try:
         group = zarr.open_group(place(store).zarr, mode="r+")
     except (FileNotFoundError, ValueError, KeyError) as error:
-        found = str(error)
-    if group is None:  # out here: Zarr's errors, as a cause, could not be sent from one process to another
         raise StoreError(
             "the map store has gone, or cannot be read any more",
             where=store,
-            found=found,
+            found=error,
             remedy="put it where all workers see it, leave it alone, and start the command again",
-        )
+        ) from error
     if group.attrs.get("run") != run:
         raise StoreError(
             "the map store belongs to another run", where=store, remedy="start the command again"

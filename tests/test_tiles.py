@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ import pipeline.tiles as tiles
 from inn.checkpoint import load_model, model_hash
 from inn.posterior import sample
 from inn.scaling import scale_atmosphere
+from pipeline.driver import Attempt
 from pipeline.errors import ClusterError, MisuseError, ModelError, StoreError
 from pipeline.invert import _coordinates
 from pipeline.results import VARIABLES, Flag, lay_out, open_map
@@ -284,9 +286,9 @@ def test_nan_only_where_quality_says_why(spec):
 
 
 def test_a_map_that_has_gone_is_said_across_processes(spec, tmp_path):
-    values = tiles.compute_tile(spec, GRID[0])
+    gone = replace(spec, store=str(tmp_path / "gone.zarr"))
     with pytest.raises(StoreError, match="has gone") as refusal:
-        tiles.write_tile(tmp_path / "gone.zarr", "run", GRID[0], values)
+        Attempt(partial(invert_tile, gone))(GRID[0])
     sent = error_message(refusal.value)
     assert isinstance(pickle.loads(sent["exception"].data), StoreError)
     assert "all workers see" in refusal.value.remedy
