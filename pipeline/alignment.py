@@ -23,7 +23,7 @@ from scipy.sparse.csgraph import connected_components
 
 from pipeline.crisp import Scan, open_intensity
 from pipeline.errors import FlareFieldError
-from pipeline.registration import AGREEMENT, CONFIDENT, Shift, field_of_view, find_motion
+from pipeline.registration import AGREEMENT, CONFIDENT, STAYS, Shift, field_of_view, find_motion
 
 STRIDES = (1, 2, 8)
 """Scans between those that are linked."""
@@ -110,7 +110,7 @@ class Position:
     @property
     def shift(self) -> Shift:
         """What to move the scan by; not at all where that is not known."""
-        return Shift(self.y, self.x, self.confidence) if self.known else Shift(0.0, 0.0, 0.0)
+        return Shift(self.y, self.x, self.confidence) if self.known else STAYS
 
 
 def links_of(times: int) -> list[tuple[int, int]]:

@@ -45,12 +45,12 @@ from pipeline.defects import header_contradictions
 from pipeline.driver import Outcome, run_bounded
 from pipeline.errors import FlareFieldError, InputError, MisuseError, StoreError
 from pipeline.journal import Journal
-from pipeline.moved_scan import STAYS, MovedScan
+from pipeline.moved_scan import MovedScan
 from pipeline.observation import SHARD, finish, is_observation, lay_out, microseconds, pointing_of
 from pipeline.pairing import TOLERANCE, Pair, check_alike, label, pair_scans
 from pipeline.progress import Progress
 from pipeline.provenance import flarefield_version, provenance, sha256_source, stamp
-from pipeline.registration import BANDS, CONFIDENT, Mask, Shift
+from pipeline.registration import BANDS, CONFIDENT, STAYS, Mask, Shift
 from pipeline.replacement import discard, finish_swaps, replacement, replacements, scratch, swap
 from pipeline.shards import ShardWriter
 from pipeline.storage import Place, is_url, log_at, out_of_space, place

@@ -12,6 +12,7 @@ from pipeline.crisp.cube import PlacedCube
 from pipeline.defects import Survey, granulation_contrast, survey
 from pipeline.pairing import Pair
 from pipeline.registration import (
+    STAYS,
     Image,
     Mask,
     Shift,
@@ -23,9 +24,6 @@ from pipeline.registration import (
     read_block,
     resample,
 )
-
-STAYS = Shift(0.0, 0.0, 0.0)
-"""What a scan that is not moved is moved by."""
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ from pipeline.crisp.scan import Scan, cosine_of_pointing
 from pipeline.defects import Defect
 from pipeline.errors import MisuseError, StoreError
 from pipeline.pairing import Pair
-from pipeline.registration import Shift
+from pipeline.registration import STAYS, Shift
 from pipeline.storage import place
 
 KIND = "observation"
@@ -386,7 +386,7 @@ def microseconds(time: np.datetime64) -> int:
     return int(time.astype("datetime64[us]").astype(np.int64))
 
 
-def pointing_of(scan: Scan, shift: Shift = Shift(0.0, 0.0, 0.0)) -> tuple[float, float, float]:  # noqa: B008
+def pointing_of(scan: Scan, shift: Shift = STAYS) -> tuple[float, float, float]:
     """Where the middle of a scan's frame points, by its own header, once the scan has been moved.
 
     Parameters

@@ -88,6 +88,10 @@ class Shift:
         return self.confidence >= CONFIDENT
 
 
+STAYS = Shift(0.0, 0.0, 0.0)
+"""What a scan that is not moved is moved by."""
+
+
 @dataclass(frozen=True)
 class Turn:
     """By how much a scan seems turned against another, counterclockwise where y points up.
