@@ -41,7 +41,7 @@ from zarr.core.sync import sync
 
 from pipeline.crisp import LINES, Scan
 from pipeline.crisp.cube import Cube
-from pipeline.errors import FlareFieldError, StoreError
+from pipeline.errors import FlareFieldError
 from pipeline.pairing import cadence
 from pipeline.registration import (
     BANDS,
@@ -54,7 +54,8 @@ from pipeline.registration import (
     middle_box,
     resample,
 )
-from pipeline.storage import Place, out_of_space, place
+from pipeline.replacement import opened_group
+from pipeline.storage import Place, array_in, out_of_space, place
 
 NAME = "change_between_lines"
 """The observation's variable."""
@@ -232,10 +233,10 @@ class BandImages:
 
     def write(self, images: Place, time: int) -> None:
         """Write all of it into the store of images, in place of what an earlier attempt has left there."""
-        group = _opened(images, "r+")
+        group = opened_group(images)
         for line, values in self._images.items():
-            _array(group, line)[time] = values
-            _array(group, f"level_{line}")[time] = self._levels[line]
+            array_in(group, line)[time] = values
+            array_in(group, f"level_{line}")[time] = self._levels[line]
         for folder in image_folders(time):
             images.bring_to_disk(folder)
 
@@ -338,9 +339,9 @@ def find_changes(task: ChangeTask) -> list[dict[str, Any]] | FlareFieldError:
     records = []
     store = place(task.store)
     try:
-        scans = _Scans(_opened(place(task.images), "r"), task.scales, task.aligned)
-        group = _opened(store, "r+")
-        array = _array(group, NAME).with_config({"write_empty_chunks": True})
+        scans = _Scans(opened_group(place(task.images), "r"), task.scales, task.aligned)
+        group = opened_group(store)
+        array = array_in(group, NAME).with_config({"write_empty_chunks": True})
         for time, weights in sorted(task.weights.items()):
             values = scans.change(time, weights)
             # What an earlier attempt left behind would be read and merged, whatever state it is in.
@@ -395,8 +396,8 @@ class _Scans:
     def _images(self, line: str, time: int) -> tuple[NDArray[np.float16], np.float32]:
         """A scan's images (band, y, x), its brightest intensities as the last one; and their unit."""
         if (line, time) not in self._read:
-            level = float(np.asarray(_array(self._group, f"level_{line}")[time]))
-            images = np.asarray(_array(self._group, line)[time])
+            level = float(np.asarray(array_in(self._group, f"level_{line}")[time]))
+            images = np.asarray(array_in(self._group, line)[time])
             self._read[line, time] = (images, np.float32(self._scales[line] * level))
         return self._read[line, time]
 
@@ -474,21 +475,3 @@ def _noise(change: Image, intensity: Image) -> float:
         roughness = ndimage.convolve(change / np.sqrt(intensity), LAPLACIAN)[1:-1, 1:-1]
     known = np.abs(roughness[np.isfinite(roughness)])
     return NORMAL * float(np.median(known)) if known.size else float("nan")
-
-
-def _opened(store: Place, mode: Any) -> zarr.Group:  # noqa: ANN401
-    try:
-        return zarr.open_group(store.zarr, mode=mode, use_consolidated=False)
-    except (FileNotFoundError, ValueError, KeyError) as failure:
-        raise StoreError(
-            "a worker cannot open the store that is being made",
-            where=store,
-            found=failure,
-            remedy="use a place that all workers see under the same name",
-        ) from failure
-
-
-def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
-    array = group[name]
-    assert isinstance(array, zarr.Array)
-    return array

@@ -51,9 +51,9 @@ from pipeline.pairing import TOLERANCE, Pair, check_alike, label, pair_scans
 from pipeline.progress import Progress
 from pipeline.provenance import flarefield_version, provenance, sha256_source, stamp
 from pipeline.registration import BANDS, CONFIDENT, STAYS, Mask, Shift
-from pipeline.replacement import discard, finish_swaps, replacement, replacements, scratch, swap
+from pipeline.replacement import discard, finish_swaps, opened_group, replacement, replacements, scratch, swap
 from pipeline.shards import ShardWriter
-from pipeline.storage import Place, is_url, log_at, out_of_space, place
+from pipeline.storage import Place, array_in, is_url, log_at, out_of_space, place
 
 logger = logging.getLogger("flarefield")
 
@@ -363,7 +363,7 @@ def ingest_pair(task: PairTask) -> dict[str, Any] | FlareFieldError:
     pair = task.pair
     store = place(task.store)
     try:
-        group = _opened(store)
+        group = opened_group(store)
         for folder in _folders(task.time):
             # What an earlier attempt left behind would be read and merged, whatever state it is in.
             sync(group.store.delete_dir(folder))
@@ -429,18 +429,6 @@ def _images_stored(images: str | None, time: int) -> int:
     return 0 if images is None else _stored(place(images), changes.image_folders(time))
 
 
-def _opened(store: Place) -> zarr.Group:
-    try:
-        return zarr.open_group(store.zarr, mode="r+", use_consolidated=False)
-    except (FileNotFoundError, ValueError, KeyError) as failure:
-        raise StoreError(
-            "a worker cannot open the store that is being made",
-            where=store,
-            found=failure,
-            remedy="use a place that all workers see under the same name",
-        ) from failure
-
-
 def _write(
     task: PairTask,
     group: zarr.Group,
@@ -450,7 +438,7 @@ def _write(
     images: BandImages | None,
 ) -> None:
     """Write one time; between Ca II's two scans, if there is another one."""
-    writers = {line: ShardWriter(_array(group, line)) for line in LINES}
+    writers = {line: ShardWriter(array_in(group, line)) for line in LINES}
     scans = (halpha, ca8542) if other is None else (halpha, ca8542, other)
     overlap = np.logical_and.reduce([one.field for one in scans])
     found = np.where(overlap, np.bitwise_or.reduce([one.defects for one in scans]), np.uint8(0))
@@ -481,8 +469,8 @@ def _write(
                 writing = background.submit(writers[line].write, (task.time, *number, 0), block[None])
         assert writing is not None
         writing.result()
-    _array(group, "valid")[task.time] = overlap
-    _array(group, "defects")[task.time] = found
+    array_in(group, "valid")[task.time] = overlap
+    array_in(group, "defects")[task.time] = found
     if images is not None:
         images.leave_out(~overlap | (found != 0))
     for one in (halpha, ca8542):
@@ -501,7 +489,7 @@ def _write(
             values = one.wavelength_shift()
             if one is ca8542 and other is not None:
                 values = (1.0 - share) * values + share * other.wavelength_shift()
-            _array(group, name)[task.time] = values
+            array_in(group, name)[task.time] = values
 
 
 def _total(position: Shift, shift: Shift) -> Shift:
@@ -520,12 +508,6 @@ def _check_overlap(overlap: Mask, pair: Pair) -> None:
             found=f"as {pair.ca8542.name}, which begins at ({y}, {x}) pixels (y, x) by the headers",
             remedy="leave both scans out, or mend the pointing in their headers",
         )
-
-
-def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
-    array = group[name]
-    assert isinstance(array, zarr.Array)
-    return array
 
 
 def _make(

@@ -68,7 +68,7 @@ from pipeline.defects import Defect
 from pipeline.errors import MisuseError, StoreError
 from pipeline.pairing import Pair
 from pipeline.registration import STAYS, Shift
-from pipeline.storage import place
+from pipeline.storage import array_in, place
 
 KIND = "observation"
 SCHEMA = 1
@@ -426,8 +426,7 @@ def finish(
     """
     group = zarr.open_group(place(path).zarr, mode="r+")
     for name, values in of_times.items():
-        array = group[name]
-        assert isinstance(array, zarr.Array)
+        array = array_in(group, name)
         array[:] = np.asarray(values, dtype=array.dtype)
     group.attrs.update(attrs)
     with warnings.catch_warnings():

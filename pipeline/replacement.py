@@ -9,6 +9,10 @@ that is killed at any moment leaves something that the next one goes on with (`r
 
 from __future__ import annotations
 
+from typing import Literal
+
+import zarr
+
 from pipeline.errors import StoreError
 from pipeline.journal import Journal
 from pipeline.storage import Place, log_at
@@ -37,6 +41,25 @@ def replacements(output: Place) -> list[Place]:
 def scratch(store: Place) -> Place:
     """Where a replacement keeps what is needed only while it is made: gone when it has taken its place."""
     return store.beside(SCRATCH)
+
+
+def opened_group(store: Place, mode: Literal["r", "r+"] = "r+") -> zarr.Group:
+    """Open a store that is being made, as a worker does.
+
+    Raises
+    ------
+    StoreError
+        It is not there, or cannot be read.
+    """
+    try:
+        return zarr.open_group(store.zarr, mode=mode, use_consolidated=False)
+    except (FileNotFoundError, ValueError, KeyError) as failure:
+        raise StoreError(
+            "a worker cannot open the store that is being made",
+            where=store,
+            found=failure,
+            remedy="use a place that all workers see under the same name",
+        ) from failure
 
 
 def discard(store: Place) -> None:

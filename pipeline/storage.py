@@ -33,6 +33,7 @@ from typing import Any
 from uuid import uuid4
 
 import fsspec
+import zarr
 from zarr.abc.store import Store
 from zarr.storage import FsspecStore, LocalStore, MemoryStore
 
@@ -759,6 +760,13 @@ class ObjectLog(Log):
 
 
 # Common
+
+
+def array_in(group: zarr.Group, name: str) -> zarr.Array[Any]:
+    """Return an array of a group, where no other group can be."""
+    array = group[name]
+    assert isinstance(array, zarr.Array)
+    return array
 
 
 def _this_process() -> str:

@@ -42,7 +42,7 @@ from pipeline.errors import ClusterError, MisuseError, ModelError, StoreError
 from pipeline.results import NOVELTY_LEVEL, VARIABLES, WITHOUT_ANSWER, Flag, count_flags
 from pipeline.selection import EVERYTHING, Selection
 from pipeline.spectra import Interpolation, check_interpolation, covered, network_lines
-from pipeline.storage import ROOT, out_of_space, place
+from pipeline.storage import ROOT, array_in, out_of_space, place
 
 KERNEL = 4
 """Version of what a tile's numbers depend on in this package; raised whenever they change."""
@@ -768,10 +768,9 @@ def write_tile(store: str | Path, run: str, tile: Tile, values: Mapping[str, NDA
             # What an earlier attempt left behind would be read and merged otherwise, whatever state it is in.
             sync(group.store.delete(key))
         for name in keys:
-            array = group[name]
-            assert isinstance(array, zarr.Array)
             # An all-NaN tile is a finished tile, too.
-            array.with_config({"write_empty_chunks": True})[tile.region] = values[name][None]
+            array = array_in(group, name).with_config({"write_empty_chunks": True})
+            array[tile.region] = values[name][None]
         return stored_bytes(group.store, tile)
     except OSError as error:
         refusal = out_of_space(error, store)
@@ -798,9 +797,7 @@ def read_tile(group: zarr.Group, tile: Tile) -> dict[str, NDArray[Any]]:
     """
     values = {}
     for variable in VARIABLES:
-        array = group[variable.name]
-        assert isinstance(array, zarr.Array)
-        values[variable.name] = np.asarray(array[tile.region])[0]
+        values[variable.name] = np.asarray(array_in(group, variable.name)[tile.region])[0]
     return values
 
 
