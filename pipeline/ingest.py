@@ -90,6 +90,36 @@ class PairTask:
 
 
 @dataclass(frozen=True)
+class _Series:
+    """What was found: `others` are what Ca II is interpolated with, None if that is not asked for."""
+
+    pairs: tuple[Pair, ...]
+    others: tuple[Other, ...] | None
+    unpaired: tuple[Scan, ...]
+    passed_over: tuple[str, ...]
+
+    @property
+    def scans(self) -> list[tuple[Scan, ...]]:
+        """All scans that each time may come from."""
+        of_times: list[tuple[Scan, ...]] = [(pair.halpha, pair.ca8542) for pair in self.pairs]
+        for time, other in enumerate(self.others or ()):
+            if other.scan is not None:
+                of_times[time] += (other.scan,)
+        return of_times
+
+
+@dataclass(frozen=True)
+class _Wishes:
+    """How an observation is to be made; `largest_jump` is None where the series is not to be aligned."""
+
+    tolerance: float
+    calibrate: Reference
+    wavelength_zero: Reference
+    min_contrast: float
+    largest_jump: float | None
+
+
+@dataclass(frozen=True)
 class IngestReport:
     """What an ingest did.
 
@@ -273,7 +303,9 @@ def ingest(
                 where=source,
                 remedy="fetch the files first, or mount the store; only the output may be a URL",
             )
-    jump = largest_jump if align_series else None
+    wishes = _Wishes(
+        tolerance, calibrate, wavelength_zero, min_contrast, largest_jump if align_series else None
+    )
     target = place(output)
     if not target.can_hold():
         raise MisuseError(
@@ -290,41 +322,34 @@ def ingest(
                 expected="a new name, or an observation store",
                 remedy="choose another name",
             )
-        pairs, unpaired, passed_over = _find_pairs(sources, tolerance, medium, description)
-        others = other_scans(pairs, unpaired) if common_time else None
+        series = _find_series(sources, tolerance, medium, description, common_time=common_time)
         if target.exists() and not overwrite:
-            _check_same(
-                target, pairs, others, tolerance, calibrate, wavelength_zero, min_contrast, jump, cluster
-            )
+            _check_same(target, series, wishes, cluster)
             log_at(target.journal).remove()
-            return IngestReport(target.location, pairs, (), unpaired, passed_over, complete_before=True)
-        try:
-            return _make(
-                target,
-                pairs,
-                others,
-                unpaired,
-                passed_over,
-                cluster,
-                call,
-                tolerance,
-                calibrate,
-                wavelength_zero,
-                min_contrast,
-                jump,
+            return IngestReport(
+                target.location,
+                series.pairs,
+                (),
+                series.unpaired,
+                series.passed_over,
+                complete_before=True,
             )
+        try:
+            return _make(target, series, wishes, cluster, call)
         except OSError as failure:
             if (refusal := out_of_space(failure, target)) is not None:
                 raise refusal from failure
             raise
 
 
-def _find_pairs(
+def _find_series(
     sources: Sequence[str | Path],
     tolerance: float,
     medium: Medium | None,
     description: str | Path | None,
-) -> tuple[tuple[Pair, ...], tuple[Scan, ...], tuple[str, ...]]:
+    *,
+    common_time: bool,
+) -> _Series:
     """Find the scans' pairs, the scans without a partner, and what is not a scan; say what is left out."""
     scans, refusals = find_scans(sources, medium, description)
     passed_over = tuple(f"{refusal.where}: {refusal.problem}" for refusal in refusals)
@@ -342,7 +367,8 @@ def _find_pairs(
         logger.warning("%s: %s has no partner of its own within %g s", scan.name, label(scan), tolerance)
     for text in passed_over:
         logger.warning("%s, passed over", text)
-    return pairs, unpaired, passed_over
+    others = tuple(other_scans(pairs, unpaired)) if common_time else None
+    return _Series(pairs, others, unpaired, passed_over)
 
 
 def ingest_pair(task: PairTask) -> dict[str, Any] | FlareFieldError:
@@ -510,21 +536,9 @@ def _check_overlap(overlap: Mask, pair: Pair) -> None:
         )
 
 
-def _make(
-    output: Place,
-    pairs: tuple[Pair, ...],
-    others: list[Other] | None,
-    unpaired: tuple[Scan, ...],
-    passed_over: tuple[str, ...],
-    cluster: Cluster,
-    call: str,
-    tolerance: float,
-    calibrate: Reference,
-    wavelength_zero: Reference,
-    min_contrast: float,
-    largest_jump: float | None,
-) -> IngestReport:
-    store, journal = _begun(output, _fingerprint(pairs, others, tolerance, largest_jump), pairs)
+def _make(output: Place, series: _Series, wishes: _Wishes, cluster: Cluster, call: str) -> IngestReport:
+    pairs, others = series.pairs, series.others
+    store, journal = _begun(output, _fingerprint(series, wishes), pairs)
     images = scratch(store) if len(pairs) > 1 else None
     if images is not None:
         changes.lay_out_images(images, (pairs[0].halpha, pairs[0].ca8542), len(pairs))
@@ -532,8 +546,9 @@ def _make(
     with journal, nullcontext() if cluster is None else opened(cluster) as cluster:
         done = _taken_up(store, images, journal)
         resumed = len(done)
-        files = _files_of_times(pairs, others)
-        places = None if largest_jump is None else _aligned(cluster, pairs, journal, largest_jump)
+        files = _files_of_times(series)
+        jump = wishes.largest_jump
+        places = None if jump is None else _aligned(cluster, pairs, journal, jump)
         waiting = (
             PairTask(
                 str(store),
@@ -547,54 +562,24 @@ def _make(
             for time, pair in enumerate(pairs)
             if time not in done
         )
-        failures: list[tuple[Pair, BaseException]] = []
-        with Progress("ingesting", len(pairs), "scan pairs", done=resumed) as progress:
-            for outcome in _run(cluster, ingest_pair, waiting):
-                answer = outcome.error or outcome.result
-                if isinstance(answer, StoreError):
-                    raise answer
-                if isinstance(answer, dict):
-                    journal.append(answer)
-                    done[outcome.task.time] = answer
-                elif answer is not None:
-                    failures.append((pairs[outcome.task.time], answer))
-                    logger.error("%s failed: %s", outcome.task.pair.halpha.path, answer)
-                progress.advance(1)
-        if failures:
-            raise _failed(failures, len(pairs))
+        _write_pairs(waiting, len(pairs), cluster, journal, done)
         records = [done[time] for time in range(len(pairs))]
         shifts = tuple(
             Shift(record["shift_y"], record["shift_x"], record["confidence"]) for record in records
         )
-        for pair, shift in zip(pairs, shifts, strict=True):
-            if not shift.applied:
-                logger.warning(
-                    "%s: Ca II seems displaced by (%+.2f, %+.2f) pixels, but with a confidence of only %.2f; "
-                    "not moved",
-                    pair.halpha.path,
-                    shift.y,
-                    shift.x,
-                    shift.confidence,
-                )
-        for pair, position in zip(pairs, places or (), strict=False):
-            if not position.known:
-                logger.warning(
-                    "%s: its displacement along time is not known (%s); not moved",
-                    pair.halpha.name,
-                    position.refused,
-                )
+        _say_not_moved(pairs, shifts, places)
         interpolated = [bool(record["interpolated"]) for record in records]
         if others is not None:
             _say_not_interpolated(pairs, others, records)
-        odd = _contradictions(pairs, others)
+        odd = _contradictions(series)
         contrasts = np.array([record["contrast"] for record in records], dtype=np.float64)
-        poor = [bool((both < min_contrast).any()) for both in contrasts]
+        poor = [bool((both < wishes.min_contrast).any()) for both in contrasts]
         # A scan of Ca II may serve two times.
         found = list(dict.fromkeys(sentence for record in records for sentence in record["found"]))
         found += [f"{path}: {sentence}" for path, said in odd.items() for sentence in said]
         found += [
             f"{pair.halpha.name}: contrast of {both[0]:.3f} in H-alpha and {both[1]:.3f} in Ca II, less than "
-            f"{min_contrast:g}"
+            f"{wishes.min_contrast:g}"
             for pair, both, bad in zip(pairs, contrasts, poor, strict=True)
             if bad
         ]
@@ -604,17 +589,17 @@ def _make(
         # As in the files, also where an earlier run of this store was cut off after it had calibrated.
         applied = write_calibration(store.location, scans)
         calibration = None
-        if "quiet-sun" in (calibrate, wavelength_zero):
+        if "quiet-sun" in (wishes.calibrate, wishes.wavelength_zero):
             calibration = calibrate_store(store.location, output)
             applied = write_calibration(
                 store.location,
                 scans,
                 calibration,
-                intensities=calibrate == "quiet-sun",
-                wavelengths=wavelength_zero == "quiet-sun",
+                intensities=wishes.calibrate == "quiet-sun",
+                wavelengths=wishes.wavelength_zero == "quiet-sun",
             )
         scales = dict.fromkeys(LINES, 1.0)
-        if calibration is not None and calibrate == "quiet-sun":
+        if calibration is not None and wishes.calibrate == "quiet-sun":
             scales = {line: getattr(calibration, line).scale for line in LINES}
         changed = None
         if images is not None:
@@ -632,7 +617,7 @@ def _make(
                 **{f"contrast_{line}": contrasts[:, index].tolist() for index, line in enumerate(LINES)},
                 "poor_seeing": poor,
                 "header_contradiction": [
-                    any(scan.path in odd for scan in several) for several in _scans_of_times(pairs, others)
+                    any(scan.path in odd for scan in several) for several in series.scans
                 ],
                 **({} if places is None else _of_positions(pairs, places)),
                 "ca8542_interpolated": interpolated,
@@ -643,15 +628,14 @@ def _make(
             },
             {
                 **applied,
-                "least_contrast": min_contrast,
+                "least_contrast": wishes.min_contrast,
                 "found": found,
                 "common_time": others is not None,
-                **({} if largest_jump is None else {"series_alignment": _alignment_record(largest_jump)}),
+                **({} if jump is None else {"series_alignment": _alignment_record(jump)}),
+                "pairing_tolerance_seconds": wishes.tolerance,
             },
-            unpaired,
-            passed_over,
+            series,
             call,
-            tolerance,
         )
         journal.append({"finished": True})
     swap(output, store)
@@ -660,8 +644,8 @@ def _make(
         output.location,
         pairs,
         shifts,
-        unpaired,
-        passed_over,
+        series.unpaired,
+        series.passed_over,
         tuple(found),
         calibration,
         changed,
@@ -669,6 +653,52 @@ def _make(
         positions=places or (),
         interpolated=tuple(interpolated) if others is not None else (),
     )
+
+
+def _write_pairs(
+    waiting: Iterable[PairTask],
+    times: int,
+    cluster: Cluster,
+    journal: Journal,
+    done: dict[int, dict[str, Any]],
+) -> None:
+    """Write the times that wait, and put each record into the journal and beside those of earlier runs."""
+    failures: list[tuple[Pair, BaseException]] = []
+    with Progress("ingesting", times, "scan pairs", done=len(done)) as progress:
+        for outcome in _run(cluster, ingest_pair, waiting):
+            answer = outcome.error or outcome.result
+            if isinstance(answer, StoreError):
+                raise answer
+            if isinstance(answer, dict):
+                journal.append(answer)
+                done[outcome.task.time] = answer
+            elif answer is not None:
+                failures.append((outcome.task.pair, answer))
+                logger.error("%s failed: %s", outcome.task.pair.halpha.path, answer)
+            progress.advance(1)
+    if failures:
+        raise _failed(failures, times)
+
+
+def _say_not_moved(pairs: Sequence[Pair], shifts: Sequence[Shift], places: Sequence[Position] | None) -> None:
+    """Log which scans are not moved, and why."""
+    for pair, shift in zip(pairs, shifts, strict=True):
+        if not shift.applied:
+            logger.warning(
+                "%s: Ca II seems displaced by (%+.2f, %+.2f) pixels, but with a confidence of only %.2f; "
+                "not moved",
+                pair.halpha.path,
+                shift.y,
+                shift.x,
+                shift.confidence,
+            )
+    for pair, position in zip(pairs, places or (), strict=False):
+        if not position.known:
+            logger.warning(
+                "%s: its displacement along time is not known (%s); not moved",
+                pair.halpha.name,
+                position.refused,
+            )
 
 
 def _aligned(
@@ -826,9 +856,9 @@ def _say_not_interpolated(
             logger.warning("%s: Ca II is not interpolated to its time: %s", pair.halpha.name, why)
 
 
-def _contradictions(pairs: tuple[Pair, ...], others: Sequence[Other] | None) -> dict[str, tuple[str, ...]]:
+def _contradictions(series: _Series) -> dict[str, tuple[str, ...]]:
     """Files whose headers contradict themselves, and in what."""
-    scans = {scan.path: scan for several in _scans_of_times(pairs, others) for scan in several}
+    scans = {scan.path: scan for several in series.scans for scan in several}
     said = {path: header_contradictions(scan) for path, scan in scans.items()}
     return {path: sentences for path, sentences in said.items() if sentences}
 
@@ -873,29 +903,18 @@ def _taken_up(store: Place, images: Place | None, journal: Journal) -> dict[int,
     return done
 
 
-def _scans_of_times(pairs: Sequence[Pair], others: Sequence[Other] | None) -> list[tuple[Scan, ...]]:
-    """All scans that a time may come from."""
-    scans: list[tuple[Scan, ...]] = [(pair.halpha, pair.ca8542) for pair in pairs]
-    for time, other in enumerate(others or ()):
-        if other.scan is not None:
-            scans[time] += (other.scan,)
-    return scans
-
-
-def _fingerprint(
-    pairs: tuple[Pair, ...], others: Sequence[Other] | None, tolerance: float, largest_jump: float | None
-) -> dict[str, Any]:
+def _fingerprint(series: _Series, wishes: _Wishes) -> dict[str, Any]:
     """Everything that decides the store's content, as far as it is known without reading the files."""
     files = []
-    for several in _scans_of_times(pairs, others):
+    for several in series.scans:
         for scan in several:
             files.append([scan.path, scan.index, scan.medium, *stamp(scan.path)])
             files.extend([sidecar, *stamp(sidecar)] for sidecar in scan.sidecars)
     return {
         "files": files,
-        "tolerance": tolerance,
-        "common_time": others is not None,
-        "largest_jump": largest_jump,
+        "tolerance": wishes.tolerance,
+        "common_time": series.others is not None,
+        "largest_jump": wishes.largest_jump,
         "kernel": KERNEL,
         "flarefield": flarefield_version(),
         "libraries": {name: version(name) for name in ("numpy", "scipy", "scikit-image", "zarr")},
@@ -908,10 +927,8 @@ def _finish(
     records: list[dict[str, Any]],
     of_times: dict[str, list[Any]],
     attrs: dict[str, Any],
-    unpaired: tuple[Scan, ...],
-    passed_over: tuple[str, ...],
+    series: _Series,
     call: str,
-    tolerance: float,
 ) -> None:
     hashes = {path: digest for record in records for path, digest in record["sha256"].items()}
     finish(
@@ -930,9 +947,10 @@ def _finish(
             if "series_alignment" not in attrs
             else "H-alpha of the first time that is aligned; both lines moved onto it where series_aligned, "
             "Ca II 8542 onto H-alpha where shift_applied",
-            "pairing_tolerance_seconds": tolerance,
-            "unpaired": [{"file": scan.path, "line": scan.line, "time": str(scan.time)} for scan in unpaired],
-            "passed_over": list(passed_over),
+            "unpaired": [
+                {"file": scan.path, "line": scan.line, "time": str(scan.time)} for scan in series.unpaired
+            ],
+            "passed_over": list(series.passed_over),
             "registration": {
                 "bands": list(BANDS),
                 "least_confidence": CONFIDENT,
@@ -980,47 +998,39 @@ def _run(
             yield Outcome(task, result, None, 1)
 
 
-def _files_of_times(pairs: Sequence[Pair], others: Sequence[Other] | None) -> list[tuple[str, ...]]:
+def _files_of_times(series: _Series) -> list[tuple[str, ...]]:
     """Files (and sidecars) of each time that no earlier one came from: a file may hold many scans."""
     seen: set[str] = set()
     files = []
-    for several in _scans_of_times(pairs, others):
+    for several in series.scans:
         new = dict.fromkeys(path for scan in several for path in (scan.path, *scan.sidecars))
         files.append(tuple(path for path in new if path not in seen))
         seen |= set(new)
     return files
 
 
-def _check_same(
-    output: Place,
-    pairs: tuple[Pair, ...],
-    others: Sequence[Other] | None,
-    tolerance: float,
-    calibrate: Reference,
-    wavelength_zero: Reference,
-    min_contrast: float,
-    largest_jump: float | None,
-    cluster: Cluster,
-) -> None:
+def _check_same(output: Place, series: _Series, wishes: _Wishes, cluster: Cluster) -> None:
     """Accept an existing observation only if it was made from the same files in the same way."""
     attrs: dict[str, Any] = dict(zarr.open_group(output.zarr, mode="r").attrs.asdict())
     recorded = list(attrs.get("made_from", {}).values())
-    paths = [path for files in _files_of_times(pairs, others) for path in files]
+    paths = [path for files in _files_of_times(series) for path in files]
     differs = None
-    if attrs.get("pairing_tolerance_seconds") != tolerance:
-        differs = f"made with a tolerance of {attrs.get('pairing_tolerance_seconds')} s, now {tolerance} s"
-    elif (made := _references(attrs)) != (calibrate, wavelength_zero):
+    if attrs.get("pairing_tolerance_seconds") != wishes.tolerance:
         differs = (
-            f"made with --calibrate {made[0]} and --wavelength-zero {made[1]}, now {calibrate} and "
-            f"{wavelength_zero}"
+            f"made with a tolerance of {attrs.get('pairing_tolerance_seconds')} s, now {wishes.tolerance} s"
         )
-    elif attrs.get("least_contrast", 0.0) != min_contrast:
-        differs = f"made with --min-contrast {attrs.get('least_contrast', 0.0)}, now {min_contrast}"
-    elif (jump := attrs.get("series_alignment", {}).get("largest_jump_pixels")) != largest_jump:
-        differs = f"made {_alignment_said(jump)}, now {_alignment_said(largest_jump)}"
-    elif attrs.get("common_time", False) != (others is not None):
-        differs = f"made {'with' if others is None else 'without'} --common-time, now otherwise"
-    elif (media := _media(output)) != {getattr(pairs[0], line).medium for line in LINES}:
+    elif (made := _references(attrs)) != (wishes.calibrate, wishes.wavelength_zero):
+        differs = (
+            f"made with --calibrate {made[0]} and --wavelength-zero {made[1]}, now {wishes.calibrate} and "
+            f"{wishes.wavelength_zero}"
+        )
+    elif attrs.get("least_contrast", 0.0) != wishes.min_contrast:
+        differs = f"made with --min-contrast {attrs.get('least_contrast', 0.0)}, now {wishes.min_contrast}"
+    elif (jump := attrs.get("series_alignment", {}).get("largest_jump_pixels")) != wishes.largest_jump:
+        differs = f"made {_alignment_said(jump)}, now {_alignment_said(wishes.largest_jump)}"
+    elif attrs.get("common_time", False) != (series.others is not None):
+        differs = f"made {'with' if series.others is None else 'without'} --common-time, now otherwise"
+    elif (media := _media(output)) != {getattr(series.pairs[0], line).medium for line in LINES}:
         differs = f"made with wavelengths in {' and '.join(sorted(media))}"
     elif len(recorded) != len(paths):
         differs = f"made from {len(recorded)} files, now {len(paths)}"
