@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+from scipy.sparse.linalg import splu
 
 from pipeline.crisp import Scan, open_intensity
 from pipeline.errors import FlareFieldError
@@ -230,17 +231,19 @@ def _solved(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Positions along y and x by least squares; the first inside is at zero, and those outside are NaN."""
     places = np.full((times, 2), np.nan)
-    column = np.cumsum(inside) - 2  # the first has none
+    places[np.flatnonzero(inside)[0]] = 0.0
+    unknown = np.flatnonzero(inside)[1:]
+    column = np.full(times, -1)
+    column[unknown] = np.arange(unknown.size)
     used = [link for link in links if inside[link.earlier]]
-    matrix = np.zeros((len(used), max(int(inside.sum()) - 1, 0)))
-    for row, link in enumerate(used):
-        for time, sign in ((link.later, 1.0), (link.earlier, -1.0)):
-            if column[time] >= 0:
-                matrix[row, column[time]] = sign
-    found = np.zeros((1 + matrix.shape[1], 2))
     if used:
-        found[1:] = np.linalg.lstsq(matrix, np.array([(link.y, link.x) for link in used]), rcond=None)[0]
-    places[inside] = found
+        ends = column[np.array([(link.later, link.earlier) for link in used])]
+        rows, which = np.nonzero(ends >= 0)  # the reference has no column
+        shape = (len(used), unknown.size)
+        matrix = coo_array((np.array([1.0, -1.0])[which], (rows, ends[rows, which])), shape=shape).tocsc()
+        measured = np.array([(link.y, link.x) for link in used])
+        normal = splu((matrix.T @ matrix).tocsc())
+        places[unknown] = normal.solve(np.asarray(matrix.T @ measured))
     return places[:, 0], places[:, 1]
 
 

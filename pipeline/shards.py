@@ -17,6 +17,7 @@ from numcodecs import Blosc
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, ShardingCodec
 from zarr.core.buffer import default_buffer_prototype
+from zarr.core.metadata import ArrayV3Metadata
 from zarr.core.sync import sync
 
 NO_CHUNK = 2**64 - 1
@@ -34,7 +35,8 @@ class ShardWriter:
     """
 
     def __init__(self, array: zarr.Array[Any]) -> None:
-        (codec,) = array.metadata.codecs  # type: ignore[union-attr]
+        assert isinstance(array.metadata, ArrayV3Metadata)
+        (codec,) = array.metadata.codecs
         assert isinstance(codec, ShardingCodec)
         _, blosc = codec.codecs
         assert isinstance(blosc, BloscCodec)
