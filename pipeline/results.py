@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -267,6 +268,14 @@ def lay_out(
             zarr.consolidate_metadata(store)
 
 
+def compressor(numbers: int) -> BloscCodec:
+    """Compressor of chunks of so many numbers.
+
+    Blosc shuffles bits, which is quickest and smallest, only where there are whole bytes of them.
+    """
+    return BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle" if numbers % 8 == 0 else "shuffle")
+
+
 def _lay_out_variables(
     group: zarr.Group,
     sizes: Mapping[Hashable, int],
@@ -279,15 +288,16 @@ def _lay_out_variables(
         dimensions = ("time", "y", "x", "quantile", "height") if variable.profile else ("time", "y", "x")
         levels = (quantiles, sizes["height"]) if variable.profile else ()
         name = variable.name
+        chunks = (*shards, 1, sizes["height"]) if variable.profile else shards
         group.create_array(
             name,
             shape=tuple(sizes[dimension] for dimension in dimensions),
             dtype=variable.dtype,
-            chunks=(*shards, 1, sizes["height"]) if variable.profile else shards,
+            chunks=chunks,
             shards=(*shards, *levels) if variable.profile else None,
             # Height by height, neighbouring pixels side by side: a sixth smaller, written in half the time.
             filters=[TransposeCodec(order=(0, 3, 4, 1, 2))] if variable.profile else [],
-            compressors=BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"),
+            compressors=compressor(math.prod(chunks)),
             fill_value=variable.fill,
             dimension_names=dimensions,
             attributes={**variable.attrs, **({"comment": comments[name]} if name in comments else {})},

@@ -6,8 +6,8 @@ OBS.zarr is an observation store; if it is left out, one scan like those of the 
 pixels are inverted, and the quantiles of all three quantities are encoded in every way of the table, in one
 tile as large as the engine's. Beside bytes a pixel: the times to write and to read back the tile, and the
 error that the encoding introduces, root mean square over pixels and heights, over the sampling error of the
-quantiles themselves. The latter is measured: some of the pixels are inverted with several seeds, whose
-standard deviation it is.
+quantiles themselves. The latter is measured, from what the quantiles of some of the pixels differ from those
+of many more draws.
 
 Rounding steps are the spread of each pixel's posterior over the root of the draws, divided by 4 to 64; the
 engine's are 1/16 of it (`pipeline.tiles.round_to_error`). Errors are in the logarithm of what is
@@ -34,28 +34,27 @@ from zarr.storage import MemoryStore
 import inn
 from inn.layout import QUANTITIES
 from inn.posterior import QUANTILES, posterior_quantiles
+from inn.sampling import Sampling, choose_sampling
 from pipeline import tiles
 from pipeline.demo_series import make_series
 from pipeline.grids.store import BUNDLED_GRID, open_grid
 from pipeline.ingest import ingest
 from pipeline.observation import open_observation
+from pipeline.results import compressor
 from pipeline.spectra import network_lines
 from pipeline.tiles import SPREAD, round_to_error
 
 Quantiles = dict[str, NDArray[np.float32]]
 """Of each quantity, (pixels, quantiles, heights)."""
 
-DRAWS = 256
-SEEDS = 4
+TRUTH = 4096
+"""Draws whose quantiles are as good as exact."""
 TILE = 64
 
 
 def blosc(level: int, shuffle: str = "bitshuffle", name: str = "zstd") -> BloscCodec:
     """Make a Blosc compressor."""
     return BloscCodec(cname=name, clevel=level, shuffle=shuffle)
-
-
-ENGINE = blosc(5)
 
 
 @dataclass(frozen=True)
@@ -68,21 +67,21 @@ class Encoding:
         What the table calls it.
     rounding : float or None
         Largest step, in spreads over the root of the draws; None for none.
-    codec : zarr codec
-        Compressor of a chunk.
+    codec : zarr codec, optional
+        Compressor of a chunk; the engine's if left out.
     together : bool
         Whether all quantiles are in one chunk; the engine has a chunk for each.
     heights_first : bool
-        Whether a chunk is ordered height by height; the engine's are pixel by pixel.
+        Whether a chunk is ordered height by height, as the engine's are, or pixel by pixel.
     side : int
         Pixels along the sides of a tile.
     """
 
     name: str
     rounding: float | None = tiles.ROUNDING
-    codec: BytesBytesCodec = ENGINE
+    codec: BytesBytesCodec | None = None
     together: bool = False
-    heights_first: bool = False
+    heights_first: bool = True
     side: int = TILE
 
 
@@ -90,21 +89,16 @@ ENCODINGS = (
     Encoding("as the engine does it"),
     Encoding("no rounding", rounding=None),
     *(Encoding(f"steps of 1/{steps}", rounding=1 / steps) for steps in (2, 4, 8, 32, 64)),
-    *(Encoding(f"blosc zstd, level {level}", codec=blosc(level)) for level in (1, 3, 7, 9)),
-    Encoding("byte shuffle", codec=blosc(5, "shuffle")),
-    Encoding("no shuffle", codec=blosc(5, "noshuffle")),
+    *(Encoding(f"blosc zstd, level {level}", codec=blosc(level)) for level in (1, 5, 7, 9)),
+    Encoding("byte shuffle", codec=blosc(3, "shuffle")),
+    Encoding("no shuffle", codec=blosc(3, "noshuffle")),
     Encoding("blosc lz4 5", codec=blosc(5, name="lz4")),
     Encoding("zstd 3, no blosc", codec=ZstdCodec(level=3)),
     Encoding("gzip 5", codec=GzipCodec(level=5)),
     Encoding("quantiles in one chunk", together=True),
-    *(Encoding(f"tiles of {side} x {side}", side=side) for side in (16, 32)),
-    Encoding("heights first", heights_first=True),
-    Encoding("heights first, zstd 3", codec=blosc(3), heights_first=True),
-    Encoding("heights first, byte shuffle", codec=blosc(5, "shuffle"), heights_first=True),
-    *(
-        Encoding(f"heights first, steps of 1/{steps}", rounding=1 / steps, heights_first=True)
-        for steps in (4, 8)
-    ),
+    *(Encoding(f"tiles of {side} x {side}", side=side) for side in (16, 21, 32)),
+    Encoding("tiles of 21 x 21, bit shuffle", codec=blosc(3, "bitshuffle"), side=21),
+    Encoding("pixel by pixel", heights_first=False),
 )
 
 
@@ -127,9 +121,19 @@ def pixels_of(path: Path, count: int) -> tuple[NDArray[np.float32], float, inn.C
     return lines[np.isfinite(lines).all(axis=1)], float(dataset["mu"]), model
 
 
-def invert(model: inn.ConditionalNetwork, lines: NDArray[np.float32], mu: float, seed: int) -> Quantiles:
+def invert(
+    model: inn.ConditionalNetwork, lines: NDArray[np.float32], mu: float, sampling: Sampling
+) -> Quantiles:
     """Quantiles as the engine asks for them: the default ones, which hold those of the spread."""
-    return posterior_quantiles(model, lines, mu, draws=DRAWS, quantiles=QUANTILES, seed=seed)
+    return posterior_quantiles(
+        model,
+        lines,
+        mu,
+        draws=sampling.draws,
+        quantiles=QUANTILES,
+        seed=sampling.seed,
+        latent=sampling.latent,
+    )
 
 
 def scaled(quantity: str, values: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -150,11 +154,11 @@ def spread(quantity: str, values: NDArray[np.float32]) -> NDArray[np.float64]:
     return 0.5 * (high - low)[:, None]
 
 
-def rounded(quantiles: Quantiles, rounding: float | None) -> Quantiles:
+def rounded(quantiles: Quantiles, rounding: float | None, draws: int) -> Quantiles:
     """Round as the engine does, with another step."""
     if rounding is None:
         return quantiles
-    step = rounding / math.sqrt(DRAWS)
+    step = rounding / math.sqrt(draws)
     return {
         quantity: round_to_error(values, *ends(values), step, positive=quantity != "velocity")
         for quantity, values in quantiles.items()
@@ -171,14 +175,16 @@ def worst_error(quantiles: Quantiles, exact: Quantiles, sampling: dict[str, NDAr
     return worst
 
 
-def sampling_errors(seeds: list[Quantiles]) -> dict[str, NDArray[np.float64]]:
-    """Standard deviation from seed to seed, in spreads, of each quantity and quantile: the median pixel's."""
-    found = {}
-    for quantity in QUANTITIES:
-        values = np.stack([scaled(quantity, one[quantity]) for one in seeds])
-        deviation = values.std(axis=0, ddof=1) / spread(quantity, seeds[0][quantity])
-        found[quantity] = np.median(deviation, axis=(0, 2))
-    return found
+def sampling_errors(drawn: Quantiles, truth: Quantiles) -> dict[str, NDArray[np.float64]]:
+    """What quantiles are off, in spreads, of each quantity and quantile: the median pixel and height's."""
+    return {
+        quantity: np.median(
+            np.abs(scaled(quantity, drawn[quantity]) - scaled(quantity, truth[quantity]))
+            / spread(quantity, truth[quantity]),
+            axis=(0, 2),
+        )
+        for quantity in QUANTITIES
+    }
 
 
 def stored(quantiles: Quantiles, encoding: Encoding) -> tuple[float, float, float]:
@@ -187,16 +193,17 @@ def stored(quantiles: Quantiles, encoding: Encoding) -> tuple[float, float, floa
     group = zarr.create_group(store)
     pixels, levels, heights = quantiles["temperature"].shape
     side = min(encoding.side**2, pixels)
+    chunks = (side, levels if encoding.together else 1, heights)
     whole = pixels - pixels % side  # what is left over is no tile of the engine's
     for quantity in quantiles:
         group.create_array(
             quantity,
             shape=(whole, levels, heights),
             dtype="float32",
-            chunks=(side, levels if encoding.together else 1, heights),
+            chunks=chunks,
             shards=(side, levels, heights),
             filters=[TransposeCodec(order=(1, 2, 0))] if encoding.heights_first else None,
-            compressors=encoding.codec,
+            compressors=encoding.codec or compressor(math.prod(chunks)),
             fill_value=np.nan,
         )
     started = time.perf_counter()
@@ -224,16 +231,18 @@ def main() -> None:
     )
     parser.add_argument("observation", type=Path, nargs="?", help="an observation store")
     parser.add_argument("--pixels", type=int, default=TILE**2, help="how many to invert, at most")
-    parser.add_argument("--seeds", type=int, default=4, help="seeds that measure the sampling error")
     given = parser.parse_args()
     with TemporaryDirectory() as folder:
         observation = given.observation or demo_observation(Path(folder))
         lines, mu, model = pixels_of(observation, given.pixels)
-    exact = invert(model, lines, mu, 0)
-    some = lines[:: max(1, len(lines) // 512)]
-    sampling = sampling_errors([invert(model, some, mu, seed) for seed in range(given.seeds)])
+    chosen = choose_sampling(model, quantiles=QUANTILES)
+    exact = invert(model, lines, mu, chosen)
+    some = lines[:: max(1, len(lines) // 256)]
+    many = choose_sampling(model, draws=TRUTH, quantiles=QUANTILES)
+    sampling = sampling_errors(invert(model, some, mu, chosen), invert(model, some, mu, many))
 
-    table = Table(title=f"{len(lines)} pixels, {DRAWS} draws: {len(QUANTILES)} quantiles of three quantities")
+    draws = f"{chosen.draws} {chosen.latent} draws"
+    table = Table(title=f"{len(lines)} pixels, {draws}: {len(QUANTILES)} quantiles of three quantities")
     for heading in (
         "encoding",
         "bytes a pixel",
@@ -245,7 +254,7 @@ def main() -> None:
         table.add_column(heading, justify="left" if heading == "encoding" else "right")
     first: tuple[float, float, float] | None = None
     for encoding in ENCODINGS:
-        quantiles = rounded(exact, encoding.rounding)
+        quantiles = rounded(exact, encoding.rounding, chosen.draws)
         found = stored(quantiles, encoding)
         first = first or found
         table.add_row(
@@ -257,7 +266,7 @@ def main() -> None:
         )
     console = Console()
     console.print(table)
-    console.print("sampling error of each quantile, in spreads of the posterior (the median pixel's):")
+    console.print("sampling error of each quantile, in spreads of the posterior (the median):")
     for quantity, values in sampling.items():
         console.print(f"  {quantity.replace('_', ' ')}: {', '.join(f'{value:.3f}' for value in values)}")
 
