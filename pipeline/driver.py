@@ -91,8 +91,13 @@ class Manned:
 
     def __init__(self, client: Client, patience: float) -> None:
         self._client, self._patience = client, patience
-        self._asked = self._seen = time.monotonic()
+        self._asked = time.monotonic()
+        self._gone: float | None = None
         self._told = False
+
+    def seen(self) -> None:
+        """Note that something has come, so that there are workers."""
+        self._gone, self._told = None, False
 
     def see(self) -> None:
         """Ask, if it is time to.
@@ -110,17 +115,20 @@ class Manned:
             manned = bool(self._client.nthreads())
         except (OSError, TimeoutError, CancelledError):
             return  # a lost scheduler is noticed elsewhere
-        without = now - self._seen
         if manned:
-            self._seen, self._told = now, False
-        elif without > self._patience:
+            self.seen()
+            return
+        # From when it was noticed: nobody asks while results come, or are dealt with.
+        self._gone = now if self._gone is None else self._gone
+        without = now - self._gone
+        if without >= self._patience:
             raise ClusterError(
                 "the cluster has no workers any more",
                 where=self._client.scheduler.address if self._client.scheduler else None,
                 found=f"none for {without:.0f} s",
                 remedy="start workers, and run the same command again: it goes on from what is finished",
             )
-        elif without > DESERTED and not self._told:
+        if without >= DESERTED and not self._told:
             self._told = True
             limit = "" if math.isinf(self._patience) else f", for {self._patience - without:.0f} s more"
             logger.warning(
@@ -233,6 +241,7 @@ def _batches(in_flight: as_completed, manned: Manned) -> Iterator[list[Future]]:
     """Futures as they complete, as many at once as there are; meanwhile workers are looked for."""
     while not in_flight.is_empty():
         if in_flight.has_ready():
+            manned.seen()
             yield in_flight.next_batch(block=False)
         else:
             manned.see()

@@ -194,3 +194,25 @@ def _goes_on(client, cluster, monkeypatch):
     found += [outcome.result for outcome in outcomes]
     assert sorted(found) == [2 * number for number in range(40)]
     assert told.is_set()
+
+
+def test_a_worker_that_is_being_replaced_after_a_long_time_is_waited_for(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(driver.time, "monotonic", lambda: clock[0])
+    workers = {"tcp://127.0.0.1:1": 1}
+    manned = driver.Manned(SimpleNamespace(nthreads=lambda: workers, scheduler=None), patience=60.0)
+    clock[0] = 3600.0  # results came all the time, and nobody had to ask
+    workers.clear()
+    manned.see()
+    clock[0] += 50.0
+    manned.see()
+    workers["tcp://127.0.0.1:2"] = 1
+    clock[0] += 50.0
+    manned.see()
+    workers.clear()
+    clock[0] += 50.0
+    manned.see()
+    clock[0] += 61.0
+    with pytest.raises(ClusterError, match="no workers any more") as refusal:
+        manned.see()
+    assert refusal.value.found == "none for 61 s"
