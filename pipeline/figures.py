@@ -72,7 +72,7 @@ FLAG_COLOURS = {
     Flag.SPIKE: "#ff6f59",
     Flag.NOVEL: "#f0a202",
     Flag.REGISTRATION_UNCERTAIN: "#8d6e4b",
-    Flag.CHANGED_BETWEEN_LINES: "#2a9d8f",
+    Flag.CHANGED_BETWEEN_LINES: "#b5e550",
     Flag.POOR_SEEING: "#b9c0a8",
     Flag.HEADER_CONTRADICTION: "#c9a9d6",
 }
