@@ -11,12 +11,12 @@ formula, once with the scan before the bracket and once with the one after it: t
 
 Three things look like a change and are none:
 
-- The image moves between the scans: they are brought onto one another first.
+- The image moves between the scans: they are brought onto one another first, by the wings of H-alpha.
 - Photon noise: it is taken from the difference image itself, by its smallest structure, which no telescope
   resolves (Immerkaer 1996, doi:10.1006/cviu.1996.0060), and grows with the root of the intensity.
   `SIGNIFICANT` times its level is taken off in quadrature: of a smaller change nothing remains, one of three
   times as much is understated by 6 %.
-- Bad pixels: where any of the scans has one, nothing is known.
+- Bad pixels: where any of the scans has one, nothing is known, nor beside it in one that is moved.
 
 Nothing is known, either, of a series of one pair, over gaps, and where displacements are not certain. Where
 this is so of one line only, the other line's change is what is known. What comes and goes between two scans
@@ -45,14 +45,12 @@ from pipeline.errors import FlareFieldError
 from pipeline.pairing import cadence
 from pipeline.registration import (
     BANDS,
-    LARGEST,
     Image,
     Mask,
     Shift,
     band_wavelengths,
-    find_shift,
+    find_image_shift,
     middle_box,
-    resample,
 )
 from pipeline.replacement import opened_group
 from pipeline.storage import Place, array_in, out_of_space, place
@@ -76,8 +74,10 @@ STEP = 2.0**-13
 """To which the estimate is rounded, so that it compresses."""
 SAMPLE = 256  # pixels of the field's middle from which the noise is taken
 NORMAL = 1.4826  # standard deviation of a normal distribution over its median absolute deviation
-STRIP = 256  # rows that are in memory in single precision at a time
-ROWS = 8  # rows whose spectra stay in the processor's cache
+STRIP = 32  # rows of images that stay in the processor's cache
+ROWS = 8  # and of spectra
+CERTAIN = 0.02  # pixels, to which displacements are found
+SEARCHED = 256  # pixels of the field's middle by which scans are brought onto one another
 LEVEL = 64  # pixels of the field's middle from which a scan's level is taken
 
 Weights = Mapping[int, float]
@@ -416,11 +416,15 @@ class _Scans:
         return move if time == later else Shift(-move.y, -move.x, move.confidence)
 
     def _displacement(self, earlier: int, later: int) -> Shift:
-        images = [self._images("halpha", time)[0][:-1] for time in (earlier, later)]
+        """By the photosphere, which both wings of H-alpha show."""
+        images = [self._images("halpha", time)[0] for time in (earlier, later)]
         known = [np.asarray(np.isfinite(one[0])) for one in images]
-        box = middle_box(known[0] & known[1], LARGEST)
-        first, second = (np.nan_to_num(one[:, *box].astype(np.float32)) for one in images)
-        return find_shift(first, second, (AXIS, AXIS), (0.0, 0.0), (known[0][box], known[1][box]))
+        box = middle_box(known[0] & known[1], SEARCHED)
+        wings = [np.nan_to_num(one[[0, 2]][:, *box].astype(np.float32)).sum(axis=0) for one in images]
+        move = find_image_shift((wings[0], wings[1]), (known[0][box], known[1][box]))
+        # What is not displaced, as far as can be told, is not interpolated either.
+        y, x = (round(along / CERTAIN) * CERTAIN for along in (move.y, move.x))
+        return Shift(y, x, move.confidence)
 
     def _largest(self, line: str, time: int, weights: Weights) -> Image:
         """Largest change (y, x) of a line in any band, in units of intensity, less the noise."""
@@ -430,9 +434,11 @@ class _Scans:
         largest = np.empty(known.shape, np.float32)
         for top in range(0, len(known), STRIP):
             rows = slice(top, min(top + STRIP, len(known)))
-            change, intensity = self._sums(line, time, weights, rows, slice(0, known.shape[1]))
-            square = change**2 - (SIGNIFICANT * noise[:, None, None]) ** 2 * intensity
-            largest[rows] = np.sqrt(np.maximum(square, np.float32(0.0))).max(axis=0)
+            square, intensity = self._sums(line, time, weights, rows, slice(0, known.shape[1]))
+            square *= square
+            square -= (SIGNIFICANT * noise[:, None, None]) ** 2 * intensity
+            largest[rows] = square.max(axis=0)
+        np.sqrt(np.maximum(largest, np.float32(0.0), out=largest), out=largest)
         return largest
 
     def _sums(
@@ -457,14 +463,66 @@ class _Scans:
         if (move.y, move.x) == (0.0, 0.0):
             part = images[:-1, rows, columns].astype(np.float32)
         else:
-            known = np.asarray(np.isfinite(images[:-1]).all(axis=0))
-            part = np.moveaxis(resample(images[:-1], known, move, rows, columns), -1, 0)
+            part = moved(images[:-1], (move.y, move.x), rows, columns)
         part[~np.isfinite(part)] = np.nan
-        return part * unit
+        part *= unit
+        return part
 
 
-AXIS = (-1.0, 0.0, 1.0)
-"""Wavelengths of images that are bands already: one in each."""
+def moved(images: NDArray[np.floating[Any]], move: tuple[float, float], rows: slice, columns: slice) -> Image:
+    """One block of images that are moved, by cubic convolution (Keys 1981, doi:10.1109/TASSP.1981.1163711).
+
+    A tenth of the time that splines take, which the store's intensities are worth. A difference image is not:
+    of what CRISP resolves a thousandth is lost.
+
+    Parameters
+    ----------
+    images : ndarray, shape (n, y, x)
+        Whole images.
+    move : tuple of float
+        By how many pixels along y and x they are moved.
+    rows, columns : slice
+        The block, with explicit start and stop.
+
+    Returns
+    -------
+    ndarray of float32, shape (n, rows, columns)
+        NaN where any of the four by four pixels that count are not finite, or outside of the image.
+    """
+    firsts, taps = zip(*(_taps(one) for one in move), strict=True)
+    spans = [
+        (span.start + first, span.stop + first + len(weights) - 1)
+        for span, first, weights in zip((rows, columns), firsts, taps, strict=True)
+    ]
+    inside = [
+        slice(max(first, 0), min(last, size))
+        for (first, last), size in zip(spans, images.shape[1:], strict=True)
+    ]
+    source = np.full((len(images), *(last - first for first, last in spans)), np.nan, np.float32)
+    if all(one.start < one.stop for one in inside):
+        place = [
+            slice(one.start - first, one.stop - first) for one, (first, _) in zip(inside, spans, strict=True)
+        ]
+        source[:, *place] = images[:, *inside]
+    height, width = rows.stop - rows.start, columns.stop - columns.start
+    along_y = sum(weight * source[:, step : step + height] for step, weight in enumerate(taps[0]))
+    return np.asarray(
+        sum(weight * along_y[:, :, step : step + width] for step, weight in enumerate(taps[1])), np.float32
+    )
+
+
+def _taps(move: float) -> tuple[int, list[np.float32]]:
+    """Where, from a pixel, those begin that it is made of, and their weights."""
+    whole = int(np.floor(-move))
+    fraction = -move - whole
+    if fraction == 0.0:
+        return whole, [np.float32(1.0)]
+    distance = np.abs(np.arange(-1, 3) - fraction)
+    near = 1.5 * distance**3 - 2.5 * distance**2 + 1.0
+    far = -0.5 * distance**3 + 2.5 * distance**2 - 4.0 * distance + 2.0
+    return whole - 1, [np.float32(weight) for weight in np.where(distance <= 1.0, near, far)]
+
+
 LAPLACIAN = np.outer((1.0, -2.0, 1.0), (1.0, -2.0, 1.0)).astype(np.float32) / 6.0
 """Gives white noise its own standard deviation, and of anything that a telescope resolves next to nothing."""
 

@@ -226,6 +226,21 @@ def find_shift(
     return _combined([_estimate(*images, *masks) for images, masks in details])
 
 
+def find_image_shift(images: tuple[Image, Image], fields: tuple[Mask, Mask]) -> Shift:
+    """Find the shift that brings one image onto another of the same kind, as `find_shift` does of each band.
+
+    Parameters
+    ----------
+    images : tuple of ndarray, shape (y, x)
+        The image that stays, and the one to be moved; as large as is to be searched.
+    fields : tuple of ndarray of bool, shape (y, x)
+        Where they show the Sun.
+    """
+    details, masks = _details_of_images(images, fields)
+    estimate = _estimate(*details, *masks)
+    return Shift(float(estimate.shift[0]), float(estimate.shift[1]), estimate.confidence)
+
+
 def find_motion(
     cubes: tuple[Cube, Cube],
     wavelengths: tuple[ArrayLike, ArrayLike],
@@ -267,17 +282,21 @@ def _details(
         band_images(cube[:, *middle], wavelength, rest)
         for cube, wavelength, rest in zip(cubes, wavelengths, rest_wavelengths, strict=True)
     ]
-    details = []
-    for band in BANDS:
-        images, masks = [], []
-        for by_band, field in zip(bands, fields, strict=True):
-            good = field[middle] & np.isfinite(by_band[band]) & (by_band[band] > 0)
-            # Bad pixels in the field take what their neighbours show; as holes they would break it up.
-            mask = np.asarray(ndimage.binary_fill_holes(good), dtype=np.bool_)
-            images.append(_detail(by_band[band], good, mask))
-            masks.append(mask)
-        details.append(((images[0], images[1]), (masks[0], masks[1])))
-    return details
+    inside = (fields[0][middle], fields[1][middle])
+    return [_details_of_images((bands[0][band], bands[1][band]), inside) for band in BANDS]
+
+
+def _details_of_images(
+    images: tuple[Image, Image], fields: tuple[Mask, Mask]
+) -> tuple[tuple[Image, Image], tuple[Mask, Mask]]:
+    details, masks = [], []
+    for image, field in zip(images, fields, strict=True):
+        good = field & np.isfinite(image) & (image > 0)
+        # Bad pixels in the field take what their neighbours show; as holes they would break it up.
+        mask = np.asarray(ndimage.binary_fill_holes(good), dtype=np.bool_)
+        details.append(_detail(image, good, mask))
+        masks.append(mask)
+    return (details[0], details[1]), (masks[0], masks[1])
 
 
 def _combined(found: list[_Estimate]) -> Shift:

@@ -506,10 +506,11 @@ class TestChange:
             expected = displace((np.abs(rate) * lag).max(axis=0) / brightest, 0.06 * second, -0.04 * second)
             found = change[time].values
             known = np.isfinite(found)
-            assert known[dataset.valid[time].values].mean() > 0.95
+            # beside the edge of a scan that is moved nothing is known: of so small a field a lot
+            assert known[ndimage.binary_erosion(dataset.valid[time].values, iterations=3)].all()
             assert not known[~dataset.valid[time].values].any()
             inner = ndimage.binary_erosion(known, iterations=3)
-            np.testing.assert_allclose(found[inner], expected[inner], atol=0.015)
+            np.testing.assert_allclose(found[inner], expected[inner], atol=0.02)
             assert abs(np.median((found - expected)[inner & (expected > 0.06)])) < 0.003
             assert (found > CHANGED)[inner & (expected > 0.065)].all()
             assert not (found > CHANGED)[inner & (expected < 0.035)].any()
