@@ -1,13 +1,12 @@
 """How the scans of a series are displaced along time, from H-alpha.
 
-Scans are linked to their neighbours in time and to scans further away, by the search that also finds how one
-line is displaced from the other (`pipeline.registration.find_shift`): structures of granular size, so that
-ribbons which brighten count no more than what does not change. A link is refused where too few parts of the
-field agree, where the displacement is too large to be the telescope's guiding, or where the field seems
-turned. The positions of all times follow from all accepted links together, by least squares. Links between
-neighbours alone would let their errors add up over hundreds of scans; links over a few scans hold that down,
-bridge single bad scans, and contradict a link that went wrong, which is then left out. Times that no accepted
-link joins to the reference stay where they are, and are flagged.
+Scans are linked to their neighbours in time and to scans further away by the granulation that both show
+(`pipeline.motion`), so that ribbons which brighten and move do not count. A link is refused where too few
+parts of the field agree, where the displacement is too large to be the telescope's guiding, or where the
+field seems turned. The positions of all times follow from all accepted links together, by least squares.
+Links between neighbours alone would let their errors add up over hundreds of scans; links over a few scans
+hold that down, bridge single bad scans, and contradict a link that went wrong, which is then left out. Times
+that no accepted link joins to the reference stay where they are, and are flagged.
 """
 
 from __future__ import annotations
@@ -19,12 +18,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
+from scipy.sparse.csgraph import connected_components, dijkstra
 from scipy.sparse.linalg import splu
 
 from pipeline.crisp import Scan, open_intensity
 from pipeline.errors import FlareFieldError
-from pipeline.registration import AGREEMENT, CONFIDENT, STAYS, Shift, field_of_view, find_motion
+from pipeline.motion import find_motion
+from pipeline.registration import AGREEMENT, CONFIDENT, STAYS, Shift, field_of_view
 
 STRIDES = (1, 2, 8)
 """Scans between those that are linked."""
@@ -34,6 +34,8 @@ LARGEST_JUMP = 40.0
 
 LARGEST_TURN = 0.1
 """Degrees by which a field may seem turned against another: half a pixel at 300 pixels from its middle."""
+
+LEAST_ERROR = 1e-4  # pixels: nothing is known better
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,9 @@ class Link:
     y, x : float
         Pixels by which the later scan has to be moved to lie on the earlier one.
     confidence : float
-        As of `pipeline.registration.Shift`.
+        As of `pipeline.motion.Motion`.
+    error : float
+        Standard error of the displacement, pixels.
     turn, turn_error : float
         Degrees by which it seems turned, counterclockwise, and the error of that (NaN where it is not known);
         nothing is turned back.
@@ -58,6 +62,7 @@ class Link:
     y: float
     x: float
     confidence: float
+    error: float = 0.0
     turn: float = np.nan
     turn_error: float = np.nan
 
@@ -93,6 +98,8 @@ class Position:
         The best of its accepted links'; 0 without any, 1 for a series of a single time.
     residual : float
         Root mean square of what its links leave over, pixels; NaN without any.
+    error : float
+        Standard error of the position, pixels, from those of the links that lead to the reference.
     refused : str
         Why its links were refused, where none is left that leads to the reference; empty where it is known.
     """
@@ -101,6 +108,7 @@ class Position:
     x: float
     confidence: float
     residual: float
+    error: float = np.nan
     refused: str = ""
 
     @property
@@ -145,7 +153,7 @@ def find_link(task: LinkTask) -> dict[str, Any] | FlareFieldError:
     """
     try:
         cubes = tuple(open_intensity(scan) for scan in task.scans)
-        shift, turn = find_motion(
+        found = find_motion(
             (cubes[0], cubes[1]),
             (task.scans[0].wavelength, task.scans[1].wavelength),
             (task.scans[0].window.rest_wavelength,) * 2,
@@ -153,13 +161,18 @@ def find_link(task: LinkTask) -> dict[str, Any] | FlareFieldError:
         )
     except FlareFieldError as refusal:
         return refusal
+    shift = found.shift
     return {
         "earlier": task.earlier,
         "later": task.later,
         "y": shift.y,
         "x": shift.x,
         "confidence": shift.confidence,
-        **({"turn": turn.degrees, "turn_error": turn.error} if np.isfinite(turn.degrees) else {}),
+        **(
+            {"error": found.error, "turn": shift.turn, "turn_error": found.turn_error}
+            if np.isfinite(found.error)
+            else {}
+        ),
     }
 
 
@@ -197,13 +210,15 @@ def positions(times: int, links: Iterable[Link], largest_jump: float = LARGEST_J
             break
         worst = accepted.pop(int(over.argmax()))
         refusals[worst.earlier, worst.later] = f"{over.max():.1f} pixels at odds with the others"
-    return tuple(_position(time, y, x, inside, accepted, refusals) for time in range(times))
+    error = _errors(times, accepted, int(np.flatnonzero(inside)[0]))
+    return tuple(_position(time, y, x, error, inside, accepted, refusals) for time in range(times))
 
 
 def _position(
     time: int,
     y: NDArray[np.float64],
     x: NDArray[np.float64],
+    error: NDArray[np.float64],
     inside: NDArray[np.bool_],
     accepted: Sequence[Link],
     refusals: dict[tuple[int, int], str | None],
@@ -211,11 +226,24 @@ def _position(
     own = [link for link in accepted if time in (link.earlier, link.later)]
     if not inside[time]:
         said = [why for times, why in refusals.items() if time in times and why is not None]
-        return Position(np.nan, np.nan, 0.0, np.nan, said[0] if said else "nothing links it to the others")
+        refused = said[0] if said else "nothing links it to the others"
+        return Position(np.nan, np.nan, 0.0, np.nan, refused=refused)
     over = np.array([_leftover(link, y, x) for link in own])
     residual = float(np.sqrt(np.mean(np.sum(over**2, axis=1)))) if own else np.nan
     confidence = max((link.confidence for link in own), default=1.0)
-    return Position(float(y[time]), float(x[time]), confidence, residual)
+    return Position(float(y[time]), float(x[time]), confidence, residual, float(error[time]))
+
+
+def _errors(times: int, links: Sequence[Link], reference: int) -> NDArray[np.float64]:
+    """Standard error of each time's position, along the best chain of links to the reference.
+
+    Links one after another add their variances. Those side by side see the same granules change, and are no
+    better together than the best of them.
+    """
+    ends = np.array([(link.earlier, link.later) for link in links], dtype=np.intp).reshape(-1, 2)
+    variances = np.array([max(link.error, LEAST_ERROR) ** 2 for link in links])
+    graph = coo_array((variances, (ends[:, 0], ends[:, 1])), shape=(times, times)).tocsr()
+    return np.asarray(np.sqrt(dijkstra(graph, directed=False, indices=reference)))
 
 
 def _largest_part(times: int, links: Sequence[Link]) -> NDArray[np.bool_]:

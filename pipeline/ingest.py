@@ -57,7 +57,7 @@ from pipeline.storage import Place, array_in, is_url, log_at, out_of_space, plac
 
 logger = logging.getLogger("flarefield")
 
-KERNEL = 7
+KERNEL = 8
 """Version of what an observation's numbers depend on in this package; raised whenever they change."""
 
 
@@ -741,6 +741,7 @@ def _of_positions(pairs: tuple[Pair, ...], places: tuple[Position, ...]) -> dict
         "series_shift_x": [position.x for position in places],
         "series_confidence": [position.confidence for position in places],
         "series_residual": [position.residual for position in places],
+        "series_error": [position.error for position in places],
         "series_aligned": [position.known for position in places],
         "pointing_longitude": [longitude for longitude, _, _ in pointing],
         "pointing_latitude": [latitude for _, latitude, _ in pointing],
@@ -754,7 +755,8 @@ def _alignment_record(largest_jump: float) -> dict[str, Any]:
         "least_confidence": CONFIDENT,
         "largest_jump_pixels": largest_jump,
         "largest_turn_degrees": LARGEST_TURN,
-        "method": "links between H-alpha scans by the registration's search; positions by least squares",
+        "method": "links between H-alpha scans by robust least squares of the granulation in the wings; "
+        "positions by least squares",
     }
 
 

@@ -21,6 +21,7 @@ variable                                           dimensions   meaning
                                                                 the series' reference (`pipeline.alignment`);
                                                                 this and what follows only in aligned series
 ``series_confidence``, ``series_residual``         time         how well that is known; pixels left over
+``series_error``                                   time         standard error, pixels, from the reference on
 ``series_aligned``                                 time         whether it is known at all
 ``contrast_halpha``, ``contrast_ca8542``           time         contrast of the granulation in the wings
 ``poor_seeing``                                    time         a contrast is below what was asked for
@@ -646,6 +647,7 @@ def _of_alignment(times: int) -> dict[str, tuple[str, NDArray[Any], dict[str, st
         **{f"series_shift_{axis}": ("pixel", along.format(axis)) for axis in ("y", "x")},
         "series_confidence": ("1", "confidence of the best of the time's links along the series"),
         "series_residual": ("pixel", "root mean square of what the time's links leave over"),
+        "series_error": ("pixel", "standard error of series_shift_y and _x against the reference, together"),
     }
     return {
         **{

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import ndimage, optimize
+from scipy import ndimage
 from skimage.registration import phase_cross_correlation
 
 from pipeline.crisp.cube import Cube
@@ -42,7 +42,6 @@ LARGEST = 384  # pixels: more of a large field adds time, not accuracy
 LARGEST_SEARCH = 256  # of these, the search in whole pixels needs no more than
 LARGEST_BLOCK = 96
 FINE_BLOCKS = 96  # fields at least so wide are checked on 3 x 3 blocks, smaller ones on 2 x 2
-LEAST_BLOCKS = 4  # from which a turn is found
 FILLED = 0.4  # a block counts if at least this share of it lies in the field
 OVERLAP = 0.5  # share of the field that a shift must leave in common
 SMALLEST_DETAIL = 0.7  # pixels: below is photon noise, CRISP resolves about two pixels
@@ -76,11 +75,15 @@ class Shift:
         a pixel, in the band where most do; 0 where two bands each convince and contradict one another.
         Blocks see different parts of the Sun, so that neither chance nor a structure that the lines do not
         share makes them agree: unrelated images score 0.
+    turn : float
+        Degrees by which the frame is turned about its middle before it is displaced, counterclockwise where y
+        points up; none between the lines of one scan.
     """
 
     y: float
     x: float
     confidence: float
+    turn: float = 0.0
 
     @property
     def applied(self) -> bool:
@@ -92,20 +95,15 @@ STAYS = Shift(0.0, 0.0, 0.0)
 """What a scan that is not moved is moved by."""
 
 
-@dataclass(frozen=True)
-class Turn:
-    """By how much a scan seems turned against another, counterclockwise where y points up.
+def turning(degrees: float) -> NDArray[np.float64]:
+    """Matrix that turns vectors (y, x) counterclockwise where y points up.
 
-    Attributes
+    Parameters
     ----------
     degrees : float
-        To a tenth of itself, for small ones; NaN where too few parts of the field can be compared.
-    error : float
-        Its standard error, from how well the parts agree.
     """
-
-    degrees: float
-    error: float
+    sine, cosine = np.sin(np.deg2rad(degrees)), np.cos(np.deg2rad(degrees))
+    return np.array([[cosine, sine], [-sine, cosine]])
 
 
 def field_of_view(cube: Cube) -> Mask:
@@ -239,35 +237,6 @@ def find_image_shift(images: tuple[Image, Image], fields: tuple[Mask, Mask]) -> 
     details, masks = _details_of_images(images, fields)
     estimate = _estimate(*details, *masks)
     return Shift(float(estimate.shift[0]), float(estimate.shift[1]), estimate.confidence)
-
-
-def find_motion(
-    cubes: tuple[Cube, Cube],
-    wavelengths: tuple[ArrayLike, ArrayLike],
-    rest_wavelengths: tuple[float, float],
-    fields: tuple[Mask, Mask],
-) -> tuple[Shift, Turn]:
-    """Find the shift that brings one scan onto another, as `find_shift` does, and whether it is turned.
-
-    Parameters
-    ----------
-    cubes : tuple of Cube, shape (wavelength, y, x)
-        The scan that stays, and the one to be moved.
-    wavelengths, rest_wavelengths, fields
-        Theirs, as for `find_shift`.
-
-    Returns
-    -------
-    shift : Shift
-    turn : Turn
-        From the displacements that the field's blocks have left when the whole is moved, in the band whose
-        images correlate best.
-    """
-    details = _details(cubes, wavelengths, rest_wavelengths, fields)
-    found = [_estimate(*images, *masks) for images, masks in details]
-    shift = _combined(found)
-    best = max(range(len(found)), key=lambda band: (found[band].confidence, found[band].weight))
-    return shift, _turn(*details[best][0], *details[best][1], np.array([shift.y, shift.x]))
 
 
 def _details(
@@ -528,7 +497,7 @@ def _estimate(reference: Image, moving: Image, reference_mask: Mask, moving_mask
     if not common.any():
         return _Estimate(np.zeros(2), 0.0, 0.0)
     search = middle_box(common, LARGEST_SEARCH)
-    steps = _whole_pixels(reference[search], moving[search], reference_mask[search], moving_mask[search])
+    steps = whole_pixels(reference[search], moving[search], reference_mask[search], moving_mask[search])
     if steps is None:
         return _Estimate(np.zeros(2), 0.0, 0.0)
     overlap = reference_mask & ndimage.shift(moving_mask, steps, order=0, prefilter=False)
@@ -558,13 +527,13 @@ def _agreement(
 ) -> float:
     """Share of the common field's blocks that give the same shift when searched on their own."""
     votes = []
-    for block in _blocks(reference_mask & moving_mask):
-        found = _whole_pixels(reference[block], moving[block], reference_mask[block], moving_mask[block])
+    for block in blocks_of(reference_mask & moving_mask):
+        found = whole_pixels(reference[block], moving[block], reference_mask[block], moving_mask[block])
         votes.append(found is not None and np.abs(found - shift).max() <= AGREEMENT)
     return float(np.mean(votes)) if len(votes) > 2 else 0.0
 
 
-def _blocks(common: Mask) -> list[tuple[slice, slice]]:
+def blocks_of(common: Mask) -> list[tuple[slice, slice]]:
     """Parts of the common field that are compared on their own."""
     rows, columns = (np.flatnonzero(common.any(axis=axis)) for axis in (1, 0))
     count = 3 if min(np.ptp(rows), np.ptp(columns)) + 1 >= FINE_BLOCKS else 2
@@ -581,42 +550,7 @@ def _blocks(common: Mask) -> list[tuple[slice, slice]]:
     ]
 
 
-def _turn(
-    reference: Image, moving: Image, reference_mask: Mask, moving_mask: Mask, shift: NDArray[np.float64]
-) -> Turn:
-    """Turn between images, from what is left of their blocks' displacements after the shift."""
-    common = reference_mask & ndimage.shift(moving_mask, np.rint(shift), order=0, prefilter=False)
-    unknown = Turn(np.nan, np.nan)
-    if not common.any():
-        return unknown
-    moved = ndimage.shift(moving, shift, order=3)
-    places, left = [], []
-    for block in _blocks(common):
-        window = np.square(np.sin(0.5 * np.pi * np.minimum(_depth(common[block]) / TAPER, 1.0)))
-        apodised = [
-            (part - np.average(part, weights=window)) * window for part in (reference[block], moved[block])
-        ]
-        if all(image.any() for image in apodised):
-            displacement = _fraction(apodised[0], apodised[1], UPSAMPLING)
-            if np.abs(displacement).max() <= 2.0 * AGREEMENT:  # not one that has nothing in common
-                places.append([0.5 * (side.start + side.stop - 1) for side in block])
-                left.append(displacement)
-    if len(places) < LEAST_BLOCKS:
-        return unknown
-    y, x = (np.array(places) - np.mean(places, axis=0)).T
-    # What was turned counterclockwise by an angle has been moved by it times (x, -y), along (y, x).
-    lever = np.concatenate((-x, y))
-    values = np.concatenate(np.array(left).T)
-    design = np.stack((lever, np.repeat([1.0, 0.0], len(x)), np.repeat([0.0, 1.0], len(x))), axis=1)
-    fit = optimize.least_squares(
-        lambda unknowns: design @ unknowns - values, np.zeros(3), loss="soft_l1", f_scale=0.1
-    )
-    spread = float(np.sqrt(np.sum(fit.fun**2) / (len(values) - 3)))
-    angle, error = fit.x[0], spread / float(np.sqrt(np.sum(lever**2)))
-    return Turn(float(np.degrees(angle)), float(np.degrees(error)))
-
-
-def _whole_pixels(
+def whole_pixels(
     reference: Image, moving: Image, reference_mask: Mask, moving_mask: Mask
 ) -> NDArray[np.float64] | None:
     """Shift in whole pixels; None for images without any structure."""
@@ -652,15 +586,15 @@ def _detail(image: Image, good: Mask, mask: Mask) -> Image:
     if not good.any():
         return np.zeros_like(image)
     level = np.where(good, image / np.median(image[good]) - 1.0, 0.0).astype(np.float32)
-    details = _smooth(level, good, SMALLEST_DETAIL) - _smooth(level, good, LARGEST_DETAIL)
+    details = smooth(level, good, SMALLEST_DETAIL) - smooth(level, good, LARGEST_DETAIL)
     contrast = np.where(mask, details, np.float32(0.0))
-    strength = np.sqrt(_smooth(contrast * contrast, mask, LARGEST_DETAIL))
+    strength = np.sqrt(smooth(contrast * contrast, mask, LARGEST_DETAIL))
     usual = np.sqrt(np.mean(np.square(contrast[mask]), dtype=np.float64))
     limited = contrast / np.maximum(np.maximum(strength, usual), np.finfo(np.float32).tiny)
     return np.asarray(limited, dtype=np.float32)
 
 
-def _smooth(image: Image, mask: Mask, width: float) -> Image:
+def smooth(image: Image, mask: Mask, width: float) -> Image:
     """Gaussian mean over a mask; outside of it too, as far as its neighbourhood reaches."""
     if mask.all():
         whole: Image = ndimage.gaussian_filter(image, width, mode="nearest")
