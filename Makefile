@@ -32,13 +32,12 @@ test: lint
 
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint deploy/constraints.txt --editable '.[benchmark]'
-	mkdir -p build
 	$(BIN)/python -m tests.benchmarks.posterior
 	$(BIN)/python -m tests.benchmarks.levers
 	$(BIN)/python -m tests.benchmarks.training
 	$(BIN)/python -m tests.benchmarks.end_to_end
 	$(BIN)/python -m tests.benchmarks.output_size
-	$(BIN)/python -m tests.benchmarks.scale --output build/scale
+	$(BIN)/python -m tests.benchmarks.scale
 
 clean:
 	rm -rf $(VENV) demo dist build

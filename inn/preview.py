@@ -8,8 +8,8 @@ knows each number by itself alone: there are no joint draws, hence no misfit and
 
 Quantiles ascend with their level whatever the weights: the median comes first, and every further level is a
 positive distance from the one before, outwards. Between the levels that were taught they are linear in the
-normal deviate of the level, as those of a normal distribution are; beyond the outermost ones they stay where
-these are, for nothing was learned about them.
+normal deviate of the level, as those of a normal distribution are; levels beyond the outermost ones are
+refused, for nothing was learned about them.
 """
 
 from __future__ import annotations
@@ -190,14 +190,14 @@ class Preview(nn.Module):
         ----------
         context : Tensor, shape (n, context)
         levels : ndarray, shape (m,)
-            Between 0 and 1.
+            Within those that were taught.
 
         Returns
         -------
         Tensor, shape (n, m, atmosphere_size)
         """
         deviate = torch.special.ndtri(context.new_tensor(self.levels, dtype=torch.float64))
-        wanted = torch.special.ndtri(torch.from_numpy(levels).to(deviate)).clamp(deviate[0], deviate[-1])
+        wanted = torch.special.ndtri(torch.from_numpy(levels).to(deviate))
         left = (torch.searchsorted(deviate, wanted, right=True) - 1).clamp(0, len(deviate) - 2)
         weight = ((wanted - deviate[left]) / (deviate[left + 1] - deviate[left])).to(context.dtype)
         taught = self(context).clamp(-FARTHEST, FARTHEST)
@@ -244,6 +244,26 @@ def preview_of(model: object) -> Preview:
             "one: flarefield train GRID.zarr NEW --preview-of MODEL",
         )
     return preview
+
+
+def check_taught(preview: Preview, quantiles: Sequence[float]) -> NDArray[np.float64]:
+    """Check that a preview was taught about quantile levels, and return them as an array.
+
+    Raises
+    ------
+    MisuseError
+        Some are no levels, or lie beyond the outermost that were taught.
+    """
+    levels, (lowest, *_, highest) = check_levels(quantiles), preview.levels
+    if beyond := [float(level) for level in levels if not lowest <= level <= highest]:
+        raise MisuseError(
+            "the preview was not taught about quantiles so far out",
+            where="quantiles",
+            found=", ".join(f"{level:g}" for level in beyond),
+            expected=f"{lowest:g} to {highest:g}",
+            remedy="choose levels between these, or sample the posterior (without --preview)",
+        )
+    return levels
 
 
 def stated_disagreement(model: nn.Module) -> dict[str, Any]:
@@ -295,8 +315,7 @@ def preview_quantiles(
     lines, mu, calibration_error
         As for `inn.posterior.posterior_quantiles`.
     quantiles : sequence of float
-        Levels between 0 and 1. Those beyond the outermost that were taught (`Preview.levels`) are answered
-        with these.
+        Levels within those that were taught (`Preview.levels`).
 
     Returns
     -------
@@ -312,7 +331,7 @@ def preview_quantiles(
     """
     preview, with_context = preview_of(model), cast(_WithContext, model)
     tensor, angle, error = check_arguments(model, lines, mu, calibration_error)
-    levels = check_levels(quantiles)
+    levels = check_taught(preview, quantiles)
     weights = next(iter(model.parameters()))
     shape = (tensor.shape[0], levels.size, model.layout.heights.size)
     found = {name: torch.full(shape, torch.nan, dtype=weights.dtype).numpy() for name in QUANTITIES}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,6 +52,8 @@ OUTERMOST = 0.05
 """Quantiles nearer to 0 or 1 than this are beyond what is measured, and what latents are tuned for."""
 DRAWS_BEYOND = 8
 """Draws that then should lie beyond the outermost quantile."""
+MOST_DRAWS = 16384
+"""Draws that count as the truth when errors are measured: of more it is not known what error they leave."""
 UNKNOWN: LatentKind = "sobol"
 UNKNOWN_DRAWS = 256
 """Latents of a network whose error curve is not known."""
@@ -71,13 +73,35 @@ class Sampling:
         Theirs; 0 for tuned ones, which have none.
     error : float or None
         Error of the quantiles at 5, 50 and 95 % that is to be expected, in units of the posterior's spread
-        (root mean square); None if it is not known.
+        (root mean square over the numbers that `Truth` scores); None if it is not known.
     """
 
     latent: LatentKind
     draws: int
     seed: int
     error: float | None
+
+    def __str__(self) -> str:
+        text = f"{self.draws:,} {self.latent} draws a pixel"
+        if self.error is None:
+            return f"{text} (what error of the quantiles that leaves is not known)"
+        return (
+            f"{text} (which leaves an error of the quantiles of {self.error:.2g} of the posterior's spread)"
+        )
+
+    def with_precision(self, model: Network, precision: Precision) -> Sampling:
+        """The same with the error that products in a precision add, where it is known.
+
+        Parameters
+        ----------
+        model : Network
+            Its ``record["sampling"]["precision_error"]`` holds what half precision changes.
+        precision : {"float32", "bfloat16"}
+        """
+        change = getattr(model, "record", {}).get("sampling", {}).get("precision_error")
+        if precision == "float32" or self.error is None or change is None:
+            return self
+        return replace(self, error=math.hypot(self.error, change))
 
 
 def choose_precision(model: Network, device: torch.device | str) -> Precision:
@@ -147,7 +171,7 @@ class Measurement:
     """
 
     observations: int = 96
-    truth_draws: int = 16384
+    truth_draws: int = MOST_DRAWS
     seeds: int = 4
     half_precision: bool = False
 
@@ -204,7 +228,7 @@ def error_curves(
     ladder: Sequence[int] = LADDER,
     tuned: Sequence[int] = (),
     seeds: int = 4,
-    truth_draws: int = 16384,
+    truth_draws: int = MOST_DRAWS,
     truth_kind: LatentKind = "sobol",
 ) -> QuantileErrors:
     """Measure the error of quantiles against those of very many draws.
@@ -241,7 +265,7 @@ def quantile_errors(
     kinds: Sequence[LatentKind] = DRAWN,
     ladder: Sequence[int] = LADDER,
     seeds: int = 4,
-    truth_draws: int = 16384,
+    truth_draws: int = MOST_DRAWS,
 ) -> QuantileErrors:
     """Measure the error of a network's quantiles against those of very many of its own draws.
 
@@ -295,8 +319,8 @@ def precision_error(
     Returns
     -------
     float
-        Root mean square over observations, numbers and the quantiles `SCORED`, in units of the posterior's
-        spread.
+        Root mean square over observations, all numbers (also those that `Truth` does not score: these change
+        most) and the quantiles `SCORED`, in units of the posterior's spread.
     """
 
     def answer(precision: Precision) -> Array:
@@ -397,11 +421,20 @@ def choose_sampling(
     if accuracy is not None and not 0.0 < accuracy < math.inf:
         raise MisuseError("the accuracy is an error above zero", where="accuracy", found=accuracy)
     tail = min(min(level, 1.0 - level) for level in quantiles)
-    beyond = 0 if tail >= OUTERMOST or tail == 0.0 else math.ceil(DRAWS_BEYOND / tail)
-    curves = _curves(model, latent, tuned=seed is None and beyond == 0)
+    curves = _curves(model, latent, tuned=seed is None and tail >= OUTERMOST)
     if draws is not None:
         kind, error = _best_at(curves, draws, latent)
         return Sampling(kind, draws, seed or 0, error)
+    # The outermost draws themselves (levels 0 and 1) have none beyond them.
+    beyond = math.ceil(DRAWS_BEYOND / tail) if 0.0 < tail < OUTERMOST else 0
+    if beyond > MOST_DRAWS:
+        raise MisuseError(
+            "quantiles so far out take very many draws",
+            where="quantiles",
+            found=f"{tail:g} from the end, with {DRAWS_BEYOND} draws beyond it of {beyond:,}",
+            expected=f"at least {DRAWS_BEYOND / MOST_DRAWS:.2g} from the ends",
+            remedy="choose other levels, or name the number of draws",
+        )
     if not curves:
         if accuracy is not None:
             raise MisuseError(
@@ -425,6 +458,15 @@ def choose_sampling(
             remedy="leave the kind of latents out",
         )
     kind = min(reached, key=lambda kind: reached[kind][0])
+    if reached[kind][0] > MOST_DRAWS:
+        _, least = _best_at(curves, MOST_DRAWS, latent)
+        raise MisuseError(
+            "no number of draws is known to reach the accuracy",
+            where="accuracy",
+            found=f"{wanted:g}, which might take {reached[kind][0]:,} draws",
+            expected=f"{least:.2g} or more, for errors are measured against {MOST_DRAWS:,} draws",
+            remedy="ask for less, or name the number of draws",
+        )
     if reached[kind][0] >= beyond:
         return Sampling(kind, reached[kind][0], seed or 0, reached[kind][1])
     kind, error = _best_at(curves, beyond, latent)

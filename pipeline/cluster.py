@@ -43,6 +43,7 @@ from pydantic import (
 from pipeline.devices import INSTALL, Device, gpus, missing_packages
 from pipeline.errors import ClusterError, MisuseError
 from pipeline.provenance import flarefield_version
+from pipeline.storage import Place, is_in_memory
 
 logger = logging.getLogger("flarefield")
 
@@ -332,6 +333,35 @@ def device_of(cluster: ClusterConfig | Client) -> Device:
     if isinstance(cluster, AddressConfig):
         return cluster.device
     return "cuda" if isinstance(cluster, CudaConfig) else "cpu"
+
+
+def see_that_workers_find(cluster: ClusterConfig | Client, *locations: str | Path | Place | None) -> None:
+    """Refuse places in this process's memory if workers are other processes, with memories of their own.
+
+    Parameters
+    ----------
+    cluster : configuration or distributed.Client
+        Where work is done.
+    *locations : str, Path, Place or None
+        Stores that it reads or writes.
+
+    Raises
+    ------
+    MisuseError
+        Workers would not find one of them.
+    """
+    if isinstance(cluster, Client):
+        workers = cluster.scheduler_info(n_workers=-1)["workers"]
+        if all(address.startswith("inproc://") for address in workers):
+            return
+    for location in locations:
+        if location is not None and is_in_memory(location):
+            raise MisuseError(
+                "a store in memory is not there for workers in other processes",
+                where=location,
+                remedy="choose a directory or an object store; or, in Python, give a client whose workers "
+                "are threads of this process: Client(processes=False)",
+            )
 
 
 def _validate(settings: dict[str, Any], where: object) -> ClusterConfig:

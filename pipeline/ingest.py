@@ -38,7 +38,7 @@ from pipeline.alignment import (
 )
 from pipeline.calibration import QuietSunCalibration, Reference, calibrate_store, write_calibration
 from pipeline.changes import BandImages, ChangeTask, Weights
-from pipeline.cluster import ClusterConfig, opened
+from pipeline.cluster import ClusterConfig, opened, see_that_workers_find
 from pipeline.common_time import Other, between, other_scans, share_of_other
 from pipeline.crisp import LINES, Medium, Scan, find_scans
 from pipeline.defects import header_contradictions
@@ -313,6 +313,8 @@ def ingest(
             where=Path(target.location).parent,
             remedy="make it first",
         )
+    if cluster is not None:
+        see_that_workers_find(cluster, output)
     with target.lock():
         finish_swaps(target)
         if target.exists() and not is_observation(target.location):

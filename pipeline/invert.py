@@ -31,9 +31,17 @@ from inn.latent import LatentKind
 from inn.layout import QUANTITIES
 from inn.posterior import QUANTILES, latents_of
 from inn.precision import Precision
-from inn.preview import stated_disagreement
+from inn.preview import check_taught, preview_of, stated_disagreement
 from inn.sampling import Sampling, choose_precision, choose_sampling
-from pipeline.cluster import ClusterConfig, SlurmConfig, best_config, device_of, opened, threads_per_task
+from pipeline.cluster import (
+    ClusterConfig,
+    SlurmConfig,
+    best_config,
+    device_of,
+    opened,
+    see_that_workers_find,
+    threads_per_task,
+)
 from pipeline.devices import Device
 from pipeline.driver import run_bounded
 from pipeline.errors import FlareFieldError, InputError, MisuseError, StoreError
@@ -74,6 +82,9 @@ logger = logging.getLogger("flarefield")
 ERROR_LENGTH = 2000
 RECORD_LENGTH = 2000
 """Characters (as JSON) of an entry of a model's record that a map repeats; the model keeps longer ones."""
+
+METADATA = 50_000
+"""Bytes of a map's attributes and of what describes its variables, about."""
 
 PREVIEW_COMMENTS = {
     **dict.fromkeys(QUANTITIES, "a preview of the posterior, not sampled: see the store's comment"),
@@ -127,6 +138,8 @@ class InvertReport:
         Bytes of the map's tiles on disk.
     seconds : float
         Time this run took.
+    sampling : Sampling or None
+        What was drawn for each pixel; None for a preview.
     preview : str or None
         Of a preview: what it is, and how far it is off.
     """
@@ -140,6 +153,7 @@ class InvertReport:
     flags: Mapping[str, int]
     stored: int
     seconds: float
+    sampling: Sampling | None
     preview: str | None = None
 
     def summary(self) -> str:
@@ -149,6 +163,8 @@ class InvertReport:
             f"{self.output}: {self.tiles - len(self.failed)} of {self.tiles} tiles done{before}",
             f"  {self.answered} of {self.pixels} pixels have an answer; {self.stored / 1e6:.1f} MB on disk",
         ]
+        if self.sampling is not None:
+            lines.append(f"  {self.sampling}")
         if self.preview is not None:
             lines.append(f"  PREVIEW: {self.preview}")
         if self.flags:
@@ -258,6 +274,7 @@ def invert(
     """
     started = time.monotonic()
     cluster = best_config() if cluster is None else cluster
+    see_that_workers_find(cluster, observation, output, model, skip_from)
     request = _settle(
         observation,
         output,
@@ -280,12 +297,16 @@ def invert(
     )
     target, grid = request.output, request.grid
     if not target.can_hold():
-        raise MisuseError("the output's directory does not exist", where=Path(target.location).parent)
+        raise MisuseError(
+            "the output's directory does not exist",
+            where=Path(target.location).parent,
+            remedy="make it, or choose an output in one that exists",
+        )
     make_store = partial(_make_store, request, call or f"invert({observation}, {output})")
     with target.lock():
         begun = _begun(target, request.fingerprint, overwrite=overwrite)
         if begun is None:
-            _see_that_it_fits(request, np.zeros(len(grid), dtype=bool))
+            _see_that_it_fits(request, np.zeros(len(grid), dtype=bool), _beside(request))
             begun = _begin(target, request.spec.run, request.fingerprint, make_store, overwrite=overwrite)
         store, journal = begun
         spec = replace(request.spec, store=str(store), run=journal.run)
@@ -293,7 +314,7 @@ def invert(
         with journal:
             work.take_up()
             if 0 < work.resumed < work.tiles:
-                _see_that_it_fits(request, work.done)
+                _see_that_it_fits(request, work.done, 0)
             if work.resumed < work.tiles:
                 with opened(cluster) as client:
                     work.go_on(client, window)
@@ -314,6 +335,7 @@ def invert(
         flags=dict(sorted(flags.items())),
         stored=work.stored,
         seconds=time.monotonic() - started,
+        sampling=request.sampling,
         preview=preview_comment(request.network) if spec.preview else None,
     )
 
@@ -364,6 +386,7 @@ def plan_inversion(
         Whatever `invert` would refuse, but for space.
     """
     cluster = best_config() if cluster is None else cluster
+    see_that_workers_find(cluster, observation, output, model, skip_from)
     request = _settle(
         observation,
         output,
@@ -393,23 +416,40 @@ def plan_inversion(
                 work = _Work(replace(request.spec, store=str(store)), request.grid, request.asked, journal)
                 work.take_up()
             done = work.done
-    needed = (request.spec, request.grid, request.asked, done, request.dataset)
+    plan = partial(
+        make_plan,
+        spec=request.spec,
+        grid=request.grid,
+        asked=request.asked,
+        done=done,
+        dataset=request.dataset,
+        beside=_beside(request) if begun is None else 0,
+        sampling=request.sampling,
+    )
     if done[request.asked > 0].all():
-        return make_plan(None, *needed)
+        return plan(None)
     tasks = None
     if isinstance(cluster, SlurmConfig):
         tasks, cluster = cluster.jobs * cluster.processes, cluster.model_copy(update={"jobs": 1})
     with opened(cluster) as client:
-        return make_plan(client, *needed, tasks=tasks)
+        return plan(client, tasks=tasks)
 
 
-def _see_that_it_fits(request: _Request, done: NDArray[np.bool_]) -> None:
+def _beside(request: _Request) -> int:
+    """Bytes of a map's coordinates, which the observation has too, and of its metadata; about."""
+    there = place(request.spec.observation)
+    names = _coordinates(request.dataset).variables
+    return METADATA + sum(sum(there.sizes(str(name)).values()) for name in names)
+
+
+def _see_that_it_fits(request: _Request, done: NDArray[np.bool_], beside: int) -> None:
     see_that_it_fits(
         request.spec,
         request.grid,
         request.asked,
         done,
         request.dataset,
+        beside=beside,
         heights=request.network.layout.heights.size,
     )
 
@@ -425,7 +465,7 @@ class _Request:
     fingerprint: dict[str, Any]
     dataset: xr.Dataset
     network: Network
-    sampling_error: float | None
+    sampling: Sampling | None
 
 
 def _settle(
@@ -469,9 +509,12 @@ def _settle(
         )
     wishes: dict[str, Any] = {"draws": draws, "seed": seed, "latent": latent, "accuracy": accuracy}
     if preview:
-        sampling = _no_sampling(network, wishes | {"precision": precision})
+        _see_that_it_can_be_previewed(network, quantiles, wishes | {"precision": precision})
+        sampling = Sampling("sobol", 0, 0, None)
+        precision = "float32"
     else:
-        sampling = choose_sampling(network, **wishes, quantiles=quantiles)
+        precision = precision or choose_precision(network, device)
+        sampling = choose_sampling(network, **wishes, quantiles=quantiles).with_precision(network, precision)
         latents_of(network, sampling.draws, sampling.seed, sampling.latent)  # or every tile would refuse it
     spec = TileSpec(
         observation=observation,
@@ -490,9 +533,7 @@ def _settle(
         selection=selection,
         device=device,
         interpolation=interpolation,
-        precision=choose_precision(network, device)
-        if precision is None and not preview
-        else precision or "float32",
+        precision=precision,
         preview=preview,
     )
     if (trained := network.record.get("interpolation", "linear")) != interpolation:
@@ -505,12 +546,15 @@ def _settle(
             "no pixel is selected", where=observation, remedy="skip fewer flags, or choose another region"
         )
     fingerprint = _fingerprint(spec, grid, network) | {"skip_from": skipped}
-    return _Request(target, spec, grid, asked, fingerprint, dataset, network, sampling.error)
+    drawn = None if preview else sampling
+    return _Request(target, spec, grid, asked, fingerprint, dataset, network, drawn)
 
 
-def _no_sampling(network: Network, wishes: Mapping[str, Any]) -> Sampling:
-    """See that a network can be previewed, and that nothing is wished of draws."""
+def _see_that_it_can_be_previewed(
+    network: Network, quantiles: Sequence[float], wishes: Mapping[str, Any]
+) -> None:
     stated_disagreement(network)
+    check_taught(preview_of(network), quantiles)
     wished = [name for name, wish in wishes.items() if wish is not None]
     if wished:
         raise MisuseError(
@@ -518,7 +562,6 @@ def _no_sampling(network: Network, wishes: Mapping[str, Any]) -> Sampling:
             found=" and ".join(wished),
             remedy="leave that out, or sample the posterior (without --preview)",
         )
-    return Sampling("sobol", 0, 0, None)
 
 
 def preview_comment(network: Network) -> str:
@@ -632,21 +675,24 @@ def _fingerprint(spec: TileSpec, grid: TileGrid, network: Network) -> dict[str, 
 
 def _said_of(request: _Request) -> dict[str, Any]:
     """How the quantiles were found, and how well."""
-    network, sampling_error = request.network, request.sampling_error
-    if request.spec.preview:
+    network, sampling = request.network, request.sampling
+    if sampling is None:
         return {
             "method": PREVIEW,
             "comment": preview_comment(network),
             "disagreement": stated_disagreement(network),
         }
-    if sampling_error is None:
+    if sampling.error is None:
         return {"method": SAMPLING}
+    scored = network.record["sampling"].get("scored")
+    left_out = "" if scored is None else f"the {100 * (1 - scored):.1f} % of the "
     return {
         "method": SAMPLING,
-        "sampling_error": sampling_error,
-        "sampling_error_comment": "root mean square error of the quantiles 0.05, 0.5 and 0.95 for the number "
-        "of draws, in units of the posterior's spread (half of 0.84 less 0.16), measured on held-out "
-        "simulations",
+        "sampling_error": sampling.error,
+        "sampling_error_comment": "root mean square error, for the number of draws (and for products in half "
+        "precision), of the quantiles 0.05, 0.5 and 0.95, whichever the map holds; in units of the "
+        "posterior's spread (half of 0.84 less 0.16); measured on held-out simulations, without "
+        f"{left_out}numbers whose posterior has two states far apart",
     }
 
 

@@ -24,10 +24,11 @@ from distributed import Client
 from numpy.typing import NDArray
 from rich.filesize import decimal
 
+from inn.sampling import Sampling
 from pipeline.cluster import threads_per_task
 from pipeline.driver import run_bounded
 from pipeline.errors import FlareFieldError, StoreError
-from pipeline.results import VARIABLES, Flag, lay_out
+from pipeline.results import VARIABLES, Flag, compressor, lay_out
 from pipeline.storage import Directory, place
 from pipeline.tiles import Tile, TileGrid, TileSpec, compute_tile, write_tile
 
@@ -91,6 +92,8 @@ class Need:
         Bytes that one of the latter takes in the store, by a sample.
     bytes_per_tile : float
         Bytes that a tile takes without them.
+    bytes_beside : int
+        Bytes of coordinates and attributes, if they are still to be written.
     """
 
     tiles: int
@@ -98,6 +101,7 @@ class Need:
     answerable: int
     bytes_per_pixel: float
     bytes_per_tile: float
+    bytes_beside: int
 
     @property
     def stored(self) -> int:
@@ -107,7 +111,7 @@ class Need:
     @property
     def space(self) -> int:
         """Bytes that the disk must have: what the files' last blocks leave unused comes to that."""
-        return self.stored + self.tiles * len(VARIABLES) * BLOCK
+        return self.stored + self.bytes_beside + self.tiles * len(VARIABLES) * BLOCK
 
 
 @dataclass(frozen=True)
@@ -132,10 +136,8 @@ class Plan:
         Cores of each.
     rate : float
         Pixels per second of one of them, with all of them at work.
-    draws : int
-        Draws for each pixel; 0 for a preview.
-    latent : str
-        Their kind.
+    sampling : Sampling or None
+        What is drawn for each pixel; None for a preview.
     """
 
     output: Path | str
@@ -147,8 +149,7 @@ class Plan:
     tasks: int
     threads: int
     rate: float
-    draws: int
-    latent: str
+    sampling: Sampling | None
 
     @property
     def fits(self) -> bool:
@@ -171,12 +172,15 @@ class Plan:
         if not need.tiles:
             return lines[0]
         lines.append(f"  about {need.answerable:,} of the pixels lie within both lines' field")
-        size = f"  size: about {decimal(need.stored)} ({need.stored / need.pixels:.0f} bytes a pixel)"
+        size = (
+            f"  size: about {decimal(need.stored + need.bytes_beside)} "
+            f"({need.stored / need.pixels:.0f} bytes a pixel)"
+        )
         if self.free is not None:
             size += f"; {decimal(self.free)} are free" + ("" if self.fits else ": IT DOES NOT FIT")
         lines.append(size)
-        drawn = f"sampling: {self.draws} {self.latent} draws a pixel"
-        lines.append(f"  {drawn if self.draws else 'a preview: nothing is drawn'}")
+        drawn = "a preview: nothing is drawn" if self.sampling is None else f"sampling: {self.sampling}"
+        lines.append(f"  {drawn}")
         if self.sampled:
             lines += [
                 f"  time: about {timedelta(seconds=round(self.seconds))} (h:mm:ss), "
@@ -207,6 +211,8 @@ def make_plan(
     done: NDArray[np.bool_],
     dataset: xr.Dataset,
     *,
+    beside: int,
+    sampling: Sampling | None,
     tasks: int | None = None,
 ) -> Plan:
     """Find out what is to be done of a map, and what it takes on a cluster.
@@ -227,6 +233,10 @@ def make_plan(
         Tiles that are done.
     dataset : xarray.Dataset
         The observation.
+    beside : int
+        Bytes of coordinates and attributes that are still to be written.
+    sampling : Sampling or None
+        What is drawn; None for a preview.
     tasks : int, optional
         Tiles that the whole cluster will do at a time, if it is larger than what has been started of it.
 
@@ -256,14 +266,13 @@ def make_plan(
         output=place(spec.store).location,
         tiles_done=int(np.count_nonzero(done)),
         pixels_done=int(asked[done].sum()),
-        need=_need(missing, answerable, samples),
+        need=_need(missing, answerable, samples, beside),
         free=free_space(spec.store),
         sampled=sum(sample.pixels for sample in samples),
         tasks=tasks or started,
         threads=threads,
         rate=float(np.mean([sample.pixels / sample.seconds for sample in samples])) if samples else 0.0,
-        draws=spec.draws,
-        latent=spec.latent,
+        sampling=sampling,
     )
 
 
@@ -273,6 +282,8 @@ def see_that_it_fits(
     asked: NDArray[np.int64],
     done: NDArray[np.bool_],
     dataset: xr.Dataset,
+    *,
+    beside: int,
     heights: int,
 ) -> None:
     """Refuse a run whose tiles the disk cannot hold.
@@ -282,7 +293,7 @@ def see_that_it_fits(
 
     Parameters
     ----------
-    spec, grid, asked, done, dataset
+    spec, grid, asked, done, dataset, beside
         As for `make_plan`.
     heights : int
         Heights of the network's grid.
@@ -301,12 +312,12 @@ def see_that_it_fits(
         for variable in VARIABLES
     )
     pixels = int(missing.sum())
-    most = Need(int(np.count_nonzero(missing)), pixels, pixels, raw, bytes_per_tile=0)
+    most = Need(int(np.count_nonzero(missing)), pixels, pixels, raw, bytes_per_tile=0, bytes_beside=beside)
     if free is None or most.space <= free:
         return
     answerable, spots = _spots(spec, grid, missing, dataset)
     here = replace(spec, device="cpu")  # in this process, whatever the workers have
-    need = _need(missing, answerable, [take_sample(here, grid, SECONDS, spots)] if spots else [])
+    need = _need(missing, answerable, [take_sample(here, grid, SECONDS, spots)] if spots else [], beside)
     if need.space > free:
         raise StoreError(
             "the map does not fit on the disk",
@@ -318,7 +329,7 @@ def see_that_it_fits(
         )
 
 
-def _need(missing: NDArray[np.int64], answerable: int, samples: Sequence[Sample]) -> Need:
+def _need(missing: NDArray[np.int64], answerable: int, samples: Sequence[Sample], beside: int) -> Need:
     pixels = sum(sample.pixels for sample in samples)
     return Need(
         tiles=int(np.count_nonzero(missing)),
@@ -326,6 +337,7 @@ def _need(missing: NDArray[np.int64], answerable: int, samples: Sequence[Sample]
         answerable=answerable,
         bytes_per_pixel=sum(sample.stored for sample in samples) / pixels if pixels else 0.0,
         bytes_per_tile=float(np.mean([sample.empty for sample in samples])) if samples else 0.0,
+        bytes_beside=beside,
     )
 
 
@@ -378,17 +390,20 @@ def take_sample(spec: TileSpec, grid: TileGrid, seconds: float, spots: Sequence[
     """
     _inverted(spec, _patch(grid, spots[0], SIDES[0]))  # opens what is needed by all
     parts: list[dict[str, NDArray[Any]]] = []
-    side, pixels, taken = SIDES[0], 0, 0.0
+    side = kept = SIDES[0]
+    pixels, taken = 0, 0.0
     most = TILES * grid.tile[0] * grid.tile[1]
     patches: list[Tile] = []
     for spot in spots:
         patch = _patch(grid, spot, side)
-        if any(_overlap(patch, other) for other in patches):
+        if side == kept and any(_overlap(patch, other) for other in patches):
             continue  # the same pixels again would compress to nothing
         started = time.monotonic()
         values = _inverted(spec, patch)
         last = time.monotonic() - started
         if values is not None:
+            if side > kept:  # larger patches say more of how tiles are compressed: the others are left out
+                kept, parts, patches, pixels, taken = side, [], [], 0, 0.0
             patches.append(patch)
             # All patches in a row: their shapes do not matter for the compression.
             parts.append({name: array.reshape(1, -1, *array.shape[2:]) for name, array in values.items()})
@@ -396,7 +411,7 @@ def take_sample(spec: TileSpec, grid: TileGrid, seconds: float, spots: Sequence[
         taken += last
         if parts and (taken >= seconds or pixels >= most):
             break
-        if 16 * last <= seconds and side < SIDES[-1]:
+        if 16 * last <= seconds and side < min(SIDES[-1], max(grid.tile)):
             side *= 2
     if not parts:
         raise StoreError("no pixel of a sample can be inverted", where=spec.observation)
@@ -419,7 +434,10 @@ def _inverted(spec: TileSpec, patch: Tile) -> dict[str, NDArray[Any]] | None:
 def _written(spec: TileSpec, sample: Mapping[str, NDArray[Any]], width: int) -> tuple[int, int, float]:
     """Write a row of pixels in tiles: bytes more than empty ones have, those of an empty one, time."""
     _, whole, _, heights = sample["temperature"].shape
-    tiles = TileGrid((2, 1, whole), (1, min(width, whole)))
+    # Smaller tiles than the run's are to be compressed as its are.
+    alike = compressor(width * heights)
+    width = next((n for n in range(min(width, whole), 0, -1) if compressor(n * heights) == alike), whole)
+    tiles = TileGrid((2, 1, whole), (1, width))
     with TemporaryDirectory(prefix="flarefield-") as folder:
         store = Path(folder) / "sample.zarr"
         lay_out(

@@ -411,12 +411,13 @@ def open_map(path: str | Path, *, chunks: Any = None) -> xr.Dataset:  # noqa: AN
     """
     store = place(path)
     if not store.exists():
-        raise StoreError("there is no such map", where=path)
+        raise StoreError("there is no such map", where=path, remedy="make one with `flarefield invert`")
     if not is_map(path):
         raise StoreError(
             "not a FlareField map",
             where=path,
             expected="a Zarr store made by `flarefield invert`",
+            remedy="check the name",
         )
     dataset: xr.Dataset = xr.open_zarr(store.zarr, chunks=chunks)
     return dataset
@@ -471,7 +472,12 @@ def flag_bits(attrs: Mapping[str, Any], names: Iterable[str]) -> int:
     names = list(names)
     unknown = [name for name in names if name not in masks]
     if unknown:
-        raise MisuseError("no such quality flag", found=", ".join(unknown), expected=", ".join(masks))
+        raise MisuseError(
+            "no such quality flag",
+            found=", ".join(unknown),
+            expected=", ".join(masks),
+            remedy="choose from these names: the map's, as it was made",
+        )
     return reduce(or_, (int(masks[name]) for name in names), 0)
 
 

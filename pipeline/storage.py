@@ -74,6 +74,11 @@ def is_url(location: str | Path) -> bool:
     return "://" in str(location) and not str(location).startswith("file://")
 
 
+def is_in_memory(location: str | Path | Place) -> bool:
+    """Whether a location is in the memory of a process, where no other process finds it."""
+    return str(location).startswith("memory://")
+
+
 def lock(store: str | Path) -> AbstractContextManager[None]:
     """Hold a store for one client: see `Place.lock`."""
     return place(store).lock()
@@ -455,10 +460,11 @@ class _Objects:
         return f"{self.root}/{key}" if key else self.root
 
     def names(self) -> list[str]:
-        try:
-            found = self.files.ls(self.root, detail=False)
-        except FileNotFoundError:
-            return []
+        with _reached(self.url):
+            try:
+                found = self.files.ls(self.root, detail=False)
+            except FileNotFoundError:
+                return []
         return sorted(str(path).rstrip("/").rpartition("/")[2] for path in found)
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
@@ -481,10 +487,11 @@ class _Objects:
             yield from (bytes(answers[path]) for path in paths)
 
     def get(self, key: str) -> bytes | None:
-        try:
-            return bytes(self.files.cat_file(self.path(key)))
-        except FileNotFoundError:
-            return None
+        with _reached(self.url):
+            try:
+                return bytes(self.files.cat_file(self.path(key)))
+            except FileNotFoundError:
+                return None
 
     def put(self, key: str, content: bytes) -> None:
         self.files.pipe_file(self.path(key), content)
@@ -771,6 +778,23 @@ def array_in(group: zarr.Group, name: str) -> zarr.Array[Any]:
 
 def _this_process() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+@contextmanager
+def _reached(url: str) -> Iterator[None]:
+    """Say of a store that does not answer at all which one it is: its software's errors need not."""
+    try:
+        yield
+    except OSError:
+        raise  # its answer: refused, or full
+    except Exception as error:
+        raise StoreError(
+            "the object store cannot be asked",
+            where=url,
+            found=f"{type(error).__name__}: {error}",
+            remedy="check the URL, the credentials and the endpoint: for s3:// they are taken from AWS's "
+            "environment variables and files (AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_ENDPOINT_URL)",
+        ) from error
 
 
 def _held(store: Place, holder: str | None) -> MisuseError:

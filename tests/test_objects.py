@@ -15,11 +15,13 @@ import disturbed
 import fsspec
 import pytest
 import xarray as xr
+from fsspec.implementations.memory import MemoryFileSystem
 from toy_observation import toy_observation, write_store
 
 import pipeline.storage as storage
 import pipeline.tiles as tiles
 from pipeline.check import check_map
+from pipeline.cluster import LocalConfig
 from pipeline.errors import InputError, MisuseError, StoreError
 from pipeline.ingest import ingest
 from pipeline.invert import invert
@@ -333,11 +335,29 @@ def test_a_journal_in_objects_is_a_journal(bucket, monkeypatch):
         read_journal(f"{bucket}/other.journal")
 
 
-def test_what_cannot_be_used_is_said(client):
+def test_what_cannot_be_used_is_said(folder, client):
     with pytest.raises(MisuseError, match="URLs of this kind"):
         place("nonsense://bucket/map.zarr")
     with pytest.raises(StoreError, match="no such observation"):
         invert("memory://nowhere/o.zarr", "memory://nowhere/map.zarr", cluster=client)
+    with pytest.raises(MisuseError, match="in other processes") as refusal:
+        invert(folder / "o.zarr", "memory://nowhere/map.zarr", cluster=LocalConfig())
+    assert refusal.value.where == "memory://nowhere/map.zarr"
+
+
+def test_a_store_that_cannot_be_asked_is_named(folder, client):
+    class Unreachable(MemoryFileSystem):
+        protocol = "unreachable"
+
+        def ls(self, path, detail=True, **kwargs):
+            raise RuntimeError("no credentials")  # as botocore's errors, no OSError
+
+    fsspec.register_implementation("unreachable", Unreachable, clobber=True)
+    with pytest.raises(StoreError, match="cannot be asked") as refusal:
+        invert("unreachable://bucket/o.zarr", folder / "m.zarr", cluster=client)
+    assert refusal.value.where == "unreachable://bucket/o.zarr"
+    assert refusal.value.found == "RuntimeError: no credentials"
+    assert "credentials" in refusal.value.remedy
 
 
 # A server

@@ -74,7 +74,8 @@ def untaught(weights: float = 0.0, seed: int = 0) -> ConditionalNetwork:
 
 @pytest.mark.parametrize("weights", [0.0, 0.3, 3.0, 100.0])
 def test_quantiles_ascend_with_their_level_whatever_the_weights(weights):
-    levels = np.random.default_rng(1).permutation([*np.random.default_rng(0).random(30), 0.0, 0.5, 1.0, 0.5])
+    between = np.random.default_rng(0).uniform(LEVELS[0], LEVELS[-1], 30)
+    levels = np.random.default_rng(1).permutation([*between, LEVELS[0], 0.5, LEVELS[-1], 0.5])
     lines, mu = pixels(40)
     found = preview_quantiles(untaught(weights), lines, mu, 0.05, levels)
     order = np.argsort(levels, kind="stable")
@@ -94,17 +95,21 @@ def test_between_the_levels_that_are_taught_it_is_linear_in_the_normal_deviate()
         middle = LEVELS.index(0.5)
         raw = [*distance[:middle], median, *distance[middle:]]
         preview.mean.copy_(torch.tensor(raw)[:, None].expand_as(preview.mean))
-    levels = np.array([0.013, 0.16, 0.25, 0.5, 0.6, 0.93])
+    levels = np.array([0.01, 0.013, 0.16, 0.25, 0.5, 0.6, 0.93, 0.99])
     lines, mu = pixels(1)
     found = preview_quantiles(model, lines, mu, quantiles=levels)
-    beyond = preview_quantiles(model, lines, mu, quantiles=(0.0, 0.001, 0.01, 0.99, 1.0))
     for quantity in QUANTITIES:
         scaled = scale(quantity, found[quantity].astype(np.float64))[0]
         expected = median + spread * norm.ppf(levels)
         np.testing.assert_allclose(scaled, np.tile(expected[:, None], 50), atol=2e-5)
-        scaled = scale(quantity, beyond[quantity].astype(np.float64))[0]
-        ends = median + spread * norm.ppf([0.01, 0.01, 0.01, 0.99, 0.99])
-        np.testing.assert_allclose(scaled, np.tile(ends[:, None], 50), atol=2e-5)
+
+
+@pytest.mark.parametrize("level", [0.0, 0.009, 0.991, 1.0])
+def test_nothing_is_said_of_levels_that_were_not_taught(level):
+    lines, mu = pixels(1)
+    with pytest.raises(MisuseError, match="not taught") as refusal:
+        preview_quantiles(untaught(), lines, mu, quantiles=(0.5, level))
+    assert (refusal.value.found, refusal.value.expected) == (f"{level:g}", "0.01 to 0.99")
 
 
 def test_a_pixel_s_bits_do_not_depend_on_its_neighbours(network):

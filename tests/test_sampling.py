@@ -50,6 +50,8 @@ KNOWN = Known(**CURVES)
             {"quantiles": (0.025, 0.5), "accuracy": 0.3},
             Sampling("balanced", 320, 0, pytest.approx(0.0885, rel=0.01)),
         ),
+        # The outermost draws are no quantiles that anything was tuned for.
+        ({"quantiles": (0.0, 0.5, 1.0)}, Sampling("balanced", 512, 0, 0.07)),
         ({"accuracy": 0.035}, Sampling("balanced", 2048, 0, pytest.approx(0.035))),
     ],
 )
@@ -71,11 +73,29 @@ def test_without_an_error_curve_draws_are_many_and_sobol():
         ({"accuracy": 0.0}, "above zero"),
         ({"accuracy": float("nan")}, "above zero"),
         ({"accuracy": 0.01, "latent": "tuned"}, "no tuned latents"),
+        ({"accuracy": 0.001}, "no number of draws is known"),
+        ({"quantiles": (0.0001, 0.5)}, "very many draws"),
     ],
 )
 def test_wishes_that_cannot_be_met_are_refused(wishes, problem):
     with pytest.raises(MisuseError, match=problem):
         choose_sampling(KNOWN, **wishes)
+
+
+def test_the_least_error_that_can_be_asked_for_is_said_and_can_be_asked_for():
+    with pytest.raises(MisuseError) as refusal:
+        choose_sampling(KNOWN, accuracy=0.001)
+    assert refusal.value.expected.startswith("0.012 or more")  # 0.07 at 512 draws, 16,384 against them
+    assert choose_sampling(KNOWN, accuracy=0.0124).draws <= 16384
+
+
+def test_half_precision_adds_its_error():
+    network = Known(**CURVES)
+    network.record["sampling"]["precision_error"] = 0.05
+    chosen = choose_sampling(network)
+    assert chosen.with_precision(network, "float32") == chosen
+    assert chosen.with_precision(network, "bfloat16").error == pytest.approx(0.13)  # 5, 12, 13
+    assert chosen.with_precision(KNOWN, "bfloat16") == chosen  # not known
 
 
 def test_errors_of_gaussian_posteriors_are_those_of_their_order_statistics():

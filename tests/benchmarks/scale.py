@@ -1,6 +1,6 @@
 """Memory of client, scheduler and workers while many tiles are done, and tiles per second of the driver.
 
-    python -m tests.benchmarks.scale [--output NAME]
+    python -m tests.benchmarks.scale [--output NAME: build/scale]
 
 Two runs on a cluster of two processes with one thread each. In the first a tile's kernel does nothing, so
 that 200,000 tiles measure the client, with its journal, and the scheduler (one process here) alone. In the
@@ -222,7 +222,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=16)
     parser.add_argument("--model", type=Path, help="a model directory; the bundled one if left out")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=Path("scale"), help="NAME of the picture")
+    parser.add_argument("--output", type=Path, default=Path("build/scale"), help="NAME of the picture")
     options = parser.parse_args()
     console = Console(width=120)
     config = LocalConfig(workers=options.workers, dashboard=None)
@@ -240,6 +240,7 @@ def main() -> None:
     for title, curve in curves.items():
         flat = all(growth <= FLAT for growth in curve.growth)
         console.print(f"{title}: memory {'is flat' if flat else 'GROWS'}: {max(curve.growth):.3f} at most")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     figure(curves).savefig(options.output.with_suffix(".png"), dpi=120)
 
 
