@@ -1,12 +1,15 @@
-"""How the scans of a series are displaced along time, from H-alpha.
+"""How the scans of a series are displaced and turned along time, from H-alpha.
 
 Scans are linked to their neighbours in time and to scans further away by the granulation that both show
 (`pipeline.motion`), so that ribbons which brighten and move do not count. A link is refused where too few
-parts of the field agree, where the displacement is too large to be the telescope's guiding, or where the
-field seems turned. The positions of all times follow from all accepted links together, by least squares.
-Links between neighbours alone would let their errors add up over hundreds of scans; links over a few scans
-hold that down, bridge single bad scans, and contradict a link that went wrong, which is then left out. Times
-that no accepted link joins to the reference stay where they are, and are flagged.
+parts of the field agree, or where the displacement or the turn is too large to be the telescope's guiding.
+The positions of all times follow from all accepted links together, by least squares. Links between neighbours
+alone would let their errors add up over hundreds of scans; links over a few scans hold that down, bridge
+single bad scans, and contradict a link that went wrong, which is then left out. Times that no accepted link
+joins to the reference stay where they are, and are flagged.
+
+A series is turned back only if the turns of its times are more than the errors of finding them: what granules
+change of their own accord would turn small fields for nothing.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from pipeline.crisp import Scan, open_intensity
 from pipeline.errors import FlareFieldError
 from pipeline.motion import find_motion
 from pipeline.registration import AGREEMENT, CONFIDENT, STAYS, Shift, field_of_view
+from pipeline.turning import turning
 
 STRIDES = (1, 2, 8)
 """Scans between those that are linked."""
@@ -32,29 +36,35 @@ STRIDES = (1, 2, 8)
 LARGEST_JUMP = 40.0
 """Pixels between two linked scans at most, by default: 2.4 arcsec of CRISP's, a few times the guiding's."""
 
-LARGEST_TURN = 0.1
-"""Degrees by which a field may seem turned against another: half a pixel at 300 pixels from its middle."""
+LARGEST_TURN = 1.5
+"""Degrees between two linked scans at most: more than a telescope's mount turns the field in minutes."""
 
-LEAST_ERROR = 1e-4  # pixels: nothing is known better
+SIGNIFICANT = 6.0
+"""Standard errors by which the turn of a time must differ from none, for a series to be turned back."""
+
+NOTICED = 0.1
+"""Pixels by which that turn must move the frame's corners."""
+
+LEAST_ERROR = 1e-4  # pixels, or degrees: nothing is known better
 
 
 @dataclass(frozen=True)
 class Link:
-    """How one H-alpha scan of a series is displaced from an earlier one.
+    """How one H-alpha scan of a series lies against an earlier one.
 
     Attributes
     ----------
     earlier, later : int
         Numbers of their times.
     y, x : float
-        Pixels by which the later scan has to be moved to lie on the earlier one.
+        Pixels by which the later scan has to be moved, once it is turned, to lie on the earlier one.
     confidence : float
         As of `pipeline.motion.Motion`.
     error : float
         Standard error of the displacement, pixels.
     turn, turn_error : float
-        Degrees by which it seems turned, counterclockwise, and the error of that (NaN where it is not known);
-        nothing is turned back.
+        Degrees by which it has to be turned about its middle, counterclockwise where y points up, and the
+        error of that.
     """
 
     earlier: int
@@ -63,8 +73,8 @@ class Link:
     x: float
     confidence: float
     error: float = 0.0
-    turn: float = np.nan
-    turn_error: float = np.nan
+    turn: float = 0.0
+    turn_error: float = 0.0
 
     def refusal(self, largest_jump: float) -> str | None:
         """Why the link is not to be believed; None if it is."""
@@ -72,8 +82,8 @@ class Link:
             return f"confidence of only {self.confidence:.2f}"
         if (length := float(np.hypot(self.y, self.x))) > largest_jump:
             return f"a jump of {length:.1f} pixels, more than {largest_jump:g}"
-        if abs(self.turn) > LARGEST_TURN + 3.0 * self.turn_error:
-            return f"turned by {self.turn:+.2f} degrees"
+        if abs(self.turn) > LARGEST_TURN:
+            return f"turned by {self.turn:+.2f} degrees, more than {LARGEST_TURN:g}"
         return None
 
 
@@ -100,6 +110,10 @@ class Position:
         Root mean square of what its links leave over, pixels; NaN without any.
     error : float
         Standard error of the position, pixels, from those of the links that lead to the reference.
+    turn, turn_error : float
+        Degrees by which it has to be turned, as a `Link`'s, and the error of that.
+    turned : bool
+        Whether the series is turned back; if not, its turns are not more than their errors.
     refused : str
         Why its links were refused, where none is left that leads to the reference; empty where it is known.
     """
@@ -109,6 +123,9 @@ class Position:
     confidence: float
     residual: float
     error: float = np.nan
+    turn: float = np.nan
+    turn_error: float = np.nan
+    turned: bool = False
     refused: str = ""
 
     @property
@@ -119,7 +136,9 @@ class Position:
     @property
     def shift(self) -> Shift:
         """What to move the scan by; not at all where that is not known."""
-        return Shift(self.y, self.x, self.confidence) if self.known else STAYS
+        if not self.known:
+            return STAYS
+        return Shift(self.y, self.x, self.confidence, self.turn if self.turned else 0.0)
 
 
 def links_of(times: int) -> list[tuple[int, int]]:
@@ -176,7 +195,9 @@ def find_link(task: LinkTask) -> dict[str, Any] | FlareFieldError:
     }
 
 
-def positions(times: int, links: Iterable[Link], largest_jump: float = LARGEST_JUMP) -> tuple[Position, ...]:
+def positions(
+    times: int, links: Iterable[Link], largest_jump: float = LARGEST_JUMP, corner: float = 0.0
+) -> tuple[Position, ...]:
     """Positions of all times, from all accepted links together.
 
     Links are weighted alike: their errors are those of structures that change, much the same for all. One
@@ -192,56 +213,73 @@ def positions(times: int, links: Iterable[Link], largest_jump: float = LARGEST_J
         In any order.
     largest_jump : float
         Pixels of a link at most.
+    corner : float
+        Pixels from the middle of a frame to its corners: what a turn does there decides whether the series is
+        turned. Frames of no size are not.
 
     Returns
     -------
     tuple of Position
-        One for each time; that of the reference is (0, 0).
+        One for each time; that of the reference is (0, 0), without a turn.
     """
     asked = sorted(links, key=lambda link: (link.earlier, link.later))
     refusals = {(link.earlier, link.later): link.refusal(largest_jump) for link in asked}
     accepted = [link for link in asked if refusals[link.earlier, link.later] is None]
+    turned = False
     while True:
         inside = _largest_part(times, accepted)
-        y, x = _solved(times, accepted, inside)
-        over = np.array([np.hypot(*_leftover(link, y, x)) for link in accepted])
-        over[~np.isfinite(over)] = 0.0
+        reference = int(np.flatnonzero(inside)[0])
+        used = [link for link in accepted if inside[link.earlier]]
+        turns = _solved(used, np.array([[link.turn] for link in used]).reshape(-1, 1), inside)[:, 0]
+        turn_errors = _errors(times, used, [link.turn_error for link in used], reference)
+        moved = np.deg2rad(np.abs(turns)) * corner
+        # What is turned once stays so while links are left out: or it might go back and forth.
+        turned |= bool((inside & (moved > NOTICED) & (np.abs(turns) > SIGNIFICANT * turn_errors)).any())
+        moves = np.array(
+            [turning(turns[link.earlier] if turned else 0.0) @ (link.y, link.x) for link in used]
+        ).reshape(-1, 2)
+        places = _solved(used, moves, inside)
+        ends = np.array([(link.earlier, link.later) for link in used], dtype=np.intp).reshape(-1, 2)
+        over = np.hypot(*(moves - (places[ends[:, 1]] - places[ends[:, 0]])).T)
         if over.size == 0 or over.max() <= AGREEMENT:
             break
-        worst = accepted.pop(int(over.argmax()))
+        worst = used[int(over.argmax())]
+        accepted.remove(worst)
         refusals[worst.earlier, worst.later] = f"{over.max():.1f} pixels at odds with the others"
-    error = _errors(times, accepted, int(np.flatnonzero(inside)[0]))
-    return tuple(_position(time, y, x, error, inside, accepted, refusals) for time in range(times))
+    place_errors = _errors(times, used, [link.error for link in used], reference)
+    found = []
+    for time in range(times):
+        if not inside[time]:
+            said = [why for pair, why in refusals.items() if time in pair and why is not None]
+            refused = said[0] if said else "nothing links it to the others"
+            found.append(Position(np.nan, np.nan, 0.0, np.nan, refused=refused))
+            continue
+        own = np.flatnonzero((ends == time).any(axis=1))
+        found.append(
+            Position(
+                float(places[time, 0]),
+                float(places[time, 1]),
+                max((used[number].confidence for number in own), default=1.0),
+                float(np.sqrt(np.mean(over[own] ** 2))) if own.size else np.nan,
+                float(place_errors[time]),
+                float(turns[time]),
+                float(turn_errors[time]),
+                turned,
+            )
+        )
+    return tuple(found)
 
 
-def _position(
-    time: int,
-    y: NDArray[np.float64],
-    x: NDArray[np.float64],
-    error: NDArray[np.float64],
-    inside: NDArray[np.bool_],
-    accepted: Sequence[Link],
-    refusals: dict[tuple[int, int], str | None],
-) -> Position:
-    own = [link for link in accepted if time in (link.earlier, link.later)]
-    if not inside[time]:
-        said = [why for times, why in refusals.items() if time in times and why is not None]
-        refused = said[0] if said else "nothing links it to the others"
-        return Position(np.nan, np.nan, 0.0, np.nan, refused=refused)
-    over = np.array([_leftover(link, y, x) for link in own])
-    residual = float(np.sqrt(np.mean(np.sum(over**2, axis=1)))) if own else np.nan
-    confidence = max((link.confidence for link in own), default=1.0)
-    return Position(float(y[time]), float(x[time]), confidence, residual, float(error[time]))
-
-
-def _errors(times: int, links: Sequence[Link], reference: int) -> NDArray[np.float64]:
-    """Standard error of each time's position, along the best chain of links to the reference.
+def _errors(
+    times: int, links: Sequence[Link], errors: Sequence[float], reference: int
+) -> NDArray[np.float64]:
+    """Standard error of each time, along the best chain of links to the reference.
 
     Links one after another add their variances. Those side by side see the same granules change, and are no
     better together than the best of them.
     """
     ends = np.array([(link.earlier, link.later) for link in links], dtype=np.intp).reshape(-1, 2)
-    variances = np.array([max(link.error, LEAST_ERROR) ** 2 for link in links])
+    variances = np.square(np.maximum(np.array(errors, dtype=np.float64), LEAST_ERROR))
     graph = coo_array((variances, (ends[:, 0], ends[:, 1])), shape=(times, times)).tocsr()
     return np.asarray(np.sqrt(dijkstra(graph, directed=False, indices=reference)))
 
@@ -255,29 +293,22 @@ def _largest_part(times: int, links: Sequence[Link]) -> NDArray[np.bool_]:
 
 
 def _solved(
-    times: int, links: Sequence[Link], inside: NDArray[np.bool_]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Positions along y and x by least squares; the first inside is at zero, and those outside are NaN."""
-    places = np.full((times, 2), np.nan)
+    links: Sequence[Link], measured: NDArray[np.float64], inside: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """Places (time, n) by least squares, from what links measured (link, n).
+
+    The first one inside is at zero, and those outside are NaN.
+    """
+    places = np.full((len(inside), measured.shape[1]), np.nan)
     places[np.flatnonzero(inside)[0]] = 0.0
     unknown = np.flatnonzero(inside)[1:]
-    column = np.full(times, -1)
+    column = np.full(len(inside), -1)
     column[unknown] = np.arange(unknown.size)
-    used = [link for link in links if inside[link.earlier]]
-    if used:
-        ends = column[np.array([(link.later, link.earlier) for link in used])]
+    if links:
+        ends = column[np.array([(link.later, link.earlier) for link in links])]
         rows, which = np.nonzero(ends >= 0)  # the reference has no column
-        shape = (len(used), unknown.size)
+        shape = (len(links), unknown.size)
         matrix = coo_array((np.array([1.0, -1.0])[which], (rows, ends[rows, which])), shape=shape).tocsc()
-        measured = np.array([(link.y, link.x) for link in used])
         normal = splu((matrix.T @ matrix).tocsc())
         places[unknown] = normal.solve(np.asarray(matrix.T @ measured))
-    return places[:, 0], places[:, 1]
-
-
-def _leftover(link: Link, y: NDArray[np.float64], x: NDArray[np.float64]) -> tuple[float, float]:
-    """By how much a link differs from the positions of its ends, pixels."""
-    return (
-        float(link.y - (y[link.later] - y[link.earlier])),
-        float(link.x - (x[link.later] - x[link.earlier])),
-    )
+    return places

@@ -28,6 +28,7 @@ from pipeline import changes
 from pipeline.alignment import (
     LARGEST_JUMP,
     LARGEST_TURN,
+    SIGNIFICANT,
     STRIDES,
     Link,
     LinkTask,
@@ -189,6 +190,9 @@ class IngestReport:
                 f"  series aligned along time in {len(known)} of {len(self.positions)} scans, moved by up to "
                 f"{reach:.1f} pixels"
             )
+            if any(position.turned for position in known):
+                turn = max(abs(position.turn) for position in known)
+                lines[-1] += f" and turned by up to {turn:.2f} degrees"
             if len(known) < len(self.positions):
                 lines[-1] += "; elsewhere nothing was moved (`series_aligned`), the log says why"
         if self.interpolated:
@@ -522,9 +526,7 @@ def _write(
 
 def _total(position: Shift, shift: Shift) -> Shift:
     """What Ca II is moved by, once: onto H-alpha where that is known, and with it onto the reference."""
-    if not shift.applied:
-        return position
-    return Shift(position.y + shift.y, position.x + shift.x, shift.confidence)
+    return position.after(shift) if shift.applied else position
 
 
 def _check_overlap(overlap: Mask, pair: Pair) -> None:
@@ -633,7 +635,7 @@ def _make(output: Place, series: _Series, wishes: _Wishes, cluster: Cluster, cal
                 "least_contrast": wishes.min_contrast,
                 "found": found,
                 "common_time": others is not None,
-                **({} if jump is None else {"series_alignment": _alignment_record(jump)}),
+                **({} if jump is None else {"series_alignment": _alignment_record(jump, places or ())}),
                 "pairing_tolerance_seconds": wishes.tolerance,
             },
             series,
@@ -730,7 +732,8 @@ def _aligned(
             progress.advance(1)
     if failures:
         raise _failed(failures, len(wanted))
-    return positions(len(pairs), known.values(), largest_jump)
+    corner = 0.5 * float(np.hypot(*pairs[0].halpha.shape))
+    return positions(len(pairs), known.values(), largest_jump, corner)
 
 
 def _of_positions(pairs: tuple[Pair, ...], places: tuple[Position, ...]) -> dict[str, list[Any]]:
@@ -743,6 +746,8 @@ def _of_positions(pairs: tuple[Pair, ...], places: tuple[Position, ...]) -> dict
         "series_shift_x": [position.x for position in places],
         "series_confidence": [position.confidence for position in places],
         "series_residual": [position.residual for position in places],
+        "series_turn": [position.turn for position in places],
+        "series_turn_error": [position.turn_error for position in places],
         "series_error": [position.error for position in places],
         "series_aligned": [position.known for position in places],
         "pointing_longitude": [longitude for longitude, _, _ in pointing],
@@ -751,12 +756,14 @@ def _of_positions(pairs: tuple[Pair, ...], places: tuple[Position, ...]) -> dict
     }
 
 
-def _alignment_record(largest_jump: float) -> dict[str, Any]:
+def _alignment_record(largest_jump: float, places: Sequence[Position]) -> dict[str, Any]:
     return {
         "strides": list(STRIDES),
         "least_confidence": CONFIDENT,
         "largest_jump_pixels": largest_jump,
         "largest_turn_degrees": LARGEST_TURN,
+        "turned": any(position.turned for position in places),
+        "turned_from_standard_errors": SIGNIFICANT,
         "method": "links between H-alpha scans by robust least squares of the granulation in the wings; "
         "positions by least squares",
     }

@@ -31,9 +31,9 @@ from pipeline.registration import (
     blocks_of,
     middle_box,
     smooth,
-    turning,
     whole_pixels,
 )
+from pipeline.turning import turning
 
 Array = NDArray[np.float64]
 
@@ -57,7 +57,7 @@ CLUSTER = 16  # pixels, beyond which errors of structures are independent
 
 
 @dataclass(frozen=True)
-class Motion:
+class FoundMotion:
     """How one scan has to be moved to lie on another, and how well that is known.
 
     Attributes
@@ -90,7 +90,7 @@ def find_motion(
     wavelengths: tuple[ArrayLike, ArrayLike],
     rest_wavelengths: tuple[float, float],
     fields: tuple[Mask, Mask],
-) -> Motion:
+) -> FoundMotion:
     """Find the rigid motion that brings one scan onto another of the same line.
 
     Parameters
@@ -102,14 +102,14 @@ def find_motion(
 
     Returns
     -------
-    Motion
+    FoundMotion
     """
     box = middle_box(fields[0] & fields[1], LARGEST)
     still, moving = (
         _view(cube[:, *box], wavelength, rest, field[box])
         for cube, wavelength, rest, field in zip(cubes, wavelengths, rest_wavelengths, fields, strict=True)
     )
-    nothing = Motion(Shift(0.0, 0.0, 0.0), np.nan, np.nan)
+    nothing = FoundMotion(Shift(0.0, 0.0, 0.0), np.nan, np.nan)
     search = middle_box(still.mask & moving.mask, LARGEST_SEARCH)
     start = _searched(still, moving, search)
     if start is None:
@@ -123,7 +123,7 @@ def find_motion(
     angle, displacement, error, turn_error = fitted
     confidence = _agreement(still, moving, angle, displacement, middle)
     shift = Shift(float(displacement[0]), float(displacement[1]), confidence, float(np.degrees(angle)))
-    return Motion(shift, error, float(np.degrees(turn_error)))
+    return FoundMotion(shift, error, float(np.degrees(turn_error)))
 
 
 def _view(cube: Cube, wavelength: ArrayLike, rest_wavelength: float, field: Mask) -> _View:

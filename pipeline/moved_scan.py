@@ -83,7 +83,7 @@ class MovedScan:
     @property
     def stays(self) -> bool:
         """Whether it is not moved."""
-        return self.move.y == self.move.x == 0.0
+        return self.move.still
 
     @property
     def field(self) -> Mask:

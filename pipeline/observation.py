@@ -20,6 +20,10 @@ variable                                           dimensions   meaning
 ``series_shift_y``, ``series_shift_x``             time         pixels by which both lines were moved onto
                                                                 the series' reference (`pipeline.alignment`);
                                                                 this and what follows only in aligned series
+``series_turn``, ``series_turn_error``             time         degrees by which they were found turned
+                                                                against it, and the error; turned back, before
+                                                                they are moved, if the attribute
+                                                                ``series_alignment`` says ``turned``
 ``series_confidence``, ``series_residual``         time         how well that is known; pixels left over
 ``series_error``                                   time         standard error, pixels, from the reference on
 ``series_aligned``                                 time         whether it is known at all
@@ -404,8 +408,9 @@ def pointing_of(scan: Scan, shift: Shift = STAYS) -> tuple[float, float, float]:
         Cosine of the heliocentric angle.
     """
     rows, columns = scan.shape
-    middle = (np.array([(columns - 1) / 2.0 - shift.x]), np.array([(rows - 1) / 2.0 - shift.y]))
-    longitude, latitude = (float(angle[0]) for angle in scan.frame.coordinates(*middle))
+    middle = np.array([[(rows - 1) / 2.0, (columns - 1) / 2.0]])
+    y, x = shift.of_frame(scan.shape).back(middle).T
+    longitude, latitude = (float(angle[0]) for angle in scan.frame.coordinates(x, y))
     return longitude, latitude, float(cosine_of_pointing((longitude, latitude), scan.time))
 
 
@@ -645,6 +650,8 @@ def _of_alignment(times: int) -> dict[str, tuple[str, NDArray[Any], dict[str, st
     along = "pixels along {} by which both lines were moved onto the series' reference"
     numbers = {
         **{f"series_shift_{axis}": ("pixel", along.format(axis)) for axis in ("y", "x")},
+        "series_turn": ("degree", "counterclockwise turn about the frame's middle onto the reference"),
+        "series_turn_error": ("degree", "standard error of the turn"),
         "series_confidence": ("1", "confidence of the best of the time's links along the series"),
         "series_residual": ("pixel", "root mean square of what the time's links leave over"),
         "series_error": ("pixel", "standard error of series_shift_y and _x against the reference, together"),

@@ -22,6 +22,16 @@ from scipy import ndimage
 from skimage.registration import phase_cross_correlation
 
 from pipeline.crisp.cube import Cube
+from pipeline.turning import (
+    MARGIN,
+    STRIP,
+    Motion,
+    nearest_good,
+    turned_block,
+    turned_flags,
+    turned_mask,
+    turning,
+)
 
 Image = NDArray[np.float32]
 Mask = NDArray[np.bool_]
@@ -50,12 +60,6 @@ TAPER = 8.0  # pixels over which the common field fades out
 UPSAMPLING = 100
 COARSE = 10  # upsampling of the first guess
 
-MARGIN = 16
-"""Pixels around a block that cubic resampling needs: what lies further weighs less than 1e-8."""
-
-STRIP = 256
-"""Rows that are resampled at a time: what is in memory for it beside the block itself."""
-
 NOTHING = np.empty((0, 3), dtype=np.intp)
 
 PAD_LEAST = 8  # pixels of the frame's edge that must be of one spectrum for it to be a pad
@@ -64,7 +68,7 @@ PAD_SHARE = 0.005  # or this share of the edge
 
 @dataclass(frozen=True)
 class Shift:
-    """How far Ca II has to be moved to lie on H-alpha.
+    """How far Ca II has to be moved to lie on H-alpha, or one scan of a series to lie on another.
 
     Attributes
     ----------
@@ -90,20 +94,23 @@ class Shift:
         """Whether the shift is trusted enough to be applied."""
         return self.confidence >= CONFIDENT
 
+    @property
+    def still(self) -> bool:
+        """Whether it leaves everything where it is."""
+        return self.y == self.x == self.turn == 0.0
+
+    def after(self, first: Shift) -> Shift:
+        """This one as it acts on what another has moved: the two as one, with the other's confidence."""
+        y, x = turning(self.turn) @ (first.y, first.x)
+        return Shift(self.y + float(y), self.x + float(x), first.confidence, self.turn + first.turn)
+
+    def of_frame(self, shape: tuple[int, ...]) -> Motion:
+        """What it does to the points of frames of these pixels (y, x)."""
+        return Motion(self.turn, (self.y, self.x), (shape[0], shape[1]))
+
 
 STAYS = Shift(0.0, 0.0, 0.0)
 """What a scan that is not moved is moved by."""
-
-
-def turning(degrees: float) -> NDArray[np.float64]:
-    """Matrix that turns vectors (y, x) counterclockwise where y points up.
-
-    Parameters
-    ----------
-    degrees : float
-    """
-    sine, cosine = np.sin(np.deg2rad(degrees)), np.cos(np.deg2rad(degrees))
-    return np.array([[cosine, sine], [-sine, cosine]])
 
 
 def field_of_view(cube: Cube) -> Mask:
@@ -295,7 +302,7 @@ def move_mask(mask: Mask, shift: Shift) -> Mask:
     ndarray of bool, shape (y, x)
         In H-alpha's frame.
     """
-    return move_flags(mask, shift)
+    return turned_mask(mask, shift.of_frame(mask.shape)) if shift.turn else move_flags(mask, shift)
 
 
 def move_flags(flags: Flags, shift: Shift) -> Flags:
@@ -313,6 +320,8 @@ def move_flags(flags: Flags, shift: Shift) -> Flags:
     ndarray, shape (y, x)
         In H-alpha's frame.
     """
+    if shift.turn:
+        return turned_flags(flags, shift.of_frame(flags.shape))
     whole = (slice(0, flags.shape[0]), slice(0, flags.shape[1]))
     return _moved_part(flags, (round(shift.y), round(shift.x)), *whole)
 
@@ -356,7 +365,10 @@ def move_values(values: NDArray[np.floating[Any]], shift: Shift) -> NDArray[np.f
     if known.any():
         nearest = ndimage.distance_transform_edt(~known, return_distances=False, return_indices=True)
         filled = values[tuple(nearest)].astype(np.float64)
-        whole = ndimage.shift(filled, (shift.y, shift.x), order=3, mode="nearest")
+        if shift.turn:
+            whole = shift.of_frame(values.shape).image(filled, 3)
+        else:
+            whole = ndimage.shift(filled, (shift.y, shift.x), order=3, mode="nearest")
         moved = np.where(move_mask(known, shift), whole, np.nan)
     return moved
 
@@ -396,6 +408,9 @@ def resample(
     ndarray of float32, shape (rows, columns, wavelength)
         NaN outside of the moved field.
     """
+    if shift.turn:
+        motion = shift.of_frame(field.shape)
+        return turned_block(cube, field, motion, rows, columns, saturation, spoilt)
     block = np.empty((rows.stop - rows.start, columns.stop - columns.start, len(cube)), np.float32)
     for first in range(rows.start, rows.stop, STRIP):
         last = min(first + STRIP, rows.stop)
@@ -436,7 +451,7 @@ def _resample_into(
         lines = np.pad(lines, (pads[0], (0, 0), pads[1]), mode="edge")
     spectra = lines.swapaxes(1, 2)
     if not inside.all():
-        spectra[~inside] = spectra[_nearest(inside)]
+        spectra[~inside] = spectra[nearest_good(inside)]
     middle = (slice(MARGIN, inside.shape[0] - MARGIN), slice(MARGIN, inside.shape[1] - MARGIN))
     kept: dict[int, tuple[Mask, Image]] = {}
     place = spoilt[:, 1:] + [pad[0] - box.start for pad, box in zip(pads, boxes, strict=True)]
@@ -451,7 +466,7 @@ def _resample_into(
             kept[index] = (~good[middle], spectra[..., index][middle][~good[middle]])
             if good.any():
                 if nearest is None or not np.array_equal(good, known):  # mostly as at the wavelength before
-                    known, nearest = good, _nearest(good)
+                    known, nearest = good, nearest_good(good)
                 spectra[~good, index] = spectra[..., index][nearest]
     moved = block[part]
     _spline_shift(lines, (shift.y - whole[0], shift.x - whole[1]), moved)
@@ -627,14 +642,6 @@ def _centre(box: tuple[slice, ...], largest: int) -> tuple[slice, slice]:
         for span in box
     )
     return rows, columns
-
-
-def _nearest(good: Mask) -> tuple[NDArray[np.intp], ...]:
-    """Index of the nearest good pixel, for every pixel that is not good."""
-    if good.all():
-        return (np.empty(0, dtype=np.intp),) * 2
-    indices = ndimage.distance_transform_edt(~good, return_distances=False, return_indices=True)
-    return tuple(indices[:, ~good])
 
 
 def _spline_shift(lines: Image, displacement: tuple[float, float], moved: Image) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import xarray as xr
+from astropy.wcs import WCS
 from scipy import ndimage
 from typer.testing import CliRunner
 
@@ -14,11 +15,12 @@ from pipeline import ingest as engine
 from pipeline.alignment import LARGEST_TURN, Link, links_of, positions
 from pipeline.cli import app
 from pipeline.crisp.fchroma import file_name, write_fchroma
+from pipeline.crisp.wavelengths import vacuum_to_air
 from pipeline.errors import MisuseError
 from pipeline.figures import alignment_figure
 from pipeline.ingest import ingest
 from pipeline.motion import find_motion
-from pipeline.observation import open_observation
+from pipeline.observation import fits_headers, open_observation
 from tests.fchroma_files import (
     BETWEEN_LINES,
     CADENCE,
@@ -29,6 +31,8 @@ from tests.fchroma_files import (
     scene,
     smooth_noise,
 )
+from tests.known_series import COUNT, per_frequency
+from tests.sstred_files import DAY, write_sstred
 
 SHAPE = (110, 130)
 MARGIN = 30
@@ -49,28 +53,53 @@ def wide_scene(time: int) -> tuple[np.ndarray, np.ndarray]:
     return tuple((1.0 - share) * one + share * other for one, other in zip(old, new, strict=True))
 
 
-def seen(cube: np.ndarray, displacement: tuple[float, float]) -> np.ndarray:
-    """The field's part of a wide scene that the telescope has displaced."""
+def seen(cube: np.ndarray, displacement: tuple[float, float], angle: float = 0.0) -> np.ndarray:
+    """The field's part of a wide scene that the telescope has turned and then displaced."""
     inside = (slice(MARGIN, MARGIN + SHAPE[0]), slice(MARGIN, MARGIN + SHAPE[1]))
-    return np.stack([displace(image, *displacement)[inside] for image in cube])
+    turned = [turn(image, angle) if angle else image for image in cube]
+    return np.stack([displace(image, *displacement)[inside] for image in turned])
+
+
+def turn(image: np.ndarray, angle: float) -> np.ndarray:
+    """Turn an image counterclockwise, where y points up, about its middle."""
+    # scipy's angle is the other way round where the first axis points up.
+    return ndimage.rotate(image, -angle, reshape=False, order=5, mode="grid-wrap")
 
 
 def noisy(cube: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.maximum(cube + np.sqrt(np.maximum(cube, 1.0)) * rng.standard_normal(cube.shape), 1.0)
 
 
-def write_series(folder, ruined=(), jump=None):
+TURNS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+"""Degrees by which a telescope that turns the field has the scene turned in each scan."""
+
+
+def taken(time: int, line: str, cube: np.ndarray, rng, turns=None, jump=None) -> np.ndarray:
+    """A scan as the detector has it."""
+    place = TRACK[time] + (np.array(jump[1]) if jump and time >= jump[0] else 0.0)
+    own = place - (np.array(LINES_APART) if line == "ca8542" else 0.0)
+    return noisy(seen(cube, tuple(own), turns[time] if turns else 0.0), rng)
+
+
+def write_series(folder, ruined=(), jump=None, turns=None, pointing=None):
     rng = np.random.default_rng(11)
-    for time, track in enumerate(TRACK):
-        place = track + (np.array(jump[1]) if jump and time >= jump[0] else 0.0)
+    for time in range(len(TRACK)):
         for line, cube in zip(AXES, wide_scene(time), strict=True):
-            own = place - (np.array(LINES_APART) if line == "ca8542" else 0.0)
-            image = noisy(seen(cube, tuple(own)), rng)
+            image = taken(time, line, cube, rng, turns, jump)
             if time in ruined and line == "halpha":
                 image = noisy(np.full_like(image, 2000.0), rng)
             moment = START + time * CADENCE + (0 if line == "halpha" else BETWEEN_LINES)
-            write_fchroma(folder / file_name(line, START, time), image, AXES[line], moment)
+            said = {} if pointing is None else {"pointing": pointing[time]}
+            write_fchroma(folder / file_name(line, START, time), image, AXES[line], moment, **said)
     return folder
+
+
+def where(point: np.ndarray, time: int) -> np.ndarray:
+    """Pixel (y, x) of a scan with `TURNS` at which a pixel of the scene without them is seen."""
+    middle = (np.array(SHAPE) - 1) / 2.0
+    (y, x), angle = point - middle, np.radians(TURNS[time])
+    turned = np.array([np.cos(angle) * y + np.sin(angle) * x, np.cos(angle) * x - np.sin(angle) * y])
+    return turned + middle + TRACK[time]
 
 
 @pytest.fixture(scope="module")
@@ -172,11 +201,134 @@ def test_links_are_not_searched_for_twice(series, aligned, tmp_path, monkeypatch
         xr.testing.assert_identical(resumed.drop_attrs().load(), undisturbed.drop_attrs().load())
 
 
+FEATURE = np.array([40.0, 90.0])
+"""Pixel (y, x) of something on the Sun that all headers have at one place."""
+
+
+@pytest.fixture(scope="module")
+def turning_series(tmp_path_factory):
+    """The header of each scan points such that the feature has the first one's coordinates."""
+    steps = [(where(FEATURE, time) - FEATURE)[::-1] for time in range(len(TRACK))]
+    pointing = [tuple(np.array((-729.826, -313.432)) - 0.057 * step) for step in steps]
+    folder = tmp_path_factory.mktemp("turning")
+    return write_series(folder, turns=TURNS, pointing=pointing)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["own times", "common time"])
+def turned_back(request, turning_series, tmp_path_factory):
+    path = tmp_path_factory.mktemp("turned") / "obs.zarr"
+    report = ingest([turning_series], path, call="test", align_series=True, common_time=request.param)
+    with open_observation(path) as observation:
+        yield report, observation
+
+
+def check_turned_back(observation: xr.Dataset) -> None:
+    assert observation.attrs["series_alignment"]["turned"]
+    assert observation.series_aligned.values.all()
+    assert observation.series_turn.attrs["units"] == "degree"
+    np.testing.assert_allclose(observation.series_turn, np.negative(TURNS), atol=0.1)
+    middle = (np.array(SHAPE) - 1) / 2.0
+    for time in range(len(TRACK)):
+        here = observation.isel(time=time)
+        # What was at the scan's middle goes to where the scene without turns has it.
+        found = np.array([float(here.series_shift_y), float(here.series_shift_x)])
+        np.testing.assert_allclose(where(middle + found, time), middle, atol=0.12)
+        valid = ndimage.binary_erosion(here.valid.values, iterations=3)
+        assert valid.mean() > 0.75
+        for line, cube in zip(AXES, wide_scene(time), strict=True):
+            if line == "ca8542" and bool(here.ca8542_interpolated):
+                share = BETWEEN_LINES / CADENCE
+                cube = (1.0 - share) * cube + share * wide_scene(time - 1)[1]
+            expected = np.moveaxis(seen(cube, (0.0, 0.0)), 0, -1)[valid]
+            error = (here[line].values[valid] - expected) / np.sqrt(expected)
+            assert np.sqrt(np.mean(error**2)) < 1.4, (time, line)
+            assert abs(np.mean(error)) < 0.05
+
+
+def test_a_field_that_turns_is_turned_back_in_both_lines(turned_back):
+    report, observation = turned_back
+    check_turned_back(observation)
+    assert "and turned by up to 0.99 degrees" in report.summary()
+    assert observation.ca8542_interpolated.values[1:].all() == bool(report.interpolated)
+
+
+def test_a_turned_field_is_valid_where_both_scans_saw_it(turned_back):
+    _, observation = turned_back
+    point = np.stack(np.meshgrid(*map(np.arange, SHAPE), indexing="ij"), axis=-1).reshape(-1, 2)
+    for time in (1, len(TRACK) - 1):
+        inside = np.ones(len(point), dtype=bool)
+        # Of Ca II interpolated in time two scans count, of which the earlier one was displaced otherwise.
+        if observation.ca8542_interpolated[time]:
+            continue
+        pixels = np.array([where(one.astype(float), time) for one in point])
+        for offset in ((0.0, 0.0), np.negative(LINES_APART)):
+            there = pixels + offset
+            inside &= ((there > -0.5) & (there < np.array(SHAPE) - 0.5)).all(axis=1)
+        differs = inside.reshape(SHAPE) != observation.valid.values[time]
+        assert differs.mean() < 0.005  # at the very edge a tenth of a pixel decides
+
+
+def test_a_feature_keeps_its_coordinates_when_headers_follow_it(turned_back):
+    _, observation = turned_back
+    y, x = FEATURE
+    # Degrees, the first scan's as its header has them.
+    header = fits_headers(observation, "halpha", 0)[0]
+    first = WCS(header).celestial.wcs_pix2world([[x, y]], 0)[0]
+    for time in range(len(TRACK)):
+        here = observation.isel(time=time).flarefield.wcs.wcs_pix2world([[x, y]], 0)[0]
+        assert np.abs(3600.0 * ((here - first + 180.0) % 360.0 - 180.0)).max() < 0.1
+
+
+def test_two_files_of_many_scans_are_turned_back_too(tmp_path):
+    rng = np.random.default_rng(12)
+    for line, axis in AXES.items():
+        cubes = [
+            taken(time, line, wide_scene(time)[list(AXES).index(line)], rng, TURNS)
+            for time in range(len(TRACK))
+        ]
+        first = (START - np.datetime64(DAY, "ms")) / np.timedelta64(1, "s")
+        delay = 0.0 if line == "halpha" else BETWEEN_LINES / np.timedelta64(1, "s")
+        middle = first + delay + np.arange(len(TRACK)) * (CADENCE / np.timedelta64(1, "s"))
+        moments = middle[:, None] + 0.2 * (np.arange(len(axis)) - (len(axis) - 1) / 2)
+        write_sstred(
+            tmp_path / f"nb_{line}_im.fits",
+            np.stack(cubes)[:, None] * per_frequency(line),
+            vacuum_to_air(axis),
+            moments,
+            padding="nan",
+        )
+    ingest([tmp_path], tmp_path / "obs.zarr", call="test", align_series=True)
+    with open_observation(tmp_path / "obs.zarr") as observation:
+        scaled = observation.load().copy()
+        for line in AXES:
+            scaled[line] = observation[line] / COUNT
+        check_turned_back(scaled)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_noise_does_not_turn_a_series(seed):
+    rng = np.random.default_rng(seed)
+    turns = 0.05 * np.cumsum(rng.standard_normal(60))
+    found = [
+        Link(first, second, 0.0, 0.0, 0.9, 0.03, turns[second] - turns[first], 0.05 * np.sqrt(second - first))
+        for first, second in links_of(60)
+    ]
+    placed = positions(60, found, corner=68.0)
+    assert not placed[0].turned
+    assert placed[59].shift.turn == 0.0
+    # The same turns, if they are known ten times as well.
+    known = [replace(link, turn_error=0.1 * link.turn_error) for link in found]
+    placed = positions(60, known, corner=68.0)
+    assert placed[0].turned
+    np.testing.assert_allclose([position.shift.turn for position in placed], turns - turns[0], atol=1e-6)
+    assert abs(placed[59].turn_error - 0.005 * np.sqrt(59)) < 1e-3
+
+
 def test_a_turned_field_is_told_from_one_that_is_displaced():
     rng = np.random.default_rng(3)
     field = (np.ones((150, 170), dtype=bool),) * 2
     cube = wide_scene(0)[0]
-    for angle in (0.0, 0.6, -0.4):
+    for angle in (0.0, 0.6, -0.4, 2.0):
         turned = np.stack([turn(image, angle) for image in cube])
         pair = tuple(noisy(one, rng)[:, 10:160, 10:180] for one in (cube, turned))
         found = find_motion(pair, (WAVELENGTH_HALPHA,) * 2, (REST,) * 2, field)
@@ -187,16 +339,8 @@ def test_a_turned_field_is_told_from_one_that_is_displaced():
         assert found.turn_error < 0.02
         link = Link(0, 1, shift.y, shift.x, 1.0, found.error, shift.turn, found.turn_error)
         refusal = link.refusal(40.0)
-        assert (refusal is None) == (angle == 0.0)
+        assert (refusal is None) == (abs(angle) < LARGEST_TURN)
         assert refusal is None or "turned" in refusal
-
-
-def turn(image: np.ndarray, angle: float) -> np.ndarray:
-    """Turn an image counterclockwise, where y points up, about its middle."""
-    sine, cosine = np.sin(np.radians(angle)), np.cos(np.radians(angle))
-    middle = (np.array(image.shape) - 1) / 2.0
-    back = np.array([[cosine, -sine], [sine, cosine]])  # (y, x) of where a pixel of the turned image was
-    return ndimage.affine_transform(image, back, middle - back @ middle, order=3, mode="nearest")
 
 
 THREE = np.array([REST - 1.3, REST, REST + 1.3])
@@ -239,8 +383,13 @@ def test_a_ribbon_that_moves_and_brightens_does_not_take_the_series_with_it(side
     for first, second in links_of(times):
         motion = find_motion((cubes[first], cubes[second]), (THREE,) * 2, (REST,) * 2, field)
         shift = motion.shift
-        found.append(Link(first, second, shift.y, shift.x, shift.confidence, motion.error))
-    placed = positions(times, found)
+        found.append(
+            Link(
+                first, second, shift.y, shift.x, shift.confidence, motion.error, shift.turn, motion.turn_error
+            )
+        )
+    placed = positions(times, found, corner=0.5 * np.hypot(side, side))
+    assert not placed[0].turned
     assert all(position.known for position in placed)
     away = np.hypot(*errors(np.array(track), placed).T)
     # It moved by 30 pixels.
