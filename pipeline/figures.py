@@ -616,7 +616,7 @@ def truth_figure(ds: xr.Dataset, truth: xr.Dataset, *, time: int = 0, height: fl
 
 
 def alignment_figure(observation: xr.Dataset) -> Figure:
-    """Draw how the scans of an observation are displaced: the lines, and all times along an aligned series.
+    """Draw how the scans of an observation lie: the lines, and all times along an aligned series.
 
     Parameters
     ----------
@@ -626,40 +626,26 @@ def alignment_figure(observation: xr.Dataset) -> Figure:
     Returns
     -------
     matplotlib.figure.Figure
-        Displacements along y and x against time, and how far each is known. Open symbols, and vertical lines,
-        are times at which nothing was moved.
+        Displacements along y and x against time, in an aligned series with their standard errors and how much
+        it is turned, and how far all of this is known. Open symbols, and vertical lines, are times at which
+        nothing was moved.
     """
     minutes = (observation["time"].values - observation["time"].values[0]) / np.timedelta64(60, "s")
     series = "series_aligned" in observation
-    rows = [("shift", "shift_applied", "Ca II against Hα")]
-    rows += [("series_shift", "series_aligned", "Hα along the series")] if series else []
     with _style():
-        figure = Figure(figsize=(7.5, 2.3 * (len(rows) + 1)), layout="constrained")
-        axes = figure.subplots(len(rows) + 1, 1, sharex=True)
-        for panel, (name, moved, title) in zip(axes, rows, strict=False):
-            known = observation[moved].values.astype(bool)
-            for axis, colour, symbol in (("y", ACCENT, "o"), ("x", TRUE, "s")):
-                values = observation[f"{name}_{axis}"].values
-                for chosen, face in ((known, colour), (~known, "none")):
-                    panel.plot(
-                        minutes[chosen], values[chosen], symbol, markersize=4, color=colour,
-                        markerfacecolor=face, label=f"along {axis}" if face == colour else None,
-                    )  # fmt: skip
-            if known.any():  # what is not trusted may lie anywhere
-                moves = np.concatenate([observation[f"{name}_{axis}"].values[known] for axis in "yx"])
-                room = max(0.5, 0.1 * float(np.ptp(moves)))
-                panel.set_ylim(float(moves.min()) - room, float(moves.max()) + room)
-            for minute in minutes[~known]:
-                panel.axvline(minute, color=MISSING, linewidth=1.0, zorder=0)
-            panel.set(
-                title=f"{title}: moved at {known.sum()} of {known.size} times", ylabel="displacement [pixel]"
-            )
-            panel.legend(loc="best", ncols=2)
+        rows = 4 if series else 2
+        figure = Figure(figsize=(7.5, 2.2 * rows + 0.2), layout="constrained")
+        axes = figure.subplots(rows, 1, sharex=True)
+        _displacements(axes[0], minutes, observation, "shift", "shift_applied", "Ca II against Hα")
         last = axes[-1]
         last.plot(
             minutes, observation["shift_confidence"].values, "o", markersize=4, color=ACCENT, label="lines"
         )
         if series:
+            _displacements(
+                axes[1], minutes, observation, "series_shift", "series_aligned", "Hα along the series"
+            )
+            _turns(axes[2], minutes, observation)
             last.plot(
                 minutes, observation["series_confidence"].values, "s", markersize=7, color=TRUE,
                 markerfacecolor="none", label="series",
@@ -682,3 +668,50 @@ def alignment_figure(observation: xr.Dataset) -> Figure:
         for panel in axes:
             _open_frame(panel)
     return figure
+
+
+def _displacements(
+    axes: Axes, minutes: Array, observation: xr.Dataset, name: str, moved: str, title: str
+) -> None:
+    known = observation[moved].values.astype(bool)
+    error = None if name == "shift" else observation["series_error"].values[known]
+    for axis, colour, symbol in (("y", ACCENT, "o"), ("x", TRUE, "s")):
+        values = observation[f"{name}_{axis}"].values
+        axes.plot(minutes[known], values[known], symbol, markersize=4, color=colour, label=f"along {axis}")
+        axes.plot(minutes[~known], values[~known], symbol, markersize=4, color=colour, markerfacecolor="none")
+        if error is not None:
+            axes.fill_between(
+                minutes[known],
+                values[known] - error,
+                values[known] + error,
+                color=colour,
+                alpha=0.2,
+                linewidth=0,
+            )
+    if known.any():  # what is not trusted may lie anywhere
+        moves = np.concatenate([observation[f"{name}_{axis}"].values[known] for axis in "yx"])
+        room = max(0.5, 0.1 * float(np.ptp(moves)), 0.0 if error is None else float(np.max(error)))
+        axes.set_ylim(float(moves.min()) - room, float(moves.max()) + room)
+    _mark(axes, minutes[~known])
+    axes.set(title=f"{title}: moved at {known.sum()} of {known.size} times", ylabel="displacement [pixel]")
+    axes.legend(loc="best", ncols=2)
+
+
+def _turns(axes: Axes, minutes: Array, observation: xr.Dataset) -> None:
+    known = observation["series_aligned"].values.astype(bool)
+    turn, error = (observation[f"series_turn{name}"].values[known] for name in ("", "_error"))
+    axes.plot(minutes[known], turn, "o", markersize=4, color=ACCENT)
+    axes.fill_between(minutes[known], turn - error, turn + error, color=ACCENT, alpha=0.2, linewidth=0)
+    axes.axhline(0.0, color="#888888", linestyle="--", linewidth=0.9)
+    _mark(axes, minutes[~known])
+    turned = observation.attrs.get("series_alignment", {}).get("turned", False)
+    said = (
+        "turned back" if turned else "not turned back, it is no more than its error or too little to notice"
+    )
+    axes.set(title=f"Turn along the series: {said}", ylabel="turn [degree]")
+
+
+def _mark(axes: Axes, minutes: Array) -> None:
+    """Mark times at which nothing was moved."""
+    for minute in minutes:
+        axes.axvline(minute, color=MISSING, linewidth=1.0, zorder=0)

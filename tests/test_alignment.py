@@ -467,6 +467,8 @@ def test_the_picture_shows_both_displacements(aligned, series, tmp_path):
         ]
         drawn = {line.get_label(): line.get_ydata() for line in figure.axes[1].lines}
         np.testing.assert_allclose(drawn["along y"], observation.series_shift_y)
+        assert titles[2].startswith("Turn along the series: not turned back")
+        np.testing.assert_allclose(figure.axes[2].lines[0].get_ydata(), observation.series_turn)
         lost = observation.load().copy(deep=True)
     lost["series_aligned"][:] = False
     lost["series_residual"][:] = np.nan
