@@ -80,7 +80,7 @@ def other_scans(pairs: Sequence[Pair], unpaired: Sequence[Scan]) -> list[Other]:
 
 def _fits(scan: Scan, pair: Pair) -> bool:
     try:
-        check_alike((pair, Pair(pair.halpha, scan)))
+        check_alike((pair, Pair(pair.halpha, scan)), calibrated=True)  # the pair itself has been looked at
     except InputError:
         return False
     return True

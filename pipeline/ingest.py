@@ -328,7 +328,7 @@ def ingest(
                 expected="a new name, or an observation store",
                 remedy="choose another name",
             )
-        series = _find_series(sources, tolerance, medium, description, common_time=common_time)
+        series = _find_series(sources, wishes, medium, description, common_time=common_time)
         if target.exists() and not overwrite:
             _check_same(target, series, wishes, cluster)
             log_at(target.journal).remove()
@@ -350,7 +350,7 @@ def ingest(
 
 def _find_series(
     sources: Sequence[str | Path],
-    tolerance: float,
+    wishes: _Wishes,
     medium: Medium | None,
     description: str | Path | None,
     *,
@@ -367,10 +367,12 @@ def _find_series(
             expected="CRISP scans in H-alpha and Ca II 8542",
             remedy="check the names",
         )
-    pairs, unpaired = pair_scans(scans, tolerance)
-    check_alike(pairs)
+    pairs, unpaired = pair_scans(scans, wishes.tolerance)
+    check_alike(pairs, calibrated=wishes.calibrate != "none")
     for scan in unpaired:
-        logger.warning("%s: %s has no partner of its own within %g s", scan.name, label(scan), tolerance)
+        logger.warning(
+            "%s: %s has no partner of its own within %g s", scan.name, label(scan), wishes.tolerance
+        )
     for text in passed_over:
         logger.warning("%s, passed over", text)
     others = tuple(other_scans(pairs, unpaired)) if common_time else None
@@ -870,7 +872,7 @@ def _say_not_interpolated(
 def _contradictions(series: _Series) -> dict[str, tuple[str, ...]]:
     """Files whose headers contradict themselves, and in what."""
     scans = {scan.path: scan for several in series.scans for scan in several}
-    said = {path: header_contradictions(scan) for path, scan in scans.items()}
+    said = {path: header_contradictions(scan.as_filed) for path, scan in scans.items()}
     return {path: sentences for path, sentences in said.items() if sentences}
 
 

@@ -95,7 +95,7 @@ def defects(scan: Scan, cube: Cube, field: Mask) -> Iterator[str]:
     found = survey(cube, field, scan.saturation)
     # The other sentences are those of `unusable_numbers`, which tells more of them.
     yield from replace(found, missing=(), unusable=0).sentences(())
-    yield from header_contradictions(scan)
+    yield from header_contradictions(scan.as_filed)
 
 
 CHECKS: tuple[Check, ...] = (unusable_numbers, defects)

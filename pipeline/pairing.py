@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,12 +51,34 @@ class Pair:
         return self.placement != (0, 0) or self.ca8542.shape != self.halpha.shape
 
 
+def completed(scans: Sequence[Scan]) -> list[Scan]:
+    """Put scans that lack wavelengths which most scans of their line have on these scans' axis.
+
+    Parameters
+    ----------
+    scans : sequence of Scan
+        Of both lines, in any order.
+
+    Returns
+    -------
+    list of Scan
+        In the same order. Those whose wavelengths are no part of the others' are as they were.
+    """
+    axes: dict[str, tuple[float, ...]] = {}
+    for line in LINES:
+        times = Counter(scan.wavelength for scan in scans if scan.line == line)
+        if times:
+            axes[line] = max(times, key=lambda axis: (times[axis], len(axis)))
+    return [scan.on_axis(axes[scan.line], SAME_WAVELENGTH) for scan in scans]
+
+
 def pair_scans(scans: Sequence[Scan], tolerance: float) -> tuple[tuple[Pair, ...], tuple[Scan, ...]]:
     """Pair scans of the two lines by their mean times, each with the nearest.
 
-    Each scan belongs to one pair at most. No two scans are a pair that are further apart than the tolerance,
-    or than `SHARE_OF_CADENCE` of the interval between the slower line's scans: that far away is the partner
-    of another scan, whether this is there or missing. Within this limit, where every scan's nearest one is a
+    Scans that lack wavelengths of their line's others are brought onto the axis of these (`completed`). Each
+    scan belongs to one pair at most. No two scans are a pair that are further apart than the tolerance, or
+    than `SHARE_OF_CADENCE` of the interval between the slower line's scans: that far away is the partner of
+    another scan, whether this is there or missing. Within this limit, where every scan's nearest one is a
     different one these are the pairs. Where two scans have the same nearest one, that choice is made whose
     total of time differences is the smallest, a pair that is not made counting as much as one at the limit:
     two scans that belong together are not torn apart to give two others a partner. What is left over has no
@@ -80,7 +103,7 @@ def pair_scans(scans: Sequence[Scan], tolerance: float) -> tuple[tuple[Pair, ...
         A line is missing, a scan is there twice, or nothing fits within the tolerance.
     """
     by_line = {
-        line: sorted((scan for scan in scans if scan.line == line), key=lambda scan: scan.time)
+        line: sorted((scan for scan in completed(scans) if scan.line == line), key=lambda scan: scan.time)
         for line in LINES
     }
     for line, of_line in by_line.items():
@@ -133,18 +156,21 @@ def cadence(times: NDArray[np.datetime64]) -> float:
     return float(np.median(np.diff(times)) / np.timedelta64(1, "s")) if len(times) > 1 else float("inf")
 
 
-def check_alike(pairs: tuple[Pair, ...]) -> None:
+def check_alike(pairs: tuple[Pair, ...], *, calibrated: bool = False) -> None:
     """Refuse scans that do not fit into one store, or not into the network's windows.
 
     Parameters
     ----------
     pairs : tuple of Pair
         In order.
+    calibrated : bool
+        Whether the intensities of both lines will be brought to one scale by what they show.
 
     Raises
     ------
     InputError
-        Scans differ in size, pixels, wavelengths or number format, or do not cover the lines' windows.
+        Scans differ in size, pixels, wavelengths or number format, or do not cover the lines' windows; or
+        the two lines have intensities that cannot be compared.
     """
     reference = pairs[0].halpha
     first = {"halpha": reference, "ca8542": pairs[0].ca8542}
@@ -190,6 +216,14 @@ def check_alike(pairs: tuple[Pair, ...]) -> None:
                 )
     for scan in first.values():
         _check_window(scan)
+    if first["halpha"].units != first["ca8542"].units and not calibrated:
+        raise InputError(
+            "the intensities of the two lines cannot be compared",
+            where=first["ca8542"].name,
+            found=_unit(first["ca8542"]),
+            expected=f"{_unit(reference)}, as {reference.path}: the network is asked about their ratio",
+            remedy="calibrate both with --calibrate quiet-sun, or mend the units in the files",
+        )
 
 
 def _check_window(scan: Scan) -> None:
@@ -214,6 +248,10 @@ def _check_window(scan: Scan) -> None:
         if mistaken
         else "use scans that cover the line's window",
     )
+
+
+def _unit(scan: Scan) -> str:
+    return f"{scan.units} (in the file: {scan.units_of_file!r})" if scan.units else "relative intensities"
 
 
 def _range(scan: Scan) -> str:

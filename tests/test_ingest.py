@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import astropy.units as u
@@ -22,7 +23,7 @@ from scipy import ndimage
 import pipeline.ingest
 from pipeline import changes
 from pipeline.changes import CHANGED
-from pipeline.crisp import find_scans
+from pipeline.crisp import find_scans, read_scans
 from pipeline.crisp.fchroma import write_fchroma
 from pipeline.crisp.scan import Frame, Scan, cosine_of_pointing
 from pipeline.crisp.wavelengths import vacuum_to_air
@@ -31,7 +32,7 @@ from pipeline.errors import FlareFieldError, InputError, MisuseError, StoreError
 from pipeline.ingest import ingest
 from pipeline.invert import invert
 from pipeline.observation import CONTRACT, chunks_and_shards, fits_headers, open_observation, validate
-from pipeline.pairing import pair_scans
+from pipeline.pairing import Pair, check_alike, pair_scans
 from pipeline.provenance import sha256_file
 from pipeline.registration import Shift, move_mask, resample
 from pipeline.results import flagged, open_map
@@ -101,6 +102,36 @@ def leftovers(path):
     return [
         other.name for other in path.parent.iterdir() if other.name.startswith(path.name) and other != path
     ]
+
+
+@pytest.mark.parametrize(("line", "lost"), [("halpha", (14,)), ("ca8542", (0, 12))])
+def test_a_scan_that_lacks_wavelengths_is_taken_and_they_are_flagged(
+    series, tmp_path, fake_model, client, line, lost
+):
+    folder = shutil.copytree(series[0], tmp_path / "series")
+    whole = ingest([folder], tmp_path / "whole.zarr", call="ingest")
+    path = {"halpha": whole.pairs[1].halpha, "ca8542": whole.pairs[1].ca8542}[line].path
+    with fits.open(path, memmap=False) as hdus:
+        cube, axis = np.delete(hdus[0].data, lost, 0), np.delete(hdus[1].data, lost)
+        parts = [fits.PrimaryHDU(cube, hdus[0].header), fits.ImageHDU(axis, hdus[1].header)]
+        fits.HDUList(parts).writeto(path, overwrite=True)
+    ingest([folder], tmp_path / "obs.zarr", call="ingest")
+    expected, found = (open_observation(tmp_path / name).load() for name in ("whole.zarr", "obs.zarr"))
+    there = np.delete(np.arange(expected.sizes[f"wavelength_{line}"]), lost)
+    for time in range(3):
+        # The search for the displacement sees fewer images.
+        tolerance = 0.0 if time != 1 else 60.0
+        for name in ("halpha", "ca8542"):
+            wanted, values = (ds[name][time].where(ds["valid"][time]) for ds in (expected, found))
+            if name == line and time == 1:
+                assert values[..., list(lost)].isnull().all()
+                wanted, values = wanted[..., there], values[..., there]
+            difference = np.abs(wanted - values).values[10:-10, 10:-10]
+            assert np.nanquantile(difference, 0.99) <= tolerance
+    invert(tmp_path / "obs.zarr", tmp_path / "map.zarr", model=fake_model, draws=8, cluster=client)
+    missing = flagged(open_map(tmp_path / "map.zarr"), "wavelength_missing").values
+    np.testing.assert_array_equal(missing[1], found["valid"][1])
+    assert not missing[[0, 2]].any()
 
 
 class TestContent:
@@ -618,6 +649,16 @@ class TestBadInput:
                     START + number * CADENCE,
                 )
         assert "different wavelengths" in self.refuse([tmp_path], tmp_path / "obs.zarr")
+
+    def test_lines_in_different_units(self, pair, tmp_path):
+        halpha, ca8542 = read_scans(pair[0]) + read_scans(pair[1])
+        relative = replace(ca8542, units="", units_of_file="")
+        with pytest.raises(InputError, match="cannot be compared") as refusal:
+            check_alike((Pair(halpha, relative),))
+        assert refusal.value.found == "relative intensities"
+        assert refusal.value.expected.startswith("DN (in the file: 'DN')")
+        assert "--calibrate quiet-sun" in refusal.value.remedy
+        check_alike((Pair(halpha, relative),), calibrated=True)
 
     @pytest.mark.parametrize(
         ("axis", "words"),

@@ -137,7 +137,7 @@ def test_what_is_wrong_is_counted(tmp_path):
 
 
 def test_what_ingest_would_refuse_and_leave_out(series):
-    extra = WAVELENGTH_CA8542[:20]
+    extra = WAVELENGTH_CA8542[:20] + 0.03
     late = START + 40 * CADENCE
     write_fchroma(series / "late.fits", np.full((15, *SHAPE), 1000), WAVELENGTH_HALPHA, late)
     inspection = inspect([series], tolerance=15.0)

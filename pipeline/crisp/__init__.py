@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.crisp import crispy, fchroma, generic, lapalma, sstred
-from pipeline.crisp.cube import Cube
+from pipeline.crisp.cube import Cube, IncompleteCube
 from pipeline.crisp.generic import Description
 from pipeline.crisp.scan import LINES, ForeignFileError, Frame, OtherKindError, OtherLineError, Scan
 from pipeline.crisp.wavelengths import Medium
@@ -179,7 +179,8 @@ def open_intensity(scan: Scan) -> Cube:
     InputError
         The file has changed or gone since it was described.
     """
-    return OPENERS[scan.format].open_intensity(scan)
+    cube = OPENERS[scan.format].open_intensity(scan.as_filed)
+    return cube if scan.present is None else IncompleteCube(cube, scan.present, len(scan.wavelength))
 
 
 def open_wavelength_shift(scan: Scan) -> NDArray[np.float64] | None:
@@ -200,7 +201,7 @@ def open_wavelength_shift(scan: Scan) -> NDArray[np.float64] | None:
     InputError
         The file has changed or gone since it was described.
     """
-    return OPENERS[scan.format].open_wavelength_shift(scan) if scan.has_wavelength_shift else None
+    return OPENERS[scan.format].open_wavelength_shift(scan.as_filed) if scan.has_wavelength_shift else None
 
 
 def find_scans(

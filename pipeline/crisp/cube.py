@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import astropy.units as u
@@ -151,6 +151,52 @@ class PlacedCube:
         source: tuple[Any, ...] = (..., *np.ix_(*own))
         values[here] = part[source]
         return values.reshape((*wavelengths, *wanted[0], *wanted[1]))
+
+    def __iter__(self) -> Iterator[NDArray[np.float32]]:
+        return (self[index] for index in range(len(self)))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:  # noqa: ANN401
+        return np.asarray(self[:], dtype=dtype)
+
+
+class IncompleteCube:
+    """A cube that lacks the images at some wavelengths of an axis; these are NaN.
+
+    Parameters
+    ----------
+    cube : Cube
+        The images that there are.
+    present : sequence of int
+        Their places on the axis, ascending.
+    wavelengths : int
+        Length of the axis.
+    """
+
+    def __init__(self, cube: Cube, present: Sequence[int], wavelengths: int) -> None:
+        self._cube, self._own = cube, {place: own for own, place in enumerate(present)}
+        self._wavelengths = wavelengths
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Wavelengths, and pixels along y and x."""
+        return (self._wavelengths, *self._cube.shape[1:])
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Single precision."""
+        return np.dtype(np.float32)
+
+    def __len__(self) -> int:
+        return self._wavelengths
+
+    def __getitem__(self, key: Any, /) -> NDArray[np.float32]:  # noqa: ANN401
+        along, *rest = key if isinstance(key, tuple) else (key,)
+        places = np.arange(self._wavelengths)[along]
+        if places.ndim:
+            return np.stack([self[(int(place), *rest)] for place in places])
+        own = self._own.get(int(places))
+        image = np.asarray(self._cube[(own or 0, *rest)], dtype=np.float32)
+        return image if own is not None else np.full_like(image, np.nan)
 
     def __iter__(self) -> Iterator[NDArray[np.float32]]:
         return (self[index] for index in range(len(self)))

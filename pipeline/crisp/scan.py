@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import astropy.units as u
@@ -223,6 +224,8 @@ class Scan:
         (`pipeline.crisp.open_wavelength_shift`).
     sidecars : tuple of str
         Other files that say something of the scan: its wavelengths, times or pointing.
+    present : tuple of int, optional
+        Indices of `wavelength` of which the file has images; None if it has them all.
 
     Raises
     ------
@@ -248,6 +251,7 @@ class Scan:
     end: np.datetime64 | None = None
     has_wavelength_shift: bool = False
     sidecars: tuple[str, ...] = ()
+    present: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         _check_axis(np.asarray(self.wavelength), self.path)
@@ -274,6 +278,29 @@ class Scan:
                 found=self.frame,
                 expected="finite CRPIX, CRVAL and CDELT, and pixels of some size",
             )
+
+    @property
+    def as_filed(self) -> Scan:
+        """The scan with no other wavelengths than the file's."""
+        if self.present is None:
+            return self
+        return replace(self, wavelength=tuple(self.wavelength[index] for index in self.present), present=None)
+
+    def on_axis(self, axis: Sequence[float], tolerance: float) -> Scan:
+        """The scan on a longer axis, whose other wavelengths it lacks; itself if this is not a part of it.
+
+        Parameters
+        ----------
+        axis : sequence of float
+            Wavelengths in vacuum, Angstrom, increasing.
+        tolerance : float
+            Angstrom by which wavelengths may differ.
+        """
+        apart = np.abs(np.subtract.outer(self.wavelength, axis))
+        if len(self.wavelength) >= len(axis) or apart.min(axis=1).max() > tolerance:
+            return self
+        present = tuple(int(index) for index in apart.argmin(axis=1))
+        return replace(self, wavelength=tuple(axis), present=present)
 
     @property
     def window(self) -> LineWindow:
