@@ -39,6 +39,8 @@ Check: TypeAlias = Callable[[Scan, Cube, Mask], Iterable[str]]
 SAMPLE = 3  # scans of a group whose intensities are looked at, unless all are asked for
 GAP = 1.5  # of the median cadence: a longer interval is a gap
 SAME_STEP = 1e-3  # Angstrom by which the steps of a uniform axis may differ
+FAR = 40.0  # km/s: no mean profile of a field is moved so far
+SHALLOW = 0.9  # of the brightest part of a mean profile: what is less deep may be noise
 LIGHT_SPEED = 299_792.458  # km/s
 LISTED = 5  # files, gaps or scans that are named one by one
 LONG_NAMES = {"halpha": "H-alpha 6563", "ca8542": "Ca II 8542"}
@@ -98,7 +100,39 @@ def defects(scan: Scan, cube: Cube, field: Mask) -> Iterator[str]:
     yield from header_contradictions(scan.as_filed)
 
 
-CHECKS: tuple[Check, ...] = (unusable_numbers, defects)
+def line_far_from_rest(scan: Scan, cube: Cube, field: Mask) -> Iterator[str]:
+    """Say where the field's mean profile is darkest, if that is far from the line's rest wavelength.
+
+    The quiet Sun's lines lie within some km/s of it. Wavelengths in air that were taken for vacuum, or the
+    other way round, put H-alpha 83 km/s off.
+
+    Parameters
+    ----------
+    scan, cube, field
+        As for `unusable_numbers`.
+
+    Yields
+    ------
+    str
+    """
+    profile = np.full(len(cube), np.inf)
+    for index, image in enumerate(cube):
+        seen = image[field & np.isfinite(image)]
+        if seen.size and seen.min() < seen.max():
+            profile[index] = seen.mean(dtype=np.float64)
+    darkest = int(profile.argmin())
+    rest = scan.window.rest_wavelength
+    speed = (scan.wavelength[darkest] - rest) / rest * LIGHT_SPEED
+    # A profile that is darkest at an end, or nearly as bright there, shows no line.
+    shown = 0 < darkest < len(cube) - 1 and profile[darkest] < SHALLOW * profile[np.isfinite(profile)].max()
+    if shown and abs(speed) > FAR:
+        yield (
+            f"the mean profile is darkest {speed:+.0f} km/s from the line's rest: see whether its "
+            f"wavelengths are in {scan.medium} as stated (air and vacuum are 83 km/s apart)"
+        )
+
+
+CHECKS: tuple[Check, ...] = (unusable_numbers, defects, line_far_from_rest)
 """What is looked for in a scan's intensities."""
 
 

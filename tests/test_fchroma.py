@@ -140,6 +140,7 @@ def test_time_scale_is_honoured(file):
         (lambda h: h[0].header.set("TIMESYS", "MARS"), InputError, "time cannot be read"),
         (lambda h: h[0].header.remove("CRVAL1"), InputError, "pointing is missing"),
         (lambda h: h[0].header.set("CTYPE1", "RA---TAN"), InputError, "pointing is missing"),
+        (lambda h: h[0].header.set("CTYPE3", "FREQ"), InputError, "not one of wavelengths"),
         (lambda h: h[0].header.set("CDELT1", 0.0), InputError, "pixel size|damaged"),
     ],
 )
@@ -427,13 +428,30 @@ def test_wavelengths_in_air_on_the_callers_word(tmp_path, cube):
     assert header_contradictions(scan) == ()
 
 
+def test_wavelengths_in_air_on_the_files_word(tmp_path, cube):
+    path = write_fchroma(tmp_path / "air.fits", cube, vacuum_to_air(WAVELENGTH_HALPHA), START)
+    rewrite(path, lambda hdus: hdus[0].header.set("CTYPE3", "AWAV"))
+    (scan,) = read_scans(path)
+    assert (scan.medium, scan.medium_stated_by) == ("air", "file")
+    np.testing.assert_allclose(scan.wavelength, WAVELENGTH_HALPHA, rtol=0, atol=1e-9)
+    assert header_contradictions(scan) == ()
+    with pytest.raises(InputError, match="says otherwise"):
+        read_scans(path, "vacuum")
+    # The refractive index of FITS' own conversion (astropy's, by wcslib) is known to 1e-8.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wcs = WCS(fits.getheader(path)).spectral
+    wcs.wcs.sptr("WAVE-???")
+    assert wcs.wcs.crval[0] * 1e10 == pytest.approx(scan.wavelength[7], abs=1e-3)
+
+
 DECIDES = {
     "time": {"DATE-AVG", "TIMESYS"},
     "pointing": {f"{card}{axis}" for card in ("CRPIX", "CRVAL", "CDELT", "CUNIT", "CTYPE") for axis in (1, 2)}
     | {"PC1_1", "PC2_2"},
     "intensity": {"BUNIT"},
 }
-VALUES = [None, "", "x", "2014-09-06", "TAI", "deg", -1, 0, 1, 2, 3, 0.5, 1e300, -1e-300, True]
+VALUES = [None, "", "x", "AWAV", "2014-09-06", "TAI", "deg", -1, 0, 1, 2, 3, 0.5, 1e300, -1e-300, True]
 
 
 @pytest.mark.filterwarnings("ignore::astropy.utils.exceptions.AstropyWarning", "ignore::RuntimeWarning")
@@ -477,7 +495,10 @@ def test_any_header_gives_the_true_axes_or_a_typed_error(tmp_path, data):
         assert str(path) in str(error)  # noqa: PT017
         return
     touched = {name for name, deciding in DECIDES.items() if deciding & set(changed)}
-    np.testing.assert_array_equal(scan.wavelength, axis)
+    if changed.get("CTYPE3") == "AWAV":
+        np.testing.assert_allclose(vacuum_to_air(scan.wavelength), axis, rtol=0, atol=1e-9)
+    else:
+        np.testing.assert_array_equal(scan.wavelength, axis)
     if "intensity" not in touched:
         np.testing.assert_array_equal(intensity, values)
     if "time" not in touched:

@@ -136,6 +136,25 @@ def test_what_is_wrong_is_counted(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("move", [0.0, 0.5, -1.81])
+def test_a_line_far_from_rest_is_said(tmp_path, move):
+    """Wavelengths in air, taken for vacuum: 1.81 Angstrom, or 83 km/s."""
+    axis = WAVELENGTH_HALPHA + move
+    rng = np.random.default_rng(3)
+    profile = 1.0 - 0.7 * np.exp(-(((WAVELENGTH_HALPHA - WAVELENGTH_HALPHA[7]) / 0.5) ** 2))
+    cube = np.rint(3000 * profile[:, None, None] * rng.uniform(0.9, 1.1, SHAPE))
+    write_fchroma(tmp_path / "scan.fits", cube, axis, START)
+    (group,) = inspect([tmp_path], tolerance=15.0).groups
+    speed = (WAVELENGTH_HALPHA[7] + move - 6564.61) / 6564.61 * 299792.458
+    sentences = [sentence for _, sentence in group.found]
+    if abs(speed) < 40.0:
+        assert sentences == []
+    else:
+        (sentence,) = sentences
+        assert sentence.startswith(f"the mean profile is darkest {speed:+.0f} km/s from the line's rest")
+        assert round(speed) == -84
+
+
 def test_what_ingest_would_refuse_and_leave_out(series):
     extra = WAVELENGTH_CA8542[:20] + 0.03
     late = START + 40 * CADENCE

@@ -183,6 +183,11 @@ class TestIntensity:
             assert scan.units == "DN"
             np.testing.assert_array_equal(open_intensity(scan), np.float32(cube * 1e11)[scan.index, 0])
 
+    def test_relative_on_the_files_word(self, tmp_path, cube):
+        for scan in read_scans(write(tmp_path / "relative.fits", cube, unit="1")):
+            assert (scan.units, scan.units_of_file) == ("", "1")
+            np.testing.assert_array_equal(open_intensity(scan), np.float32(cube)[scan.index, 0])
+
     def test_scaled_integers(self, tmp_path, cube):
         path = write(tmp_path / "int.fits", cube * 1e11, unit="dn", integers=True)
         assert fits.getheader(path)["BITPIX"] == 16
@@ -349,6 +354,8 @@ def put(hdus, place, value):
         (lambda h: h[0].header.remove("DATEREF"), InputError, "no reference"),
         (lambda h: h[0].header.set("DATEREF", "yesterday"), InputError, "time cannot be read"),
         (lambda h: h[0].header.set("BUNIT", "furlongs"), InputError, "unit of the intensities"),
+        (lambda h: h[0].header.remove("BUNIT"), InputError, "no unit"),
+        (lambda h: h[0].header.set("BUNIT", " "), InputError, "no unit"),
         (lambda h: h[0].header.set("CRVAL4", 2), InputError, "no Stokes I"),
         (lambda h: h.pop(3), InputError, "corrections is missing"),
         (lambda h: setattr(h["WCSDVARR"], "data", h["WCSDVARR"].data[..., 1:]), InputError, "does not fit"),

@@ -1,9 +1,11 @@
 """FITS files of the F-CHROMA flare database: one file is one CRISP scan of one line, or several of them.
 
 The primary HDU holds 16-bit integers (wavelength, y, x), in data numbers; the image extension
-``lambda-coordinate`` the vacuum wavelengths in Angstrom, uniform or not. ``DATE-AVG`` is the only time. The
-field may lie rotated within a pad of one constant value. The database: Cauzzi et al. 2014, "F-CHROMA flare
-database", https://star.pst.qub.ac.uk/wiki/doku.php/public/solarflares/start.
+``lambda-coordinate`` the wavelengths in Angstrom, uniform or not: in vacuum, unless ``CTYPE3`` is ``AWAV``,
+as FITS calls wavelengths in air (Greisen et al. 2006, A&A 446, 747, doi:10.1051/0004-6361:20053818).
+``DATE-AVG`` is the only time. The field may lie rotated within a pad of one constant value. The database:
+Cauzzi et al. 2014, "F-CHROMA flare database",
+https://star.pst.qub.ac.uk/wiki/doku.php/public/solarflares/start.
 
 Its layout is that of CRISPEX (Lofdahl et al. 2021, A&A 653, A68, doi:10.1051/0004-6361/202141326, table C.1),
 which has two ways to put several scans into a file. ``NWIN`` lines may follow one another along the
@@ -297,11 +299,11 @@ def _describe(hdus: fits.HDUList, file: Path, medium: Medium | None) -> tuple[Sc
         )
     times = _times(hdus, axes[0], file) if len(axes) == 4 else [_time(header, file)]
     windows = _windows(header, points, str(file))
-    units_of_file = str(header.get("BUNIT", UNITS)).strip()
+    stated = _medium(header, file)
+    units_of_file = str(header.get("BUNIT", "")).strip() or UNITS
     frame = _frame(header, file)
     described, others = [], []
     for number, window in enumerate(windows):
-        stated: tuple[Medium, Stated] = ("vacuum", "format")
         vacuum, found, stated_by = vacuum_axis(wavelength[window], stated, medium, str(file))
         try:
             line = identify_line(vacuum, str(file))
@@ -330,6 +332,22 @@ def _describe(hdus: fits.HDUList, file: Path, medium: Medium | None) -> tuple[Sc
     if not described:
         raise others[0]
     return tuple(described)
+
+
+def _medium(header: fits.Header, file: Path) -> tuple[Medium, Stated]:
+    """What the wavelengths are measured in, by the header's name of their axis."""
+    axis = str(header.get("CTYPE3", "")).strip().upper()
+    kind = axis.split("-")[0]
+    if kind not in ("", "WAVE", "AWAV"):
+        raise InputError(
+            "the third axis is not one of wavelengths",
+            where=file,
+            found=f"CTYPE3 = {axis!r}",
+            expected="WAVE (in vacuum) or AWAV (in air)",
+            remedy="mend the card, or leave the file out",
+        )
+    # The database writes WAVE everywhere, which therefore says no more than its definition does.
+    return ("air", "file") if kind == "AWAV" else ("vacuum", "format")
 
 
 def _windows(header: fits.Header, points: int, where: str) -> list[slice]:

@@ -203,6 +203,14 @@ def _describe(hdus: fits.HDUList, file: Path, medium: Medium | None) -> tuple[Sc
     times = reference + np.rint(table.seconds * 1e9).astype("timedelta64[ns]")
     _stokes_i(header, str(file))
     units_of_file = str(header.get("BUNIT", "")).strip()
+    if not units_of_file:
+        raise InputError(
+            "the intensities have no unit",
+            where=file,
+            found="no BUNIT",
+            expected="BUNIT, such as 'W m-2 Hz-1 sr-1' or 'DN'; '1' if they are relative",
+            remedy="add the card",
+        )
     units, _ = intensity_scale(units_of_file, table.wavelength[0], str(file))
     padding = _padding(header)
     shifted = _cavity_map(hdus, str(file)) is not None
