@@ -55,6 +55,8 @@ class ScaledCube:
         Intensity of zero, at each wavelength.
     blank : float, optional
         The number that stands for no intensity (FITS ``BLANK``); it becomes NaN.
+    full : tuple of float, optional
+        The number from which on the detector is saturated, and the intensity that all such become.
     """
 
     def __init__(
@@ -63,11 +65,13 @@ class ScaledCube:
         scale: NDArray[np.float64],
         offset: NDArray[np.float64],
         blank: float | None = None,
+        full: tuple[float, float] | None = None,
     ) -> None:
         self._stored = stored
         self._scale = scale.astype(np.float32)
         self._offset = offset.astype(np.float32)
         self._blank = blank
+        self._full = full
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -90,6 +94,8 @@ class ScaledCube:
             axes = (..., *([None] * (stored.ndim - 1)))
             scale, offset = scale[axes], offset[axes]
         values = stored.astype(np.float32) * scale + offset
+        if self._full is not None:
+            values = np.where(stored >= self._full[0], np.float32(self._full[1]), values)
         if self._blank is not None:
             values = np.where(stored == self._blank, np.float32(np.nan), values)
         return np.asarray(values)
@@ -206,7 +212,12 @@ class IncompleteCube:
 
 
 def as_intensities(
-    stored: Cube, factors: NDArray[np.float64], step: float, zero: float, blank: float | None
+    stored: Cube,
+    factors: NDArray[np.float64],
+    step: float,
+    zero: float,
+    blank: float | None,
+    full: tuple[float, float] | None = None,
 ) -> Cube:
     """Make intensities of the numbers in a file; numbers that are intensities already stay as they are.
 
@@ -218,10 +229,12 @@ def as_intensities(
         What `intensity_scale` found.
     step, zero, blank
         The file's own scaling (`pipeline.crisp.fits_files.scaling`).
+    full
+        As `ScaledCube` has it.
     """
     if (step, zero, blank) == (1.0, 0.0, None) and np.all(factors == 1.0):
         return stored
-    return ScaledCube(stored, step * factors, zero * factors, blank)
+    return ScaledCube(stored, step * factors, zero * factors, blank, full)
 
 
 def intensity_scale(

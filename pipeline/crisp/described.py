@@ -126,7 +126,7 @@ class DescribedCube:
                 shape=(self.size("y"), self.size("x")),
                 units=units,
                 units_of_file=stated.unit,
-                saturation=self._saturation() * float(factors.min()),
+                saturation=_brightest(self._saturation(), factors),
                 frame=frame,
                 padding=padding,
                 has_wavelength_shift=stated.cavity_map is not None,
@@ -159,13 +159,16 @@ class DescribedCube:
         stokes = self.statement.stokes or ("I",)
         _, order = self._wavelengths()
         cube: Cube = ScanOfArray(stored, self.axes, {"time": index, "stokes": stokes.index("I")}, order)
-        scaling = fits_files.scaling(self.headers[0]) if self.headers else (1.0, 0.0, None)
+        step, zero, blank = self._scaling()
         if isinstance(self.statement.padding, float):
             ones = np.ones(len(order))
             cube = ScaledCube(cube, ones, 0.0 * ones, self.statement.padding)
         vacuum = np.array(scan.wavelength)
         factors = intensity_scale(scan.units_of_file, vacuum, scan.path)[1] / self._prefilter(vacuum)
-        return as_intensities(cube, factors, *scaling)
+        full = None
+        if np.isfinite(scan.saturation) and step > 0.0:
+            full = ((self._saturation() - zero) / step, scan.saturation)
+        return as_intensities(cube, factors, step, zero, blank, full)
 
     def wavelength_shift(self, index: int) -> NDArray[np.float64] | None:
         """What has to be added to the wavelengths in vacuum at each pixel (y, x), Angstrom."""
@@ -483,12 +486,22 @@ class DescribedCube:
         values = self._as_numbers("cavity_map", np.asarray(image))
         return np.asarray(values * stated.factor * u.Unit(stated.unit).to(u.Angstrom))
 
+    def _scaling(self) -> tuple[float, float, int | None]:
+        return fits_files.scaling(self.headers[0]) if self.headers else (1.0, 0.0, None)
+
     def _saturation(self) -> float:
+        """In the unit of the file, whatever the wavelength."""
         if self.statement.saturation is not None:
             return self.statement.saturation
-        step, zero, _ = fits_files.scaling(self.headers[0]) if self.headers else (1.0, 0.0, None)
+        step, zero, _ = self._scaling()
         # Integers that are scaled span what the cube holds: their largest is no limit of the detector.
         return zero + np.iinfo(self.dtype).max if self.dtype.kind in "iu" and step == 1.0 else float("inf")
+
+
+def _brightest(saturation: float, factors: NDArray[np.float64]) -> float:
+    """What saturated numbers become, at all wavelengths: no other is as large."""
+    # Single precision, as scaled cubes are; numbers that stay as they are may be larger integers.
+    return saturation if np.all(factors == 1.0) else float(np.float32(saturation * factors.max()))
 
 
 def _seconds(seconds: ArrayLike) -> Any:  # noqa: ANN401
