@@ -141,6 +141,42 @@ def test_headers_as_programs_write_them(file, cube, statement, text):
     np.testing.assert_array_equal(open_intensity(read_scans(file)[2]), cube[2, 0])
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("stokes=[i,q,u,v], ns=4 : {}", None),
+        ("stokes=['I','Q','U','V'], ns=4 : {}", None),
+        ('Stokes = [ "i" "q" "u" "v" ] : {}', None),
+        ("ns=4 : {}", "another number of Stokes parameters"),
+        ("{}, ns = 4", "another number of Stokes parameters"),
+        ("stokes=IQUV, ns=4 : {}", "another number of Stokes parameters"),
+        ("stokes=[I,Q,U,V], ns=1 : {}", "says what cannot be"),
+        ("stokes=[I,Q,U,W], ns=4 : {}", "says what cannot be"),
+        ("stokes=[], ns=4 : {}", "says what cannot be"),
+    ],
+)
+def test_stokes_parameters_never_become_times(file, cube, statement, text, words):
+    """With times by start and step, nothing but the header could tell 12 scans of I from 3 of I, Q, U, V."""
+    statement["time"] = {"start": "2014-09-06T15:27:24", "step": 11.5}
+    state(file, statement)
+    said = (
+        f"datatype=2 (integer), dims=3, nx={COLUMNS}, ny={ROWS}, nt={SCANS * PARAMETERS * POINTS}, endian=l"
+    )
+    file.write_bytes(text.format(said).encode().ljust(512, b"\0") + cube.tobytes())
+    if words is not None:
+        refused(file, words)
+        if words == "says what cannot be":
+            return
+        for stated, message in ((["I", "V"], words), (["I", "Q", "U", "V"], None)):
+            state(file, {**statement, "stokes": stated})
+            if message is not None:
+                refused(file, message)
+    scans = read_scans(file)
+    assert len(scans) == SCANS
+    for scan in scans:
+        np.testing.assert_array_equal(open_intensity(scan), cube[scan.index, 0])
+
+
 def test_wavelengths_in_any_order(file, cube, statement):
     axis = vacuum_to_air(WAVELENGTH_HALPHA)
     order = np.random.default_rng(2).permutation(POINTS)

@@ -123,6 +123,13 @@ def _described(file: Path) -> DescribedCube:
     if header.stokes is not None and statement.stokes not in (None, header.stokes):
         cube.refuse("stokes", "the header says otherwise", list(header.stokes), list(statement.stokes or ()))
     stokes = header.stokes or statement.stokes or ("I",)
+    if header.parameters not in (None, len(stokes)):
+        cube.refuse(
+            "stokes",
+            "the header has another number of Stokes parameters",
+            f"ns={header.parameters}",
+            f"{list(stokes)}{'' if statement.stokes else ', as nothing is stated'}; or all of them",
+        )
     points = cube.stated_wavelengths()
     for name, of_scan, scans in _others(file, header, len(stokes)):
         points = of_scan if points is None else points

@@ -20,7 +20,8 @@ HEADER = 512  # bytes
 TYPES = {1: "u1", 2: "i2", 3: "i4", 4: "f4", 5: "f8", 12: "u2", 13: "u4"}
 """Numbers by IDL's codes for them."""
 
-STATEMENT = re.compile(rb"\b(datatype|dims|nx|ny|nt|endian)=\s*(\w+)")
+STATEMENT = re.compile(rb"\b(datatype|dims|nx|ny|nt|ns|endian)\s*=\s*(\w+)")
+STOKES = re.compile(r"\bstokes\s*=\s*\[([^\]]*)\]", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,16 @@ class Header:
         Of the numbers.
     shape : tuple of int
         ``(nt, ny, nx)``: images, and pixels of each.
+    parameters : int, optional
+        ``ns``, the number of Stokes parameters; None where the header does not say.
     stokes : tuple of str, optional
-        Stokes parameters; None where the header does not say.
+        Which they are; None where the header does not say.
     """
 
     text: str
     dtype: np.dtype[np.generic]
     shape: tuple[int, int, int]
+    parameters: int | None
     stokes: tuple[str, ...] | None
 
 
@@ -79,13 +83,19 @@ def read_header(file: Path) -> Header:
     said = {key.decode(): value.decode() for key, value in STATEMENT.findall(start)}
     try:
         kind, nx, ny, nt = (int(said.get(key, "1")) for key in ("datatype", "nx", "ny", "nt"))
+        parameters = int(said["ns"]) if "ns" in said else None
+        named = STOKES.search(text)
+        stokes = None if named is None else _stokes(named[1])
+        if None not in (parameters, stokes) and len(stokes or ()) != parameters:
+            raise ValueError("as many Stokes parameters as it names")
         dtype = np.dtype({"l": "<", "b": ">"}[said.get("endian", "")] + TYPES[kind])
     except (KeyError, ValueError) as failure:
         raise InputError(
             "the header of the cube says what cannot be",
             where=file,
             found=text,
-            expected=f"datatype one of {', '.join(map(str, TYPES))}; whole numbers; endian l or b",
+            expected=f"datatype one of {', '.join(map(str, TYPES))}; whole numbers; endian l or b; "
+            "stokes a list of I, Q, U, V, ns of them",
             remedy="mend the header, or leave the file out",
         ) from failure
     needed = HEADER + nx * ny * nt * dtype.itemsize
@@ -97,8 +107,15 @@ def read_header(file: Path) -> Header:
             expected=f"{needed} bytes: {nt} images of {ny} x {nx} pixels, {dtype.itemsize} bytes each",
             remedy="fetch the file again, or leave it out",
         )
-    stokes = re.search(r"\bstokes=\s*\[([IQUV, ]*)\]", text)
-    return Header(text, dtype, (nt, ny, nx), tuple(re.findall("[IQUV]", stokes[1])) if stokes else None)
+    return Header(text, dtype, (nt, ny, nx), parameters, stokes)
+
+
+def _stokes(text: str) -> tuple[str, ...]:
+    """Of a list such as ``I,Q,U,V`` or ``'i', 'v'``."""
+    names = tuple(re.findall(r"\w+", text.upper()))
+    if not names or not set(names) <= set("IQUV"):
+        raise ValueError(text)
+    return names
 
 
 def mapped(file: Path) -> NDArray[Any]:
