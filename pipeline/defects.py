@@ -8,7 +8,7 @@ which depends on how bright the Sun is there:
   so that the neighbours of the brightest pixel of a point have two thirds of its excess over what surrounds
   it; of a spike, at least along one axis, they have little;
 - it is there at one wavelength, for the others were exposed at other times; a pixel that sticks out at most
-  wavelengths is a bad one of the detector;
+  wavelengths, towards the bright or the dark, is a bad one of the detector;
 - it exceeds the noise, which is taken from the image itself by the median absolute deviation and grows with
   the root of the intensity, many times over.
 
@@ -64,7 +64,7 @@ class Defect(IntFlag):
     SPIKE = 1
     """A cosmic ray or a glitch at some wavelength."""
     DEAD_PIXEL = 2
-    """One value at all wavelengths, or far brighter than its neighbours at most of them."""
+    """One value at all wavelengths, or far brighter or darker than its neighbours at most of them."""
     WAVELENGTH_MISSING = 4
     """The scan has no image at some wavelength."""
 
@@ -80,7 +80,7 @@ class Survey:
     dead : ndarray of bool, shape (y, x)
         Bad pixels of the detector.
     missing : tuple of int
-        Wavelengths at which there is no image: one value everywhere, or none.
+        Wavelengths at which there is no image: one value everywhere, none, or the image before once more.
     unusable : int
         Pixels of the field that are not finite, not positive or saturated at some other wavelength.
     wavelengths : int
@@ -120,7 +120,10 @@ class Survey:
         """
         if self.missing:
             named = ", ".join(f"{np.asarray(offset)[index]:+.3f}" for index in self.missing)
-            yield f"no image at {named} Angstrom from the line's rest: one value everywhere, or none"
+            yield (
+                f"no image at {named} Angstrom from the line's rest: one value everywhere, none, or a copy "
+                "of the one before"
+            )
         if self.unusable:
             yield f"{self.unusable} pixels of the field are not finite, not positive or saturated somewhere"
         if len(self.spikes):
@@ -150,6 +153,7 @@ def survey(cube: Cube, field: Mask, saturation: float = np.inf) -> Survey:
     unusable = np.zeros(field.shape, dtype=np.bool_)
     constant: Positions | None = None
     often = np.zeros(field.shape, dtype=np.uint16)
+    dark: Positions | None = None
     spikes: list[NDArray[np.intp]] = []
     missing: list[int] = []
     first: Numbers | None = None
@@ -172,11 +176,17 @@ def survey(cube: Cube, field: Mask, saturation: float = np.inf) -> Survey:
     for index, values in enumerate(cube):
         image = _native(values)
         noise = _Noise.of(image, field, box)
-        if noise is None:
+        if noise is None or (
+            last is not None
+            and np.array_equal(image[box], last[box], equal_nan=image.dtype.kind == "f")
+            and np.array_equal(image, last, equal_nan=image.dtype.kind == "f")
+        ):
             missing.append(index)
             continue
         if first is None:
             first = image
+            dark = _dark_candidates(image, field, noise.level * SIGNIFICANT)
+            dark_often = np.zeros(dark[0].size, dtype=np.uint16)
         elif constant is None:
             constant = _positions(field & (image == first))
         else:
@@ -187,15 +197,19 @@ def survey(cube: Cube, field: Mask, saturation: float = np.inf) -> Survey:
         kept = _inside(field, candidates) & (image[candidates] < saturation)
         where = (candidates[0][kept], candidates[1][kept])
         excess, around = _excess(image, where), _around(image, where)
-        sharp = (excess > SIGNIFICANT * noise.at(around)) & (excess > SHARP * (image[where] - around))
+        sharp = _sharp(excess, image[where], around, noise)
         where, excess = (where[0][sharp], where[1][sharp]), excess[sharp]
         often[where] += 1
+        assert dark is not None
+        lack, around = _excess(image, dark, dark=True), _around(image, dark)
+        dark_often += _sharp(lack, image[dark], around, noise)
         judge(image)
         before, last, waiting = last, image, (index, where, excess)
     judge(None)
     images = len(cube) - len(missing)
-    hot = often >= max(ALWAYS * images, 2)
-    dead = hot
+    dead = often >= max(ALWAYS * images, 2)
+    if dark is not None:
+        dead[dark] |= dark_often >= max(ALWAYS * images, 2)
     if constant is not None:
         dead[constant] = True
     found = np.concatenate([np.empty((0, 3), dtype=np.intp), *spikes])
@@ -306,10 +320,10 @@ class _Noise:
     def of(cls, image: Numbers, field: Mask, box: tuple[slice, slice]) -> _Noise | None:
         """Take it from the differences of neighbours in a part; None if all values of the image are one."""
         part = image[box].astype(np.float32)
-        good = field[box] & np.isfinite(part)
+        good = field[box] & np.isfinite(part) & (part > 0)
         if not good.any() or np.ptp(part[good]) == 0.0:
             part = image.astype(np.float32)
-            good = field & np.isfinite(part)
+            good = field & np.isfinite(part) & (part > 0)
             if not good.any() or np.ptp(part[good]) == 0.0:
                 return None
         between = part[1:-1] - 0.5 * (part[:-2] + part[2:])
@@ -364,6 +378,21 @@ def _candidates(image: Numbers, saturation: float, least: float, unusable: Mask)
     return np.concatenate(rows or empty), np.concatenate(columns or empty)
 
 
+def _dark_candidates(image: Numbers, field: Mask, least: float) -> Positions:
+    """Pixels of the field that two opposite neighbours may exceed."""
+    negative = -image.astype(np.int32 if image.dtype.kind in "iu" else np.float32)
+    y, x = _candidates(negative, np.inf, least, np.zeros(field.shape, dtype=np.bool_))
+    inside = _inside(field, (y, x))
+    return y[inside], x[inside]
+
+
+def _sharp(excess: Image, own: Numbers, around: Image, noise: _Noise) -> Mask:
+    """Whether what sticks out is more than noise, and sharper than what the telescope can make."""
+    return np.asarray(
+        (excess > SIGNIFICANT * noise.at(around)) & (excess > SHARP * np.abs(own - around)), dtype=np.bool_
+    )
+
+
 def _positions(where: Mask) -> Positions:
     y, x = np.nonzero(where)
     return y, x
@@ -375,13 +404,18 @@ def _inside(field: Mask, where: Positions) -> Mask:
     return field[y, x] & field[y - 1, x] & field[y + 1, x] & field[y, x - 1] & field[y, x + 1]
 
 
-def _excess(image: Numbers, where: Positions) -> Image:
-    """How far pixels exceed the brighter of two opposite neighbours, along the axis where it is more."""
+def _excess(image: Numbers, where: Positions, *, dark: bool = False) -> Image:
+    """How far pixels exceed the brighter of two opposite neighbours, along the axis where it is more.
+
+    Or, if they are `dark`, how far they lie below the darker one.
+    """
     y, x = where
     above, below, left, right, own = (
         image[y + down, x + aside].astype(np.float32)
         for down, aside in ((-1, 0), (1, 0), (0, -1), (0, 1), (0, 0))
     )
+    if dark:
+        return np.asarray(np.fmax(np.minimum(above, below) - own, np.minimum(left, right) - own))
     return np.asarray(np.fmax(own - np.maximum(above, below), own - np.maximum(left, right)))
 
 

@@ -137,6 +137,36 @@ class TestPixels:
             "3 dead or hot pixels",
         ]
 
+    @pytest.mark.parametrize("share", [0.1, 0.5])
+    def test_dark_pixels(self, cube, share):
+        """Less sensitive than the pixels around, with noise of their own."""
+        spoilt = cube.copy()
+        places = [(12, 80), (40, 50), (70, 20)]
+        for place in places:
+            level = share * cube[:, *place]
+            spoilt[:, *place] = noisy(level, seed=7)
+        found = survey(spoilt, WHOLE)
+        assert [tuple(place) for place in np.argwhere(found.dead)] == places
+        assert len(found.spikes) == 0
+
+    def test_dark_points_that_the_telescope_can_make_are_none(self, cube):
+        y, x = np.mgrid[: SHAPE[0], : SHAPE[1]]
+        point = np.exp(-4 * np.log(2) * ((y - 40.2) ** 2 + (x - 50.4) ** 2) / 2.4**2)
+        found = survey(noisy(cube * (1.0 - 0.9 * point)), WHOLE)
+        assert not found.dead.any()
+
+    def test_half_a_field_of_zeros_does_not_make_the_rest_noisy(self, cube):
+        spoilt = cube.copy()
+        spoilt[5, 45:] = 0
+        found = survey(spoilt, WHOLE)
+        assert len(found.spikes) == 0
+        assert found.unusable == 45 * SHAPE[1]
+
+    def test_an_image_that_is_there_twice_is_missing_once(self, cube):
+        spoilt = cube.copy()
+        spoilt[8] = spoilt[7]
+        assert survey(spoilt, WHOLE).missing == (8,)
+
     @pytest.mark.parametrize("value", [0.0, 1480.0, np.nan])
     def test_missing_images(self, cube, value):
         spoilt = cube.astype(np.float32)
