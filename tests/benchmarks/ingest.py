@@ -5,7 +5,7 @@
 A series of full CRISP frames is written to a temporary directory: two lines, a field rotated in its pad, Ca
 II displaced by a fraction of a pixel, 16-bit integers. Then, in one run, on workers with one thread each,
 
-plain    reads every file's numbers as the store holds them (single precision), and writes the arrays of the
+plain    reads every file's numbers as the store holds them (single precision), and writes all arrays of the
          finished observation, which are in memory, with the same chunks, shards and codecs, in one task;
 ingest   is the real command: reading twice, finding the displacement, resampling, hashing, and what is done
          once, however long the series (coordinates of all pixels, the layout of the store).
@@ -122,9 +122,8 @@ def plain(folder: Path, observation: Path, copy: Path) -> Usage:
     usage = Usage()
     source = zarr.open_group(observation, mode="r")
     target = zarr.open_group(copy, mode="w")
-    names = ("halpha", "ca8542", "valid", "defects")
-    for name in names:
-        own = source[name]
+    pairs = source["valid"].shape[0]
+    for name, own in source.arrays():
         target.create_array(
             name,
             shape=own.shape,
@@ -134,9 +133,14 @@ def plain(folder: Path, observation: Path, copy: Path) -> Usage:
             compressors=own.compressors,
             fill_value=own.fill_value,
         )
+    of_times = [name for name, own in source.arrays() if own.ndim > 2]
+    once = {name: own[...] for name, own in source.arrays() if own.ndim <= 2}
+    with usage.measured([psutil.Process()]):
+        for name, values in once.items():
+            target[name][...] = values
     files = sorted(folder.glob("*.fits"))
-    for pair in range(source["valid"].shape[0]):
-        arrays = {name: source[name][pair] for name in names}
+    for pair in range(pairs):
+        arrays = {name: source[name][pair] for name in of_times}
         with usage.measured([psutil.Process()]):
             for file in files[pair :: len(files) // 2]:
                 fits.getdata(file, memmap=False).astype(np.float32)
