@@ -23,7 +23,7 @@ this is so of one line only, the other line's change is what is known. What come
 of a line, nobody has seen.
 
 While the scans are written each leaves its images in a store of its own (`BandImages`), a fifth of a scan's
-numbers in half precision; from these the change is found, at a small part of the cost of reading scans again.
+numbers in 16 bits; from these the change is found, at a small part of the cost of reading scans again.
 """
 
 from __future__ import annotations
@@ -72,6 +72,8 @@ LONGEST_SECONDS = 120.0
 
 STEP = 2.0**-13
 """To which the estimate is rounded, so that it compresses."""
+UNIT = 2.0**-12
+"""Of a scan's `level`, to which its images are rounded: up to 16 times the level they are held."""
 SAMPLE = 256  # pixels of the field's middle from which the noise is taken
 NORMAL = 1.4826  # standard deviation of a normal distribution over its median absolute deviation
 STRIP = 32  # rows of images that stay in the processor's cache
@@ -180,7 +182,7 @@ class BandImages:
     scans : sequence of Scan
         One of each line.
     levels : mapping of str to float
-        An intensity of each line's scan in whose units half precision holds its images: see `level`.
+        An intensity of each line's scan, `UNIT` of which its images hold as one: see `level`.
     """
 
     def __init__(self, scans: Sequence[Scan], levels: Mapping[str, float]) -> None:
@@ -196,7 +198,7 @@ class BandImages:
             ]
             for scan in scans
         }
-        self._images = {line: np.full((len(BANDS) + 1, *shape), np.nan, np.float16) for line in levels}
+        self._images = {line: np.zeros((len(BANDS) + 1, *shape), np.uint16) for line in levels}
 
     def add(self, line: str, block: Image, rows: slice, columns: slice) -> None:
         """Take a block's images in all bands, and its brightest intensities.
@@ -211,25 +213,27 @@ class BandImages:
             Where the block is.
         """
         out = self._images[line][:, rows, columns]
-        scale = np.float32(1.0 / self._levels[line])
+        scale = np.float32(1.0 / (self._levels[line] * UNIT))
         for top in range(0, len(block), ROWS):
             spectra = np.ascontiguousarray(np.moveaxis(block[top : top + ROWS], -1, 0))
             brightest = spectra.max(axis=0)
             usable = (spectra.min(axis=0) > 0) & (brightest < self._saturation[line])
             for index, chosen in enumerate(self._chosen[line]):
                 mean = np.asarray(np.mean(spectra[chosen], axis=0, dtype=np.float32))
-                out[index, top : top + ROWS] = _half(mean * scale, usable)
-            out[-1, top : top + ROWS] = _half(brightest * scale, usable)
+                out[index, top : top + ROWS] = _whole(mean * scale, usable)
+            out[-1, top : top + ROWS] = _whole(brightest * scale, usable)
 
     def brightest(self, line: str, block: Image, rows: slice, columns: slice) -> None:
         """Take a block's brightest intensities from other numbers than its images."""
-        scale = np.float32(1.0 / self._levels[line])
-        self._images[line][-1, rows, columns] = _half(block.max(axis=-1) * scale, True)
+        scale = np.float32(1.0 / (self._levels[line] * UNIT))
+        values = block.max(axis=-1) * scale
+        self._images[line][-1, rows, columns] = _whole(values, values > 0)
 
     def leave_out(self, where: Mask) -> None:
         """Say that nothing is known of some pixels (y, x)."""
         for images in self._images.values():
-            images[:, where] = np.nan
+            for image in images:
+                np.copyto(image, np.uint16(0), where=where)
 
     def write(self, images: Place, time: int) -> None:
         """Write all of it into the store of images, in place of what an earlier attempt has left there."""
@@ -241,9 +245,11 @@ class BandImages:
             images.bring_to_disk(folder)
 
 
-def _half(values: NDArray[np.floating[Any]], usable: Any) -> NDArray[np.float16]:  # noqa: ANN401
-    with np.errstate(over="ignore", invalid="ignore"):  # what is too large is infinite: not known
-        return np.where(usable, values, np.float32(np.nan)).astype(np.float16)
+def _whole(values: Image, usable: Mask) -> NDArray[np.uint16]:
+    """Round to whole numbers; zero, which says that nothing is known, where they are too large."""
+    # Comparisons with what is not a number are false.
+    held = usable & (values < np.float32(np.iinfo(np.uint16).max))
+    return np.where(held, values + np.float32(0.5), np.float32(0.0)).astype(np.uint16)
 
 
 def level(cube: Cube, field: Mask) -> float:
@@ -283,9 +289,9 @@ def lay_out_images(images: Place, scans: Sequence[Scan], times: int) -> None:
             group.create_array(
                 scan.line,
                 shape=(times, len(BANDS) + 1, *shape),
-                dtype="float16",
+                dtype="uint16",
                 chunks=(1, 1, *shape),
-                fill_value=np.nan,
+                fill_value=0,
                 compressors=BloscCodec(cname="lz4", clevel=1, shuffle="bitshuffle"),
                 dimension_names=("time", "band", "y", "x"),
             )
@@ -377,7 +383,7 @@ class _Scans:
         self._group = images
         self._scales = scales
         self._aligned = aligned
-        self._read: dict[tuple[str, int], tuple[NDArray[np.float16], np.float32]] = {}
+        self._read: dict[tuple[str, int], tuple[NDArray[np.uint16], np.float32]] = {}
         self._moves: dict[tuple[int, int], Shift] = {}
 
     def change(self, time: int, weights: Mapping[str, Sequence[Weights]]) -> Image:
@@ -393,17 +399,17 @@ class _Scans:
         with np.errstate(invalid="ignore"):
             return np.asarray(np.rint(largest / brightest / STEP) * STEP, dtype=np.float32)
 
-    def _images(self, line: str, time: int) -> tuple[NDArray[np.float16], np.float32]:
+    def _images(self, line: str, time: int) -> tuple[NDArray[np.uint16], np.float32]:
         """A scan's images (band, y, x), its brightest intensities as the last one; and their unit."""
         if (line, time) not in self._read:
             level = float(np.asarray(array_in(self._group, f"level_{line}")[time]))
             images = np.asarray(array_in(self._group, line)[time])
-            self._read[line, time] = (images, np.float32(self._scales[line] * level))
+            self._read[line, time] = (images, np.float32(self._scales[line] * level * UNIT))
         return self._read[line, time]
 
     def _brightest(self, line: str, time: int) -> Image:
         images, unit = self._images(line, time)
-        return np.asarray(images[-1].astype(np.float32) * unit)
+        return _known(images[-1]) * unit
 
     def _move(self, time: int, onto: int) -> Shift:
         """By how many pixels a time's images have to be moved to lie on another time's."""
@@ -418,9 +424,9 @@ class _Scans:
     def _displacement(self, earlier: int, later: int) -> Shift:
         """By the photosphere, which both wings of H-alpha show."""
         images = [self._images("halpha", time)[0] for time in (earlier, later)]
-        known = [np.asarray(np.isfinite(one[0])) for one in images]
+        known = [np.asarray(one[0] != 0) for one in images]
         box = middle_box(known[0] & known[1], SEARCHED)
-        wings = [np.nan_to_num(one[[0, 2]][:, *box].astype(np.float32)).sum(axis=0) for one in images]
+        wings = [np.add(one[0][box], one[2][box], dtype=np.float32) for one in images]
         move = find_image_shift((wings[0], wings[1]), (known[0][box], known[1][box]))
         # What is not displaced, as far as can be told, is not interpolated either.
         y, x = (round(along / CERTAIN) * CERTAIN for along in (move.y, move.x))
@@ -428,7 +434,7 @@ class _Scans:
 
     def _largest(self, line: str, time: int, weights: Weights) -> Image:
         """Largest change (y, x) of a line in any band, in units of intensity, less the noise."""
-        known = np.isfinite(self._images(line, time)[0][0])
+        known = np.asarray(self._images(line, time)[0][0] != 0)
         sample = self._sums(line, time, weights, *middle_box(known, SAMPLE))
         noise = np.array([_noise(*of_band) for of_band in zip(*sample, strict=True)], np.float32)
         largest = np.empty(known.shape, np.float32)
@@ -461,15 +467,21 @@ class _Scans:
         images, unit = self._images(line, time)
         move = self._move(time, onto)
         if (move.y, move.x) == (0.0, 0.0):
-            part = images[:-1, rows, columns].astype(np.float32)
+            part = _known(images[:-1, rows, columns])
         else:
             part = moved(images[:-1], (move.y, move.x), rows, columns)
-        part[~np.isfinite(part)] = np.nan
         part *= unit
         return part
 
 
-def moved(images: NDArray[np.floating[Any]], move: tuple[float, float], rows: slice, columns: slice) -> Image:
+def _known(images: NDArray[np.uint16]) -> Image:
+    """Images as they are stored, in single precision; NaN where nothing is known."""
+    values: Image = images.astype(np.float32)
+    np.copyto(values, np.float32(np.nan), where=images == 0)
+    return values
+
+
+def moved(images: NDArray[np.uint16], move: tuple[float, float], rows: slice, columns: slice) -> Image:
     """One block of images that are moved, by cubic convolution (Keys 1981, doi:10.1109/TASSP.1981.1163711).
 
     A tenth of the time that splines take, which the store's intensities are worth. A difference image is not:
@@ -477,8 +489,8 @@ def moved(images: NDArray[np.floating[Any]], move: tuple[float, float], rows: sl
 
     Parameters
     ----------
-    images : ndarray, shape (n, y, x)
-        Whole images.
+    images : ndarray of uint16, shape (n, y, x)
+        Whole images; zero where nothing is known.
     move : tuple of float
         By how many pixels along y and x they are moved.
     rows, columns : slice
@@ -487,7 +499,7 @@ def moved(images: NDArray[np.floating[Any]], move: tuple[float, float], rows: sl
     Returns
     -------
     ndarray of float32, shape (n, rows, columns)
-        NaN where any of the four by four pixels that count are not finite, or outside of the image.
+        NaN where any of the four by four pixels that count is not known, or outside of the image.
     """
     firsts, taps = zip(*(_taps(one) for one in move), strict=True)
     spans = [
@@ -503,7 +515,7 @@ def moved(images: NDArray[np.floating[Any]], move: tuple[float, float], rows: sl
         place = [
             slice(one.start - first, one.stop - first) for one, (first, _) in zip(inside, spans, strict=True)
         ]
-        source[:, *place] = images[:, *inside]
+        source[:, *place] = _known(images[:, *inside])
     height, width = rows.stop - rows.start, columns.stop - columns.start
     along_y = sum(weight * source[:, step : step + height] for step, weight in enumerate(taps[0]))
     return np.asarray(

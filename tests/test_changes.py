@@ -286,8 +286,11 @@ class TestMoved:
     def test_a_texture(self, move):
         """What the telescope resolves is moved to a tenth of a per cent of itself."""
         texture = smooth_noise(np.random.default_rng(1), SHAPE, 2.5)
-        whole = changes.moved(texture[None], move, slice(0, SHAPE[0]), slice(0, SHAPE[1]))[0]
-        block = changes.moved(texture[None], move, slice(20, 52), slice(30, 90))[0]
+        stored = np.rint(20000 + 1000 * texture).astype(np.uint16)[None]
+        whole, block = (
+            (changes.moved(stored, move, *part)[0] - 20000) / 1000
+            for part in ((slice(0, SHAPE[0]), slice(0, SHAPE[1])), (slice(20, 52), slice(30, 90)))
+        )
         np.testing.assert_array_equal(block, whole[20:52, 30:90])
         known = np.isfinite(whole)
         rows, columns = (
@@ -299,8 +302,8 @@ class TestMoved:
         assert np.sqrt(np.mean((whole - truth)[known] ** 2)) < 0.003 if known.any() else rows == 0
 
     def test_what_is_not_known_stays_so(self):
-        texture = np.ones((1, *SHAPE))
-        texture[0, 40, 50] = np.nan
+        texture = np.ones((1, *SHAPE), np.uint16)
+        texture[0, 40, 50] = 0
         whole = changes.moved(texture, (2.5, -1.0), slice(0, 90), slice(0, 110))[0]
         lost = np.argwhere(np.isnan(whole[6:-6, 6:-6])) + 6
         assert lost.tolist() == [[row, 49] for row in (41, 42, 43, 44)]
