@@ -77,7 +77,7 @@ UNIT = 2.0**-12
 SAMPLE = 256  # pixels of the field's middle from which the noise is taken
 NORMAL = 1.4826  # standard deviation of a normal distribution over its median absolute deviation
 STRIP = 32  # rows of images that stay in the processor's cache
-ROWS = 8  # and of spectra
+ROWS = 16  # and of spectra
 CERTAIN = 0.02  # pixels, to which displacements are found
 SEARCHED = 256  # pixels of the field's middle by which scans are brought onto one another
 LEVEL = 64  # pixels of the field's middle from which a scan's level is taken
@@ -219,9 +219,11 @@ class BandImages:
             brightest = spectra.max(axis=0)
             usable = (spectra.min(axis=0) > 0) & (brightest < self._saturation[line])
             for index, chosen in enumerate(self._chosen[line]):
-                mean = np.asarray(np.mean(spectra[chosen], axis=0, dtype=np.float32))
-                out[index, top : top + ROWS] = _whole(mean * scale, usable)
-            out[-1, top : top + ROWS] = _whole(brightest * scale, usable)
+                mean = np.add.reduce(spectra[chosen], axis=0)
+                mean *= scale / np.float32(chosen.stop - chosen.start)
+                out[index, top : top + ROWS] = _whole(mean, usable)
+            brightest *= scale
+            out[-1, top : top + ROWS] = _whole(brightest, usable)
 
     def brightest(self, line: str, block: Image, rows: slice, columns: slice) -> None:
         """Take a block's brightest intensities from other numbers than its images."""
@@ -246,10 +248,12 @@ class BandImages:
 
 
 def _whole(values: Image, usable: Mask) -> NDArray[np.uint16]:
-    """Round to whole numbers; zero, which says that nothing is known, where they are too large."""
+    """Round to whole numbers, in place of what is given; zero, which says that nothing is known, where they are too large."""
     # Comparisons with what is not a number are false.
     held = usable & (values < np.float32(np.iinfo(np.uint16).max))
-    return np.where(held, values + np.float32(0.5), np.float32(0.0)).astype(np.uint16)
+    values += np.float32(0.5)
+    np.copyto(values, np.float32(0.0), where=~held)
+    return values.astype(np.uint16)
 
 
 def level(cube: Cube, field: Mask) -> float:
