@@ -6,6 +6,7 @@ import resource
 import signal
 import sys
 import time
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from pkgutil import resolve_name
@@ -186,3 +187,31 @@ class Deaths(WorkerPlugin):
             return real(store, run, tile, values)
 
         pipeline.tiles.write_tile = deadly
+
+
+class DiesOnce(WorkerPlugin):
+    """On every worker, restarted ones too: the very first call of each of some functions ends its worker.
+
+    Parameters
+    ----------
+    folder : Path
+        Where deaths are noted, by the function's name.
+    names : sequence of str
+        The functions, as ``module:attribute``.
+    """
+
+    name = "dies once"
+
+    def __init__(self, folder, names):
+        self.folder, self.names = folder, names
+
+    def setup(self, worker):
+        for name in self.names:
+            replaced(name, partial(self.die, name))
+
+    def die(self, name, number):
+        try:
+            (self.folder / name).touch(exist_ok=False)
+        except FileExistsError:
+            return
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -13,8 +13,9 @@ from astropy.table import Table
 
 import pipeline
 from inn.layout import CA8542, HALPHA
+from pipeline.crisp.fchroma import write_fchroma
 from pipeline.crisp.instrument import transmission
-from tests.fchroma_files import WAVELENGTH_CA8542, WAVELENGTH_HALPHA, smooth_noise
+from tests.fchroma_files import PAD, WAVELENGTH_CA8542, WAVELENGTH_HALPHA, smooth_noise
 
 AXES = {"halpha": WAVELENGTH_HALPHA, "ca8542": WAVELENGTH_CA8542}
 REST = {line.name: line.rest_wavelength for line in (HALPHA, CA8542)}
@@ -110,3 +111,25 @@ def quiet_scene(
         attrs={"relative_calibration": "assumed"},
     )
     return dataset, (ribbon | plage | spot | filament | pad if active else pad)
+
+
+def write_scene(folder, dataset, delay=0):
+    """The scene's files as the F-CHROMA database has them, with a constant pad.
+
+    Ca II is taken `delay` seconds after H-alpha.
+    """
+    folder.mkdir(exist_ok=True)
+    rows, columns = dataset.sizes["y"], dataset.sizes["x"]
+    middle = [float(dataset[name].mean()) for name in ("longitude", "latitude")]
+    for line, axis in AXES.items():
+        cube = dataset[line].isel(time=0).transpose(f"wavelength_{line}", "y", "x").to_numpy()
+        write_fchroma(
+            folder / f"{line}.fits",
+            np.where(np.isnan(cube), PAD, np.clip(cube, 1, 32767)),
+            axis,
+            dataset.time.values[0] + np.timedelta64(delay if line == "ca8542" else 0, "s"),
+            pointing=(middle[0], middle[1]),
+            scale=PIXEL,
+            reference_pixel=((columns - 1) / 2, (rows - 1) / 2),
+        )
+    return folder

@@ -6,18 +6,22 @@ import numpy as np
 import pytest
 import xarray as xr
 from astropy.io import fits
+from distributed import Client, LocalCluster
 
 import pipeline.ingest
 from pipeline.changes import CHANGED
 from pipeline.common_time import between, other_scans, share_of_other
 from pipeline.crisp.fchroma import write_fchroma
+from pipeline.crisp.wavelengths import vacuum_to_air
 from pipeline.defects import Defect
 from pipeline.errors import MisuseError
 from pipeline.ingest import ingest
 from pipeline.observation import open_observation
 from pipeline.pairing import Pair
+from pipeline.storage import place
 from pipeline.tiles import judge
 from tests.fchroma_files import START, WAVELENGTH_CA8542, WAVELENGTH_HALPHA, displace, scene
+from tests.sstred_files import DAY, write_sstred
 from tests.test_changes import scan_of
 
 SHAPE = (66, 78)
@@ -58,6 +62,13 @@ def write_series(folder, bright, brightness, halpha=HALPHA, ca8542=CA8542):
         write(folder, "halpha", second, bright(brightness(second))[0])
     for second, move in zip(ca8542, MOVES, strict=False):
         write(folder, "ca8542", second, bright(brightness(second))[1], move)
+
+
+def contents(store):
+    """Bytes of every file of a store, wherever it is."""
+    there = place(store)
+    keys = sorted(there.sizes())
+    return dict(zip(keys, there.read(keys), strict=True))
 
 
 def linear(second):
@@ -171,6 +182,61 @@ class TestSeries:
         assert ingest([folder], tmp_path / "obs.zarr", call="a test", common_time=True).resumed == 2
         assert done == [2, 3]
         xr.testing.assert_identical(xr.open_zarr(tmp_path / "obs.zarr").load(), xr.open_zarr(output).load())
+
+    def test_through_dask_and_into_a_bucket(self, interpolated, tmp_path):
+        """The same bytes, with numbers of what changed in them."""
+        folder, output, _ = interpolated
+        bucket = "memory://common-time/obs.zarr"
+        with (
+            LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+            Client(cluster, set_as_default=False) as client,
+        ):
+            ingest([folder], tmp_path / "obs.zarr", cluster=client, call="a test", common_time=True)
+        ingest([folder], bucket, call="a test", common_time=True)
+        undisturbed = contents(output)
+        assert sum(name.startswith("change_between_lines/c/") for name in undisturbed) == len(HALPHA)
+        for store in (tmp_path / "obs.zarr", bucket):
+            assert contents(store) == undisturbed
+
+    def test_cavity_maps_are_interpolated_with_it(self, bright, tmp_path):
+        """Each Ca II scan has cavity errors of its own, displaced with it: those of H-alpha's time result."""
+        y, x = np.mgrid[: SHAPE[0], : SHAPE[1]]
+        midnight = (START - np.datetime64(DAY, "ms")) / np.timedelta64(1, "s")
+
+        def errors(second, move=(0.0, 0.0)):
+            """Angstrom, of the pixels that are moved by `move` to where H-alpha has them."""
+            return 1e-4 * (y + move[0]) - 2e-4 * (x + move[1]) + 1e-3 * second
+
+        for line, seconds, axis in (
+            ("halpha", HALPHA, WAVELENGTH_HALPHA),
+            ("ca8542", CA8542, WAVELENGTH_CA8542),
+        ):
+            moves = MOVES if line == "ca8542" else [(0.0, 0.0)] * len(seconds)
+            rng = np.random.default_rng(3)
+            cubes = []
+            for second, move in zip(seconds, moves, strict=False):
+                cube = bright(linear(second))[line == "ca8542"]
+                seen = np.stack([displace(image, -move[0], -move[1]) for image in cube])
+                cubes.append(seen + 0.2 * np.sqrt(np.maximum(seen, 1.0)) * rng.standard_normal(seen.shape))
+            write_sstred(
+                tmp_path / f"{line}.fits",
+                1e-12 * np.maximum(cubes, 1.0)[:, None],
+                vacuum_to_air(axis),
+                midnight + np.repeat(np.array(seconds)[:, None], len(axis), axis=1),
+                cavity=[errors(*one) for one in zip(seconds, moves, strict=False)]
+                if line == "ca8542"
+                else None,
+            )
+        ingest([tmp_path], tmp_path / "obs.zarr", call="", common_time=True)
+        dataset = open_observation(tmp_path / "obs.zarr").load()
+        assert dataset.ca8542_interpolated.values.tolist() == [False, True, True, True]
+        for time, second in enumerate([CA8542[0], *HALPHA[1:]]):
+            away = dataset.wavelength_shift_ca8542.values[time] - 1.000275 * errors(second)
+            # what is a tenth of a pixel off is off by a tenth of the gradient
+            assert np.abs(away[INNER]).max() < 3e-5
+            truth = np.moveaxis(bright(linear(second))[1], 0, -1)[INNER]
+            ratio = dataset.ca8542.values[time][INNER] / truth
+            assert np.std(ratio / np.median(ratio, axis=(0, 1))) < 0.02
 
     def test_bad_numbers_of_either_scan_are_flagged(self, interpolated, tmp_path):
         """What one scan has, the time has, as if it were that scan."""

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import astropy.units as u
+import disturbed
 import numpy as np
 import pytest
 import xarray as xr
@@ -48,6 +49,7 @@ from tests.fchroma_files import (
     scene,
     write_pair,
 )
+from tests.quiet_scene import quiet_scene, write_scene
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "crisp"
 SHIFTS = ((2.3, -1.4), (5.6, 3.2), (-0.4, -5.8))
@@ -806,6 +808,25 @@ class TestBadInput:
         assert leftovers(output) == []
 
 
+def killed(sources, output, name, call, **settings):
+    """Ingest in a process that is killed at the n-th call of ``module:attribute``."""
+    script = (
+        "import sys\n"
+        "sys.path[:0] = eval(sys.argv[1])\n"
+        "import disturbed, pipeline.ingest\n"
+        "sources, output, name, call, settings = eval(sys.argv[2])\n"
+        "disturbed.kill_before(name, call)\n"
+        "said = 'flarefield ingest series obs.zarr'\n"
+        "pipeline.ingest.ingest(sources, output, call=said, **settings)\n"
+    )
+    told = ([str(source) for source in sources], str(output), name, call, settings)
+    paths = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+    process = subprocess.run(
+        [sys.executable, "-c", script, repr(paths), repr(told)], capture_output=True, check=False
+    )
+    assert process.returncode == -signal.SIGKILL, process.stderr.decode()
+
+
 class TestInterruption:
     def test_no_space_left(self, series, tmp_path, monkeypatch):
         output = tmp_path / "obs.zarr"
@@ -890,35 +911,60 @@ class TestInterruption:
     def test_killed_at_any_moment(self, series, observation, tmp_path):
         """SIGKILL in the middle of a slice, before the end, in the renaming: then the same bytes."""
         output = tmp_path / "obs.zarr"
-        script = (
-            "import os, signal, sys, pathlib, pipeline.ingest as i, pipeline.storage as s\n"
-            "owner, name, left = eval(sys.argv[3]), sys.argv[4], int(sys.argv[5])\n"
-            "original = getattr(owner, name)\n"
-            "def fatal(*arguments, **keywords):\n"
-            "    global left\n"
-            "    left -= 1\n"
-            "    if not left:\n"
-            "        os.kill(os.getpid(), signal.SIGKILL)\n"
-            "    return original(*arguments, **keywords)\n"
-            "setattr(owner, name, fatal)\n"
-            "i.ingest([sys.argv[1]], sys.argv[2], call='flarefield ingest series obs.zarr')\n"
-        )
-        for owner, name, call in (
-            ("s.Directory", "bring_to_disk", 5),  # the second time is written, not recorded
-            ("i", "finish", 1),
-            ("i", "swap", 1),
+        for module, name, call in (
+            ("pipeline.shards", "ShardWriter.write", 4),  # the second time is being written
+            ("pipeline.storage", "Directory.bring_to_disk", 5),  # it is written, not recorded
+            ("pipeline.ingest", "finish", 1),
+            ("pipeline.ingest", "swap", 1),
             ("os", "replace", 1),  # the store has its name, the journal has not
         ):
-            process = subprocess.run(
-                [sys.executable, "-c", script, str(series[0]), str(output), owner, name, str(call)],
-                capture_output=True,
-                check=False,
-            )
-            assert process.returncode == -signal.SIGKILL, process.stderr.decode()
-            assert output.exists() == (owner == "os")
+            killed([series[0]], output, f"{module}:{name}", call)
+            assert output.exists() == (module == "os")
         report = ingest([series[0]], output, call="flarefield ingest series obs.zarr")
         assert report.complete_before
         assert contents(output) == contents(observation[0])
+        assert leftovers(output) == []
+
+    def test_killed_while_calibrating_and_comparing(self, tmp_path):
+        """The second time is the first one, a fifth brighter everywhere: that much is known to change."""
+        scenes = [quiet_scene(times=1)[0] for _ in range(2)]
+        for line in ("halpha", "ca8542"):
+            scenes[1][line] = 1.2 * scenes[1][line]
+        scenes[1] = scenes[1].assign_coords(time=scenes[1].time + np.timedelta64(20, "s"))
+        files = [write_scene(tmp_path / str(number), one, delay=5) for number, one in enumerate(scenes)]
+        settings = {"calibrate": "quiet-sun", "wavelength_zero": "quiet-sun"}
+        output, undisturbed = tmp_path / "obs.zarr", tmp_path / "undisturbed.zarr"
+        for name, call in (
+            ("pipeline.ingest:calibrate_store", 1),
+            ("pipeline.ingest:write_calibration", 2),  # as in the files is written, what was found is not
+            ("pipeline.changes:_Scans.change", 2),  # one time's change is written, not recorded
+            ("pipeline.ingest:finish", 1),  # both are recorded, and calibrated again
+        ):
+            killed(files, output, name, call, **settings)
+            assert not output.exists()
+        report = ingest(files, output, call="flarefield ingest series obs.zarr", **settings)
+        assert report.resumed == 2
+        ingest(files, undisturbed, call="flarefield ingest series obs.zarr", **settings)
+        assert contents(output) == contents(undisturbed)
+        assert leftovers(output) == []
+        change = open_observation(output).change_between_lines.values
+        assert np.isfinite(change).mean() > 0.8
+        # a quarter of a fifth, in an image that is nearly as bright as the brightest
+        assert 0.02 < np.nanmedian(change) < 0.05
+
+    def test_workers_killed_while_writing_and_comparing(self, growing, tmp_path):
+        """What changed between the lines, too, is found by the workers as by one process alone."""
+        deaths = ("pipeline.shards:ShardWriter.write", "pipeline.changes:_Scans.change")
+        output = tmp_path / "obs.zarr"
+        with (
+            LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+            Client(cluster, set_as_default=False) as client,
+        ):
+            client.register_plugin(disturbed.DiesOnce(tmp_path, deaths))
+            ingest([growing[0]], output, cluster=client, call="a test")
+        assert all((tmp_path / name).exists() for name in deaths)
+        assert np.isfinite(open_observation(output).change_between_lines.values).any(axis=(1, 2)).all()
+        assert contents(output) == contents(growing[2])
         assert leftovers(output) == []
 
 

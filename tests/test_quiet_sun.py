@@ -13,7 +13,6 @@ from scipy.interpolate import CubicSpline
 
 import pipeline
 from pipeline.calibration import calibrate, limb_darkening, quiet_pixels, quiet_sun_profile
-from pipeline.crisp.fchroma import write_fchroma
 from pipeline.demo_series import held_out, line_profiles, shows_emission
 from pipeline.errors import InputError, MisuseError
 from pipeline.grids.store import BUNDLED_GRID, open_grid
@@ -21,8 +20,7 @@ from pipeline.ingest import ingest
 from pipeline.invert import invert
 from pipeline.observation import open_observation
 from pipeline.results import open_map
-from tests.fchroma_files import PAD
-from tests.quiet_scene import AXES, CONTINUUM, PIXEL, REST, quiet_scene, quiet_spectrum
+from tests.quiet_scene import AXES, CONTINUUM, PIXEL, REST, quiet_scene, quiet_spectrum, write_scene
 
 COUNTS = {"halpha": 1.1e-3, "ca8542": 1.9e-3}
 REAL = Path(__file__).parents[2] / "shared" / "data" / "crisp"
@@ -375,22 +373,3 @@ class TestIngest:
 
 def interrupted(*_arguments):
     raise KeyboardInterrupt
-
-
-def write_scene(folder, dataset):
-    """The scene's files as the F-CHROMA database has them, with a constant pad."""
-    folder.mkdir(exist_ok=True)
-    rows, columns = dataset.sizes["y"], dataset.sizes["x"]
-    middle = [float(dataset[name].mean()) for name in ("longitude", "latitude")]
-    for line, axis in AXES.items():
-        cube = dataset[line].isel(time=0).transpose(f"wavelength_{line}", "y", "x").to_numpy()
-        write_fchroma(
-            folder / f"{line}.fits",
-            np.where(np.isnan(cube), PAD, np.clip(cube, 1, 32767)),
-            axis,
-            dataset.time.values[0],
-            pointing=(middle[0], middle[1]),
-            scale=PIXEL,
-            reference_pixel=((columns - 1) / 2, (rows - 1) / 2),
-        )
-    return folder

@@ -1,0 +1,73 @@
+"""A series goes through ingest time by time: what memory it takes does not depend on how long it is."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from pipeline.observation import open_observation
+from tests.benchmarks.ingest import write_series
+
+SHAPE = (300, 320)
+FEW, MANY = 2, 8
+INTENSITIES = 40 * 4 * SHAPE[0] * SHAPE[1]
+"""Bytes of one time's intensities in single precision, of both lines."""
+
+SCRIPT = """
+import json, resource, sys
+from pipeline.ingest import ingest
+
+warm, series, output, limit = sys.argv[1:]
+ingest([warm], output + ".warm", call="a test")
+if int(limit):
+    with open("/proc/self/status") as status:
+        (used,) = (1024 * int(line.split()[1]) for line in status if line.startswith("VmData"))
+    resource.setrlimit(resource.RLIMIT_DATA, (used + int(limit), used + int(limit)))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+ingest([series], output, call="a test")
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps(1024 * (after - before)))
+"""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Series of a few pixels, of few times, and of many."""
+    found = {}
+    for name, shape, pairs in (("warm", (40, 50), 2), ("few", SHAPE, FEW), ("many", SHAPE, MANY)):
+        found[name] = tmp_path_factory.mktemp(name)
+        write_series(found[name], shape, pairs)
+    return found
+
+
+def grown(folders, name, output, limit=0):
+    """Bytes by which a process grows, at most, while it makes an observation of a series."""
+    process = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *map(str, (folders["warm"], folders[name], output, limit))],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def test_a_series_larger_than_the_memory_streams_through(folders, tmp_path):
+    """What the process may take beyond what it has is half of the series; it takes what a short one takes."""
+    limit = MANY * INTENSITIES // 2
+    few = grown(folders, "few", tmp_path / "few.zarr")
+    many = grown(folders, "many", tmp_path / "many.zarr", limit)
+    assert few > INTENSITIES / 4  # that anything is measured at all
+    assert many < few + INTENSITIES
+    dataset = open_observation(tmp_path / "many.zarr")
+    assert dataset.halpha.nbytes + dataset.ca8542.nbytes == MANY * INTENSITIES > limit
+    for time in (0, MANY - 1):
+        one = dataset.isel(time=time).load()
+        valid = one.valid.values
+        assert valid.mean() > 0.4
+        assert np.isfinite(one.halpha.values[valid]).all()
+        assert np.isfinite(one.change_between_lines.values[valid]).mean() > 0.9
