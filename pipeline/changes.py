@@ -248,7 +248,7 @@ class BandImages:
 
 
 def _whole(values: Image, usable: Mask) -> NDArray[np.uint16]:
-    """Round to whole numbers, in place of what is given; zero, which says that nothing is known, where they are too large."""
+    """Round to whole numbers, overwriting what is given; zero, for what is not known, where too large."""
     # Comparisons with what is not a number are false.
     held = usable & (values < np.float32(np.iinfo(np.uint16).max))
     values += np.float32(0.5)
