@@ -188,7 +188,7 @@ class TestSeries:
         folder, output, _ = interpolated
         bucket = "memory://common-time/obs.zarr"
         with (
-            LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+            LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0") as cluster,
             Client(cluster, set_as_default=False) as client,
         ):
             ingest([folder], tmp_path / "obs.zarr", cluster=client, call="a test", common_time=True)

@@ -258,7 +258,7 @@ class TestContent:
 
     def test_through_dask(self, series, observation, tmp_path):
         with (
-            LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+            LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0") as cluster,
             Client(cluster, set_as_default=False) as client,
         ):
             path = tmp_path / "obs.zarr"
@@ -957,7 +957,7 @@ class TestInterruption:
         deaths = ("pipeline.shards:ShardWriter.write", "pipeline.changes:_Scans.change")
         output = tmp_path / "obs.zarr"
         with (
-            LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+            LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0") as cluster,
             Client(cluster, set_as_default=False) as client,
         ):
             client.register_plugin(disturbed.DiesOnce(tmp_path, deaths))

@@ -22,16 +22,18 @@ import json, resource, sys, threading
 threading.stack_size(1 << 20)  # a stack counts as memory, used or not
 from pipeline.ingest import ingest
 
+def memory(name):
+    with open("/proc/self/status") as status:
+        return next(1024 * int(line.split()[1]) for line in status if line.startswith(name + ":"))
+
 warm, series, output, limit = sys.argv[1:]
 ingest([warm], output + ".warm", call="a test")
 if int(limit):
-    with open("/proc/self/status") as status:
-        (used,) = (1024 * int(line.split()[1]) for line in status if line.startswith("VmData"))
-    resource.setrlimit(resource.RLIMIT_DATA, (used + int(limit), used + int(limit)))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    most = memory("VmData") + int(limit)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+before = memory("VmHWM")  # that of the resource module begins with the parent's
 ingest([series], output, call="a test")
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps(1024 * (after - before)))
+print(json.dumps(memory("VmHWM") - before))
 """
 
 
@@ -58,7 +60,7 @@ def grown(folders, name, output, limit=0):
 
 
 def test_a_series_larger_than_the_memory_streams_through(folders, tmp_path):
-    """What the process may take beyond what it has is two thirds of the series; it takes what a short one takes."""
+    """What the process may take beyond what it has is two thirds of the series: a short one takes as much."""
     limit = 2 * MANY * INTENSITIES // 3
     few = grown(folders, "few", tmp_path / "few.zarr")
     many = grown(folders, "many", tmp_path / "many.zarr", limit)
