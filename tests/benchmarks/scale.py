@@ -205,10 +205,11 @@ def figure(curves: dict[str, Curve]) -> Figure:
     for axis, (title, curve) in zip(np.atleast_1d(axes), curves.items(), strict=True):
         for name, values in zip(curve.names, np.array(curve.memory).T, strict=True):
             axis.plot(curve.tiles, 1e-6 * values, label=name)
-        axis.set(xlabel="tiles done", ylabel="resident memory (MB)", title=title, ylim=(0, None))
-        axis.axvline(SETTLED, color="0.7", lw=0.8)
         axis.set_xscale("symlog", linthresh=10)
-        axis.legend()
+        axis.set(xlabel="tiles done", ylabel="resident memory (MB)", title=title, ylim=(0, None))
+        axis.set_xlim(0, max(curve.tiles))
+        axis.axvline(SETTLED, color="0.7", lw=0.8)
+        axis.legend(loc="lower right")
     return drawn
 
 
