@@ -13,10 +13,10 @@ from typing import Any
 import astropy.units as u
 import numpy as np
 import yaml
+from astropy.io import fits
 from numpy.typing import NDArray
 
 from pipeline.crisp.cube import PER_ANGSTROM
-from pipeline.crisp.fchroma import file_name, write_fchroma
 from pipeline.crisp.scan import LINES
 from pipeline.crisp.wavelengths import vacuum_to_air
 from tests.crispy_groups import write_crispy
@@ -93,18 +93,52 @@ def seconds(points: int, delay: float) -> NDArray[np.float64]:
     return middle[:, None] + 0.2 * (np.arange(points) - (points - 1) / 2)
 
 
+def database_header(line: str, axis: NDArray[np.float64], moment: np.datetime64) -> fits.Header:
+    """Cards of a scan as the database's files have them; nothing is asked of FlareField's own writer."""
+    element, middle = {"halpha": ("H I 6563", 7), "ca8542": ("Ca II 8542", 12)}[line]
+    cards = f"""
+DATE-AVG= '{moment.astype("datetime64[ms]")}'
+POINT_ID= '{START.astype("datetime64[s]")}'
+CDELT1  =                0.057
+CDELT2  =                0.057
+CDELT3  = {(axis[-1] - axis[0]) / (axis.size - 1):20.12f}
+CRPIX1  = {(SHAPE[1] + 1) / 2:20.1f}
+CRPIX2  = {(SHAPE[0] + 1) / 2:20.1f}
+CRPIX3  = {middle + 1:20d}
+CRVAL1  =             -729.826
+CRVAL2  =             -313.432
+CRVAL3  = {axis[middle]:20.3f}
+CTYPE1  = 'HPLN-TAN'
+CTYPE2  = 'HPLT-TAN'
+CTYPE3  = 'WAVE    '
+CUNIT1  = 'arcsec  '
+CUNIT2  = 'arcsec  '
+CUNIT3  = 'Angstrom'
+PC1_1   =                  1.0
+PC2_2   =                  1.0
+PC3_3   =                  1.0
+NWIN    =                    1
+WSTART1 =                    0
+WWIDTH1 = {axis.size:20d}
+WDESC1  = '{element}'
+TWAVE1  = {axis[middle]:20.3f}
+EXTNAME = '{element.replace(" ", "_")}'
+SOLARNET=                  0.5
+INSTRUME= 'CRISP   '"""
+    return fits.Header.fromstring(cards.strip(), sep="\n")
+
+
 def in_fchroma(folder: Path, series: Series) -> dict[str, Any]:
     """16-bit counts, one file a scan, wavelengths in vacuum, a constant pad."""
     for line, axis in AXES.items():
         for number in range(2):
             inside = series.field[line][number]
             moment = START + number * CADENCE + (0 if line == "halpha" else BETWEEN_LINES)
-            write_fchroma(
-                folder / file_name(line, START, number),
-                np.where(inside, series.noisy[line][number], PAD),
-                axis,
-                moment,
-            )
+            counts = np.rint(np.where(inside, series.noisy[line][number], PAD)).astype(">i2")
+            wavelengths = fits.ImageHDU(axis, name="lambda-coordinate")
+            wavelengths.header["BUNIT"] = "Angstrom"
+            scan = fits.PrimaryHDU(counts, database_header(line, axis, moment))
+            fits.HDUList([scan, wavelengths]).writeto(folder / f"{line}_{number}.fits")
     return {}
 
 
