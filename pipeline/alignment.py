@@ -6,7 +6,7 @@ parts of the field agree, or where the displacement or the turn is too large to 
 The positions of all times follow from all accepted links together, by least squares. Links between neighbours
 alone would let their errors add up over hundreds of scans; links over a few scans hold that down, bridge
 single bad scans, and contradict a link that went wrong, which is then left out. Times that no accepted link
-joins to the reference stay where they are, and are flagged.
+joins to the reference, or only with an error of more than a pixel, stay where they are, and are flagged.
 
 A series is turned back only if the turns of its times are more than the errors of finding them: what granules
 change of their own accord would turn small fields for nothing.
@@ -39,7 +39,7 @@ LARGEST_JUMP = 40.0
 LARGEST_TURN = 1.5
 """Degrees between two linked scans at most: more than a telescope's mount turns the field in minutes."""
 
-SIGNIFICANT = 6.0
+SIGNIFICANT = 5.0
 """Standard errors by which the turn of a time must differ from none, for a series to be turned back."""
 
 NOTICED = 0.1
@@ -253,6 +253,10 @@ def positions(
             said = [why for pair, why in refusals.items() if time in pair and why is not None]
             refused = said[0] if said else "nothing links it to the others"
             found.append(Position(np.nan, np.nan, 0.0, np.nan, refused=refused))
+            continue
+        if place_errors[time] > AGREEMENT:
+            refused = f"a standard error of {place_errors[time]:.1f} pixels against the reference"
+            found.append(Position(np.nan, np.nan, 0.0, np.nan, float(place_errors[time]), refused=refused))
             continue
         own = np.flatnonzero((ends == time).any(axis=1))
         found.append(

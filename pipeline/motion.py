@@ -54,6 +54,9 @@ STEPS = 12  # of least squares at most
 SETTLED = 0.003  # pixels of the last one
 LEAST_WEIGHT = 0.15  # mean weight of a block that can tell its displacement
 CLUSTER = 16  # pixels, beyond which errors of structures are independent
+UNDERSTATED = 1.4
+"""Errors that synthetic granules of known displacements had, over those that least squares say: 1.3 to 1.6,
+in fields of 96 and of 200 pixels, one to eight scans apart, with and without ribbons."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +218,8 @@ def _fitted(
     if not np.linalg.cond(response) < 1e12:
         return None
     inverse = np.linalg.inv(response)
-    covariance = inverse @ _scatter(weighted * left.ravel(), still.mask.shape) @ inverse
+    scatter = _scatter(weighted * left.ravel(), still.mask.shape)
+    covariance = UNDERSTATED**2 * inverse @ scatter @ inverse
     error = float(np.sqrt(max(np.trace(covariance[1:, 1:]), 0.0)))
     return angle, displacement, error, float(np.sqrt(max(covariance[0, 0], 0.0)))
 
