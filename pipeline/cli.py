@@ -94,7 +94,8 @@ GenericOption = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE.yaml",
-        help="A description of FITS or NetCDF files of other instruments, such as deploy/ibis.yaml.",
+        help="A description of FITS or NetCDF files of other instruments, such as deploy/ibis.yaml. Where a "
+        "file says otherwise it is refused, unless the description has such as `overrides: [unit]`.",
         show_default=False,
     ),
 ]

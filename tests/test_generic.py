@@ -484,6 +484,129 @@ class TestIntensities:
                     np.testing.assert_array_equal(found >= scan.saturation, cube[index, 0] == 32767)
 
 
+IMAGES = {"axes": ["wavelength", "y", "x"], "stokes": None, "time": {"values": ["2014-09-06T15:27:24"]}}
+PER_HERTZ = "W m-2 Hz-1 sr-1"
+EVEN = {"CRVAL3": IN_AIR[0], "CRPIX3": 1.0, "CDELT3": 0.2}
+SKY = {"CTYPE1": "HPLN-TAN", "CTYPE2": "HPLT-TAN"}
+ARCSEC = {"CUNIT1": "arcsec", "CUNIT2": "arcsec"}
+
+
+def from_header(medium):
+    return {"wavelength": {"header": True, "unit": "Angstrom", "medium": medium}}
+
+
+class TestContradictions:
+    """What a file says and what is stated of it: refused where they differ, unless that is stated, too."""
+
+    def check(self, path, changes, key, words):
+        stated = statement(**{**IMAGES, **changes})
+        with pytest.raises(InputError, match=words) as caught:
+            read_scans(path, describe(path.parent, stated))
+        assert f"`cubes.0.{key}`" in caught.value.remedy
+        assert "in the file" in caught.value.found
+        part = key.partition(".")[0]
+        assert f"overrides: [{part}]" in caught.value.remedy
+        assert len(read_scans(path, describe(path.parent, {**stated, "overrides": [part]}))) == 1
+
+    def fits(self, tmp_path, cube, cards):
+        path = tmp_path / "a.fits"
+        fits.PrimaryHDU(cube[0, 0].astype(">f4"), fits.Header(cards)).writeto(path)
+        return path
+
+    def netcdf(self, tmp_path, cube, dims=("wavelength", "y", "x"), axis=None, **attributes):
+        dataset = xr.Dataset({"intensity": (dims, cube[0, 0].astype("f4"), attributes)})
+        if axis is not None:
+            dataset["wavelength"] = ("wavelength", IN_AIR, axis)
+        dataset.to_netcdf(tmp_path / "a.nc", engine="scipy")
+        return tmp_path / "a.nc"
+
+    @pytest.mark.parametrize(
+        ("cards", "changes", "key", "words"),
+        [
+            ({"BUNIT": PER_HERTZ}, {"unit": "erg s-1 cm-2 sr-1 Angstrom-1"}, "unit", "another unit"),
+            ({"BUNIT": PER_HERTZ}, {"unit": "DN"}, "unit", "another unit"),
+            ({"BUNIT": PER_HERTZ}, {"unit": "kW m-2 Hz-1 sr-1"}, "unit", "another unit"),
+            ({"BUNIT": "counts"}, {"unit": PER_HERTZ}, "unit", "another unit"),
+            ({"CTYPE1": "HPLT-TAN", "CTYPE2": "HPLN-TAN"}, {}, "axes", "other axes"),
+            ({"CTYPE1": "SOLAR-Y", "CTYPE2": "SOLAR-X"}, {}, "axes", "other axes"),
+            ({"CTYPE3": "STOKES"}, {}, "axes", "other axes"),
+            ({"CTYPE1": "WAVE"}, {}, "axes", "other axes"),
+            ({"CDELT1": 0.057, "CDELT2": 0.057}, {}, "pointing.scale", "another size"),
+            ({**ARCSEC, "CDELT1": 0.1, "CDELT2": 0.2}, {}, "pointing.scale", "another size"),
+            ({**ARCSEC, "CDELT1": 0.2, "CDELT2": 0.2, "CTYPE3": "AWAV-TAB"}, {}, "pointing.scale", "size"),
+            ({**SKY, "CD1_1": 0.57 / 3600, "CD2_2": 0.57 / 3600}, {}, "pointing.scale", "another size"),
+            ({"DATE-BEG": "2013-09-06T15:27:20"}, {}, "time", "another date"),
+            ({"DATE-OBS": "2014-09-08"}, {}, "time", "another date"),
+            ({"CTYPE3": "WAVE"}, {}, "wavelength.medium", "in vacuum"),
+            ({"CTYPE3": "WAVE-TAB"}, {}, "wavelength.medium", "in vacuum"),
+            ({"CTYPE3": "AWAV-GRA", **EVEN}, from_header("vacuum"), "wavelength.medium", "in air"),
+            ({"CTYPE3": "WAVE-LOG", **EVEN}, from_header("vacuum"), "wavelength.header", "even steps"),
+            ({"CTYPE3": "AWAV-GRA", **EVEN}, from_header("air"), "wavelength.header", "even steps"),
+            ({"CTYPE3": "FREQ", **EVEN}, from_header("vacuum"), "wavelength.header", "even steps"),
+            ({"PC3_1": 0.01, **EVEN}, from_header("air"), "wavelength.header", "depend on other axes"),
+        ],
+    )  # fmt: skip
+    def test_of_fits(self, tmp_path, cube, cards, changes, key, words):
+        self.check(self.fits(tmp_path, cube, cards), changes, key, words)
+
+    @pytest.mark.parametrize(
+        ("said", "changes", "key", "words"),
+        [
+            ({"units": PER_HERTZ}, {"unit": "DN"}, "unit", "another unit"),
+            ({"units": "1"}, {"unit": PER_HERTZ}, "unit", "another unit"),
+            ({"dims": ("wavelength", "x", "y")}, {}, "axes", "other axes"),
+            ({"dims": ("wavelength", "halpha_x", "halpha_y")}, {}, "axes", "other axes"),
+            (
+                {"axis": {"standard_name": "radiation_wavelength_in_air"}},
+                {"wavelength": {"variable": "wavelength", "unit": "Angstrom", "medium": "vacuum"}},
+                "wavelength.medium",
+                "in air",
+            ),
+            ({"axis": {"long_name": "wavelength (vacuum)"}}, {}, "wavelength.medium", "in vacuum"),
+            (
+                {"axis": {"units": "nm"}},
+                {"wavelength": {"variable": "wavelength", "unit": "Angstrom", "medium": "air"}},
+                "wavelength.unit",
+                "another unit",
+            ),
+        ],
+    )
+    def test_of_netcdf(self, tmp_path, cube, said, changes, key, words):
+        self.check(self.netcdf(tmp_path, cube, **said), {"variable": "intensity", **changes}, key, words)
+
+    @pytest.mark.parametrize(
+        ("cards", "changes"),
+        [
+            ({"BUNIT": "erg/s/cm2/sr/Hz"}, {"unit": "1e-3 W m-2 Hz-1 sr-1"}),
+            ({"BUNIT": "adu"}, {}),
+            ({"BUNIT": "whatever"}, {}),
+            ({**SKY, **ARCSEC, "CTYPE3": "AWAV-TAB"}, {"pointing": {"header": True}}),
+            ({"CDELT1": 0.1 / 3600, "CDELT2": -0.1 / 3600, **SKY}, {}),
+            ({"CDELT1": 0.1, "CDELT2": 0.1, **SKY}, {}),
+            ({"CDELT1": 100.0, "CDELT2": 100.0, "CUNIT1": "mas", "CUNIT2": "mas"}, {}),
+            ({"CDELT1": 72.0, "CDELT2": 72.0, "CUNIT1": "km", "CUNIT2": "km"}, {}),
+            ({"CDELT1": 1.0, "CDELT2": 1.0}, {}),
+            ({"DATE-OBS": "2014-09-06", "DATE-BEG": "06/09/14", "DATE": "2020-01-01T00:00:00"}, {}),
+        ],
+    )  # fmt: skip
+    def test_the_same_in_other_words_or_nothing(self, tmp_path, cube, cards, changes):
+        path = self.fits(tmp_path, cube, cards)
+        assert len(read_scans(path, describe(tmp_path, statement(**{**IMAGES, **changes})))) == 1
+
+    def test_scale_of_the_wavelengths_matrix(self, tmp_path, cube):
+        """As astropy's WCS has it."""
+        matrix = {"CTYPE3": "AWAV", "CUNIT3": "Angstrom", **EVEN, "CDELT3": 0.1, "PC3_3": 2.0}
+        cd = {"CTYPE3": "AWAV", "CUNIT3": "Angstrom", "CD3_3": 0.2, "CD1_1": 1.0, "CD2_2": 1.0, **EVEN}
+        del cd["CDELT3"]
+        for cards in (matrix, cd):
+            path = self.fits(tmp_path, cube, cards)
+            (scan,) = read_scans(path, describe(tmp_path, statement(**{**IMAGES, **from_header("air")})))
+            with fits.open(path) as hdus:
+                expected = WCS(hdus[0].header).sub([3]).wcs_pix2world(np.arange(15), 0)[0] * 1e10
+            np.testing.assert_allclose(vacuum_to_air(scan.wavelength), expected, rtol=0, atol=1e-6)
+            path.unlink()
+
+
 def several(tmp_path):
     """Files of 8 MB each, of which a hundredth is looked at."""
     cube = np.random.default_rng(1).integers(1, 255, (4, 1, 15, 200, 300)).astype("<i2")

@@ -55,6 +55,8 @@ class DescribedCube:
         The array's.
     headers : tuple of fits.Header
         Of a FITS file: the header of the cube's HDU, then the primary one.
+    overrides : tuple of str
+        Keys of the statement that are right where the file says otherwise (`pipeline.crisp.contradictions`).
     """
 
     file: Path
@@ -65,10 +67,28 @@ class DescribedCube:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     headers: tuple[fits.Header, ...] = ()
+    overrides: tuple[str, ...] = ()
 
     def size(self, axis: Axis) -> int:
         """Size along an axis; 1 along one that the cube does not have."""
         return self.shape[self.axes.index(axis)] if axis in self.axes else 1
+
+    def fits_number(self, axis: Axis) -> int:
+        """The number that FITS gives an axis: ``NAXIS1`` is the array's last."""
+        return len(self.axes) - self.axes.index(axis)
+
+    def sky(self) -> WCS:
+        """Coordinates of x and y, as the header of the cube's HDU has them; wcslib's errors are its own."""
+        header = self.headers[0].copy()
+        numbers = [self.fits_number("x"), self.fits_number("y")]
+        for number in range(1, len(self.axes) + 1):
+            if number not in numbers:  # tables and the like, which nobody asks for
+                header.remove(f"CTYPE{number}", ignore_missing=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", AstropyWarning)
+            wcs = WCS(header).sub(numbers)
+            wcs.wcs.set()
+        return wcs
 
     @property
     def sidecars(self) -> tuple[str, ...]:
@@ -303,28 +323,18 @@ class DescribedCube:
         if not self.headers:
             self.refuse("wavelength.header", "there is no FITS header", self.file.name)
         header, stated = self.headers[0], self.statement.wavelength
-        number = len(self.axes) - self.axes.index("wavelength")
+        number = self.fits_number("wavelength")
         cards = [f"CRVAL{number}", f"CRPIX{number}", f"CDELT{number}"]
+        scale = float(header.get(f"PC{number}_{number}", 1.0))
+        if f"CD{number}_{number}" in header:  # in place of the two
+            cards[2], scale = f"CD{number}_{number}", 1.0
         try:
             value, pixel, step = (float(header[card]) for card in cards)
         except (KeyError, ValueError, TypeError) as failure:
             self.refuse(
                 "wavelength.header", "the header has no wavelengths", failure, ", ".join(cards), failure
             )
-        unit = str(header.get(f"CUNIT{number}", "")).strip()
-        kind = str(header.get(f"CTYPE{number}", "")).strip()
-        if unit and _different(unit, stated.unit):
-            self.refuse(
-                "wavelength.unit", "the header has another unit", f"CUNIT{number} = {unit!r}", stated.unit
-            )
-        if kind == "AWAV" and stated.medium != "air":
-            self.refuse(
-                "wavelength.medium",
-                "the header's wavelengths are in air",
-                f"CTYPE{number} = {kind!r}",
-                stated.medium,
-            )
-        axis = value + (np.arange(self.size("wavelength")) + stated.first_pixel - pixel) * step
+        axis = value + (np.arange(self.size("wavelength")) + stated.first_pixel - pixel) * scale * step
         return np.asarray(axis, dtype=np.float64)
 
     def _check_line(self, axis: NDArray[np.float64]) -> None:
@@ -452,18 +462,13 @@ class DescribedCube:
     def _header_frame(self) -> Frame:
         if not self.headers:
             self.refuse("pointing.header", "there is no FITS header", self.file.name)
-        numbers = [len(self.axes) - self.axes.index(axis) for axis in ("x", "y")]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", AstropyWarning)
-            try:
-                wcs = WCS(self.headers[0]).sub(numbers)
-                wcs.wcs.set()
-                types = list(wcs.wcs.ctype)
-                frame = Frame.from_wcs(wcs)
-            except Exception as failure:  # wcslib's, of many kinds
-                self.refuse(
-                    "pointing.header", "the header's coordinates cannot be read", failure, None, failure
-                )
+        numbers = [self.fits_number("x"), self.fits_number("y")]
+        try:
+            wcs = self.sky()
+            types = list(wcs.wcs.ctype)
+            frame = Frame.from_wcs(wcs)
+        except Exception as failure:  # wcslib's, of many kinds
+            self.refuse("pointing.header", "the header's coordinates cannot be read", failure, None, failure)
         if types != ["HPLN-TAN", "HPLT-TAN"]:
             self.refuse(
                 "pointing.header",
@@ -508,10 +513,3 @@ def _seconds(seconds: ArrayLike) -> Any:  # noqa: ANN401
     """A time span, or several, to the nanosecond; undefined where it is longer than that allows for."""
     with np.errstate(invalid="ignore"):
         return np.rint(np.asarray(seconds) * 1e9).astype("timedelta64[ns]")
-
-
-def _different(unit: str, other: str) -> bool:
-    try:
-        return bool(abs(u.Unit(unit).to(other) - 1.0) > 1e-9)
-    except (ValueError, TypeError):
-        return True

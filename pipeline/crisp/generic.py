@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from astropy.io import fits
@@ -18,6 +18,7 @@ from pydantic import model_validator
 
 from pipeline.crisp import fits_files, netcdf_files
 from pipeline.crisp.axes import OF_A_CUBE, Axis, Stored
+from pipeline.crisp.contradictions import check_file, check_times
 from pipeline.crisp.cube import Cube
 from pipeline.crisp.described import DescribedCube
 from pipeline.crisp.scan import OtherKindError, Scan
@@ -39,6 +40,7 @@ cubes:
     time: {key: DATE-AVG}        # or values, or start and step, or hdu or variable
     pointing: {reference_value: [-729.8, -313.4], scale: 0.098, rotation: 0.0}   # arcsec, degrees; or header
     unit: DN                     # or such as W m-2 Hz-1 sr-1
+    # overrides: [unit]          # where the file says otherwise of unit, axes, wavelength, pointing or time
 """
 """A description."""
 
@@ -55,6 +57,8 @@ class FileStatement(CubeStatement):
     axes: tuple[Axis, ...]
     """What the array's axes are, from the one that varies slowest to the fastest (of FITS: from the last
     ``NAXISn`` to the first): ``wavelength``, ``y`` and ``x``; ``time`` and ``stokes`` where it has them."""
+    overrides: tuple[Literal["axes", "unit", "wavelength", "pointing", "time"], ...] = ()
+    """Keys of this description that are right where the file says otherwise: a difference is refused else."""
 
     @model_validator(mode="after")
     def _sound_axes(self) -> Self:
@@ -154,11 +158,14 @@ def read_scans(path: str | Path, description: Description, medium: Medium | None
     OtherKindError
         It is neither FITS nor NetCDF.
     InputError
-        It cannot be read, or does not fit the description.
+        It cannot be read, does not fit the description, or contradicts it (`pipeline.crisp.contradictions`).
     """
     scans: list[Scan] = []
-    for cube, _ in _cubes(Path(path).absolute(), description):
-        scans.extend(cube.scans(FORMAT, medium, first=len(scans)))
+    for cube, stored in _cubes(Path(path).absolute(), description):
+        check_file(cube, stored)
+        found = cube.scans(FORMAT, medium, first=len(scans))
+        check_times(cube, found)
+        scans.extend(found)
     return tuple(scans)
 
 
@@ -230,6 +237,7 @@ def _cubes(file: Path, description: Description) -> list[tuple[DescribedCube, St
             stored.shape,
             np.dtype(stored.dtype),
             tuple(headers),
+            statement.overrides,
         )
         if len(stored.shape) != len(statement.axes):
             cube.refuse("axes", "the array has other axes", _axes(stored), list(statement.axes))

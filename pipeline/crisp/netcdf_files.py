@@ -111,7 +111,7 @@ class NetcdfArray:
                 expected=name,
                 remedy="mend the description",
             )
-        self._path, self._name = path, name
+        self._path, self._name, self._group = path, name, group
         self._variable = dataset.variables[last]
 
     @property
@@ -140,6 +140,18 @@ class NetcdfArray:
                 found=f"{self._name}: {type(failure).__name__}: {failure}",
                 remedy="fetch the file again, or leave it out",
             ) from failure
+
+    def attribute(self, name: str) -> str:
+        """An attribute, as text; empty if there is none."""
+        return str(self._variable.attrs.get(name, "")).strip()
+
+    def beside(self, name: str, absolute: bool = False) -> NetcdfArray | None:
+        """Another variable of the same group, or (`absolute`) of any; None if there is none."""
+        path = name if absolute or not self._group else f"{self._group}/{name}"
+        try:
+            return NetcdfArray(self._path, path)
+        except InputError:
+            return None
 
     @property
     def has_moments(self) -> bool:
