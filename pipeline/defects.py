@@ -22,14 +22,16 @@ from dataclasses import dataclass
 from enum import IntFlag
 from typing import Any
 
+import astropy.units as u
 import numpy as np
 from astropy.io import fits
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
-from pipeline.crisp import Scan, read_headers
+from pipeline.crisp import Scan, fits_files
 from pipeline.crisp.cube import Cube
 from pipeline.crisp.wavelengths import vacuum_to_air
+from pipeline.errors import InputError
 from pipeline.registration import Image, Mask, band_images, middle_box
 
 SIGNIFICANT = 8.0
@@ -44,7 +46,14 @@ ALWAYS = 0.8
 FITS_FORMATS = ("fchroma", "sstred")
 LINE_NUMBERS = {"halpha": "6563", "ca8542": "8542"}
 OFF = 0.05  # Angstrom: what two statements about wavelengths may differ by
+FILTER = 10.0  # Angstrom: what a prefilter's wavelength may differ from that of the line
+NANOMETRES = 2000.0  # a wavelength of less, whose unit is not said, is in nm
 A_SECOND = np.timedelta64(1, "s")
+A_DAY = np.timedelta64(1, "D")
+EARLIER = ("POINT_ID", "STARTOBS", "DATE-OBS", "DATE_OBS", "DATE-BEG")
+"""Cards that say when the scan, or the series that it belongs to, began."""
+LATER = ("ENDOBS", "DATE-END")
+"""Those that say when it ended."""
 
 SAMPLE = 160  # pixels of the field's middle from which the noise is taken
 MIDDLE = 512  # and from which the contrast is
@@ -255,9 +264,10 @@ def granulation_contrast(cube: Cube, wavelength: ArrayLike, rest_wavelength: flo
 
 
 def header_contradictions(scan: Scan) -> tuple[str, ...]:
-    """In what a scan's FITS header contradicts itself or the scan's wavelengths, a sentence each.
+    """In what a scan's FITS header contradicts itself or the scan's wavelengths and times, a sentence each.
 
-    What decides (the wavelength axis, ``DATE-AVG``) is believed; a contradiction says: somebody has to look.
+    What decides (the wavelength axis, the scan's own time) is believed; a contradiction says: somebody has
+    to look.
 
     Parameters
     ----------
@@ -267,46 +277,110 @@ def header_contradictions(scan: Scan) -> tuple[str, ...]:
     Returns
     -------
     tuple of str
+
+    Raises
+    ------
+    InputError
+        The header cannot be read, or a card that has to be a number is none.
     """
     if scan.format not in FITS_FORMATS:
         return ()
-    header = fits.Header.fromstring(read_headers(scan)[0], sep="\n")
-    said = []
-    number = LINE_NUMBERS[scan.line]
-    lines = int(header.get("NWIN", 1))
-    # A file of several lines has a set of cards for each, and one name for all.
+    scan = scan.as_filed
+    with fits_files.opened(scan.path) as hdus:
+        header = hdus[0].header
+        return (*_about_lines(header, scan), *_about_times(header, scan))
+
+
+def _about_lines(header: fits.Header, scan: Scan) -> Iterator[str]:
+    """Cards that say another line or other wavelengths than the scan has."""
+    own = LINE_NUMBERS[scan.line]
+    lines = fits_files.whole_number(header, "NWIN", scan.path, 1)
+    # A file of several lines has a set of cards for each, and one of all others for all.
     place = 1 if lines <= 1 else 1 + scan.index % lines
-    for name in (f"WDESC{place}", *(("EXTNAME",) if lines <= 1 else ())):
+    names = (f"WDESC{place}", *(("EXTNAME", "FILTER1", "WAVEBAND") if lines <= 1 else ()))
+    for name in names:
         text = str(header.get(name, ""))
-        if others := [other for other in LINE_NUMBERS.values() if other in text and other != number]:
-            said.append(f"{name} = {text.strip()!r} names {others[0]}, the wavelengths are around {number}")
+        if others := [other for other in LINE_NUMBERS.values() if other in text and other != own]:
+            yield f"{name} = {text.strip()!r} names {others[0]}, the wavelengths are around {own}"
     axis = vacuum_to_air(scan.wavelength) if scan.medium == "air" else np.asarray(scan.wavelength)
-    width = header.get("WWIDTH1")
-    if lines == 1 and width is not None and width != axis.size:
-        said.append(f"WWIDTH1 = {width}, but there are {axis.size} wavelengths")
-    if scan.format == "fchroma":
-        target = header.get(f"TWAVE{place}")
-        if target is not None and not axis[0] - OFF <= float(target) <= axis[-1] + OFF:
-            said.append(f"TWAVE{place} = {target} Angstrom, outside of the wavelengths")
-        if lines <= 1 and header.get("CTYPE3") == "WAVE" and {"CRVAL3", "CRPIX3", "CDELT3"} <= set(header):
-            steps = np.arange(axis.size) + 1 - header["CRPIX3"]
-            away = np.abs(header["CRVAL3"] + steps * header["CDELT3"] - axis)
-            # Of an axis that is not uniform these cards can be right at the reference pixel alone.
-            uniform = np.ptp(np.diff(axis)) <= OFF
-            if (off := float(away.max() if uniform else away[np.abs(steps).argmin()])) > OFF:
-                said.append(f"CRVAL3 and CDELT3 are up to {off:.2f} Angstrom off the wavelengths")
-    moments = {"DATE-AVG": scan.time}
-    for name in ("POINT_ID", "DATE-BEG", "DATE-END"):
-        try:
-            moments[name] = np.datetime64(str(header[name]).strip().removesuffix("Z"), "ns")
-        except (KeyError, ValueError):
-            continue
-    for earlier, later in (("POINT_ID", "DATE-AVG"), ("DATE-BEG", "DATE-AVG"), ("DATE-BEG", "DATE-END")):
-        if earlier in moments and later in moments and moments[earlier] > moments[later] + A_SECOND:
-            said.append(f"{earlier} = {moments[earlier]} is after {later} = {moments[later]}")
-    if scan.format == "fchroma" and "DATE-END" in moments and moments["DATE-END"] + A_SECOND < scan.time:
-        said.append(f"DATE-AVG = {scan.time} is after DATE-END = {moments['DATE-END']}")
-    return tuple(said)
+    if lines <= 1 and "WAVELNTH" in header:
+        stated = fits_files.number(header, "WAVELNTH", scan.path)
+        unit = header.get("WAVEUNIT")
+        if isinstance(unit, str):
+            angstrom = _angstrom(unit)
+        else:
+            # A power of ten of metres; where it is not said, the magnitude says it.
+            exponent = fits_files.number(header, "WAVEUNIT", scan.path, -9 if stated < NANOMETRES else -10)
+            angstrom = 10.0 ** min(exponent + 10.0, 10.0)
+        if not abs(stated * angstrom - axis.mean()) < FILTER:
+            yield f"WAVELNTH = {header['WAVELNTH']}, the wavelengths are around {own}"
+    if lines <= 1 and "WWIDTH1" in header:
+        width = fits_files.whole_number(header, "WWIDTH1", scan.path)
+        if width != axis.size:
+            yield f"WWIDTH1 = {width}, but there are {axis.size} wavelengths"
+    if scan.format != "fchroma":
+        return
+    unit = str(header.get("CUNIT3", "")).strip() or "Angstrom"
+    angstrom = _angstrom(unit)
+    if not angstrom > 0.0:
+        yield f"CUNIT3 = {unit!r} is no unit of wavelength"
+        return
+    if f"TWAVE{place}" in header:
+        target = fits_files.number(header, f"TWAVE{place}", scan.path)
+        # In Angstrom by its definition, or in the axis' unit.
+        if not any(axis[0] - OFF <= target * step <= axis[-1] + OFF for step in (1.0, angstrom)):
+            yield f"TWAVE{place} = {target}, outside of the wavelengths"
+    if lines <= 1 and {"CRVAL3", "CRPIX3", "CDELT3"} & set(header):
+        value, pixel, step = (
+            fits_files.number(header, card, scan.path, default)
+            for card, default in (("CRVAL3", 0.0), ("CRPIX3", 0.0), ("CDELT3", 1.0))
+        )
+        steps = np.arange(axis.size) + 1 - pixel
+        away = np.abs((value + steps * step) * angstrom - axis)
+        # Of an axis that is not uniform these cards can be right at the reference pixel alone.
+        uniform = np.ptp(np.diff(axis)) <= OFF
+        if not (off := float(away.max() if uniform else away[np.abs(steps).argmin()])) <= OFF:
+            yield f"CRVAL3 and CDELT3 are up to {off:.2f} Angstrom off the wavelengths"
+
+
+def _about_times(header: fits.Header, scan: Scan) -> Iterator[str]:
+    """Times that cannot be those of the scan, or of a series that it belongs to."""
+    scale = str(header.get("TIMESYS", "")).strip() or "UTC"
+    begin = scan.time if scan.begin is None else scan.begin
+    end = scan.time if scan.end is None else scan.end
+    moments: dict[str, np.datetime64] = {}
+    for name in (*EARLIER, "DATE-AVG", *LATER):
+        if text := str(header.get(name) or "").strip():
+            try:
+                moment = fits_files.utc(text, scale, scan.path, name)
+                # A date alone is a day.
+                moments[name] = moment + A_DAY if name in LATER and "T" not in text else moment
+            except InputError:
+                if name.startswith("DATE"):
+                    yield f"{name} = {text!r} is no date and time"
+    for name, moment in moments.items():
+        stated = f"{name} = {header[name]}"
+        if name in EARLIER and moment > begin + A_SECOND:
+            yield f"{stated} is after the scan"
+        elif name in LATER and moment + A_SECOND < end:
+            yield f"{stated} is before the scan"
+        elif abs(moment - scan.time) > A_DAY:
+            yield f"{stated} is more than a day from the scan"
+    average = moments.get("DATE-AVG", scan.time)
+    # Of a file of several scans it is not the time of any.
+    if average != scan.time and (
+        moments.get("DATE-BEG", average) > average + A_SECOND
+        or moments.get("DATE-END", average) + A_SECOND < average
+    ):
+        yield f"DATE-AVG = {header['DATE-AVG']} is not between DATE-BEG and DATE-END"
+
+
+def _angstrom(unit: str) -> float:
+    """What a unit of wavelength is in Angstrom; NaN if it is none."""
+    try:
+        return float(u.Unit(unit).to(u.Angstrom))
+    except (ValueError, TypeError):
+        return float("nan")
 
 
 @dataclass(frozen=True)

@@ -544,6 +544,7 @@ def _check_overlap(overlap: Mask, pair: Pair) -> None:
 
 def _make(output: Place, series: _Series, wishes: _Wishes, cluster: Cluster, call: str) -> IngestReport:
     pairs, others = series.pairs, series.others
+    odd = _contradictions(series)
     store, journal = _begun(output, _fingerprint(series, wishes), pairs)
     images = scratch(store) if len(pairs) > 1 else None
     if images is not None:
@@ -577,7 +578,6 @@ def _make(output: Place, series: _Series, wishes: _Wishes, cluster: Cluster, cal
         interpolated = [bool(record["interpolated"]) for record in records]
         if others is not None:
             _say_not_interpolated(pairs, others, records)
-        odd = _contradictions(series)
         contrasts = np.array([record["contrast"] for record in records], dtype=np.float64)
         poor = [bool((both < wishes.min_contrast).any()) for both in contrasts]
         # A scan of Ca II may serve two times.
@@ -871,9 +871,11 @@ def _say_not_interpolated(
 
 def _contradictions(series: _Series) -> dict[str, tuple[str, ...]]:
     """Files whose headers contradict themselves, and in what."""
-    scans = {scan.path: scan for several in series.scans for scan in several}
-    said = {path: header_contradictions(scan.as_filed) for path, scan in scans.items()}
-    return {path: sentences for path, sentences in said.items() if sentences}
+    said: dict[str, dict[str, None]] = {}
+    for several in series.scans:
+        for scan in several:
+            said.setdefault(scan.path, {}).update(dict.fromkeys(header_contradictions(scan)))
+    return {path: tuple(sentences) for path, sentences in said.items() if sentences}
 
 
 def _begun(output: Place, fingerprint: dict[str, Any], pairs: tuple[Pair, ...]) -> tuple[Place, Journal]:

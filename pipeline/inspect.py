@@ -83,7 +83,7 @@ def unusable_numbers(scan: Scan, cube: Cube, field: Mask) -> Iterator[str]:
 
 
 def defects(scan: Scan, cube: Cube, field: Mask) -> Iterator[str]:
-    """Say what spikes and bad pixels there are, and in what the header contradicts itself.
+    """Say what spikes and bad pixels there are.
 
     Parameters
     ----------
@@ -97,7 +97,6 @@ def defects(scan: Scan, cube: Cube, field: Mask) -> Iterator[str]:
     found = survey(cube, field, scan.saturation)
     # The other sentences are those of `unusable_numbers`, which tells more of them.
     yield from replace(found, missing=(), unusable=0).sentences(())
-    yield from header_contradictions(scan.as_filed)
 
 
 def line_far_from_rest(scan: Scan, cube: Cube, field: Mask) -> Iterator[str]:
@@ -262,6 +261,16 @@ def _group(scans: list[Scan], some: list[Scan], progress: Progress) -> tuple[Gro
     found: list[tuple[Scan, str]] = []
     refused: list[InputError] = []
     shares, contrasts, squares, largest = [], [], [], 0.0
+    said: set[tuple[str, str]] = set()
+    for scan in scans:
+        try:
+            sentences = header_contradictions(scan)
+        except InputError as refusal:
+            refused.append(refusal)
+            continue
+        # What is wrong with a file is said once, not of each of its scans.
+        found.extend((scan, sentence) for sentence in sentences if (scan.path, sentence) not in said)
+        said.update((scan.path, sentence) for sentence in sentences)
     for scan in some:
         try:
             cube = open_intensity(scan)

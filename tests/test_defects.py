@@ -12,6 +12,7 @@ from scipy import ndimage
 from inn.layout import HALPHA
 from pipeline.crisp import find_scans, open_intensity, read_scans
 from pipeline.defects import Defect, granulation_contrast, header_contradictions, survey
+from pipeline.errors import InputError
 from pipeline.registration import field_of_view
 from tests.fchroma_files import (
     WAVELENGTH_HALPHA,
@@ -232,7 +233,17 @@ class TestHeaders:
             ({"CDELT3": 0.1}, "up to 0.70 Angstrom off"),
             ({"CRVAL3": 6562.8}, "up to 1.78 Angstrom off"),
             ({"POINT_ID": "2014-09-07T15:27:24"}, "POINT_ID = 2014-09-07"),
-            ({"DATE-END": "2014-09-06T15:00:00"}, "is after DATE-END"),
+            ({"DATE-END": "2014-09-06T15:00:00"}, "DATE-END = 2014-09-06T15:00:00 is before the scan"),
+            ({"DATE-END": "2014-09-05"}, "DATE-END = 2014-09-05 is before the scan"),
+            ({"DATE-END": "2016-09-06T15:30:00"}, "more than a day from the scan"),
+            ({"DATE-BEG": "2014-09-06T15:30:00"}, "DATE-BEG = 2014-09-06T15:30:00 is after the scan"),
+            ({"DATE-OBS": "2011-09-06T15:27:24"}, "DATE-OBS = 2011-09-06T15:27:24 is more than a day"),
+            ({"DATE-OBS": "noon"}, "DATE-OBS = 'noon' is no date"),
+            ({"WAVELNTH": 8542.1}, "WAVELNTH = 8542.1, the wavelengths are around 6563"),
+            ({"WAVELNTH": 854.2, "WAVEUNIT": -9}, "WAVELNTH = 854.2, the wavelengths"),
+            ({"FILTER1": "8542"}, "FILTER1 = '8542' names 8542"),
+            ({"CUNIT3": "kg", "CTYPE3": ""}, "CUNIT3 = 'kg' is no unit"),
+            ({"CUNIT3": "nm", "CRVAL3": 656.4}, "off the wavelengths"),
         ],
     )
     def test_contradictions_are_said(self, tmp_path, cards, words):
@@ -243,6 +254,44 @@ class TestHeaders:
             hdus[0].header.update(cards)
         (said,) = header_contradictions(read_scans(path)[0])
         assert words in said
+
+    @pytest.mark.parametrize(
+        "cards",
+        [
+            {"CUNIT3": "nm", "CRVAL3": 656.4584, "CDELT3": 0.02},
+            {"CUNIT3": "nm", "CRVAL3": 656.4584, "CDELT3": 0.02, "TWAVE1": 656.4584},
+            # TAI was 35 s ahead of UTC in September 2014.
+            {
+                "TIMESYS": "TAI",
+                "DATE-BEG": "2014-09-06T15:27:22",
+                "DATE-END": "2014-09-06T15:27:26",
+                "POINT_ID": "2014-09-06T15:27:24",
+            },
+            {"TIMESYS": "UTC", "DATE-OBS": "2014-09-06", "DATE-END": "2014-09-06"},
+            {"POINT_ID": "now"},
+            {"POINT_ID": "flare of the 6th"},
+            {"WAVELNTH": 656.3, "WAVEUNIT": -9},
+            {"WAVELNTH": 656.3},
+            {"WAVELNTH": 6563.0, "WAVEUNIT": "Angstrom"},
+            {"FILTER1": "6563"},
+        ],
+    )
+    def test_what_fits_is_no_contradiction(self, tmp_path, cards):
+        path, _, _ = write_pair(tmp_path, shape=(20, 30), angle=None)
+        with fits.open(path, mode="update") as hdus:
+            hdus[0].header.update(cards)
+        assert header_contradictions(read_scans(path)[0]) == ()
+
+    @pytest.mark.parametrize("card", ["TWAVE1", "CRVAL3", "CRPIX3", "CDELT3", "WWIDTH1", "WAVELNTH"])
+    @pytest.mark.parametrize("value", ["6563 A", None])
+    def test_cards_that_are_no_numbers_are_named(self, tmp_path, card, value):
+        path, _, _ = write_pair(tmp_path, shape=(20, 30), angle=None)
+        with fits.open(path, mode="update") as hdus:
+            hdus[0].header[card] = value
+        with pytest.raises(InputError, match=card) as caught:
+            header_contradictions(read_scans(path)[0])
+        assert str(path) in str(caught.value)
+        assert "a number" in str(caught.value.expected)
 
     @pytest.mark.observation
     @pytest.mark.skipif(not REAL.is_dir(), reason="the real pair is not here")

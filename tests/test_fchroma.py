@@ -22,6 +22,7 @@ from pipeline.crisp.scan import OtherLineError
 from pipeline.crisp.wavelengths import vacuum_to_air
 from pipeline.defects import header_contradictions
 from pipeline.errors import InputError, MisuseError
+from pipeline.inspect import inspect
 from tests.fchroma_files import PAD, START, WAVELENGTH_CA8542, WAVELENGTH_HALPHA, write_pair
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "crisp"
@@ -77,7 +78,32 @@ def test_scaled_integers_are_unscaled(file, cube):
     file.write_bytes(scaled)
     (scan,) = read_scans(file)
     np.testing.assert_array_equal(open_intensity(scan), cube * 0.5)
-    assert scan.saturation == 32767 / 2
+    # They span what the file holds: the brightest is no limit of the detector.
+    assert scan.saturation == np.inf
+
+
+@pytest.mark.parametrize(("zero", "kind"), [(32768, ">u2"), (0, ">i2")])
+def test_unscaled_integers_are_saturated_at_their_largest(file, cube, zero, kind):
+    with fits.open(file, mode="update", do_not_scale_image_data=True) as hdus:
+        if zero:
+            hdus[0].header["BZERO"] = zero
+    (scan,) = read_scans(file)
+    assert scan.saturation == np.iinfo(kind).max
+    np.testing.assert_array_equal(open_intensity(scan)[:], cube + zero)
+
+
+@pytest.mark.parametrize("card", ["BSCALE", "BZERO", "NWIN"])
+@pytest.mark.parametrize("value", ["x", "6563 A", True])
+def test_cards_that_are_no_numbers_are_named(file, card, value):
+    content = bytearray(file.read_bytes())
+    place = content.index(b"SOLARNET=") if card != "NWIN" else content.index(b"NWIN    =")
+    text = fits.Card(card, value).image
+    content[place : place + 80] = text.encode("ascii")
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=f"{card} = ") as caught:
+        read_scans(file)
+    assert str(file) in str(caught.value)
+    assert caught.value.expected == f"{card} = a number"
 
 
 def test_headers_are_whole(file):
@@ -491,9 +517,12 @@ def test_any_header_gives_the_true_axes_or_a_typed_error(tmp_path, data):
     try:
         (scan,) = read_scans(path)
         intensity = np.array(open_intensity(scan))
+        header_contradictions(scan)
     except InputError as error:
         assert str(path) in str(error)  # noqa: PT017
+        assert inspect([path], tolerance=15.0).refused
         return
+    assert not inspect([path], tolerance=15.0).refused
     touched = {name for name, deciding in DECIDES.items() if deciding & set(changed)}
     if changed.get("CTYPE3") == "AWAV":
         np.testing.assert_allclose(vacuum_to_air(scan.wavelength), axis, rtol=0, atol=1e-9)

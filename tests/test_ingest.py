@@ -748,6 +748,14 @@ class TestBadInput:
         with pytest.raises(MisuseError, match=r"--min-contrast 0\.5, now 0\.0"):
             ingest(clean, tmp_path / "obs.zarr", call="")
 
+    def test_headers_are_read_before_anything_is_written(self, tmp_path):
+        halpha, _, _ = write_pair(tmp_path, shape=(40, 50), angle=None)
+        change_header(halpha, TWAVE1="6563 A")
+        text = self.refuse([tmp_path], tmp_path / "obs.zarr")
+        assert str(halpha) in text
+        assert "TWAVE1 = '6563 A'" in text
+        assert [path for path in tmp_path.iterdir() if path.suffix != ".fits"] == []
+
     def test_one_bad_scan_of_a_series(self, tmp_path, caplog):
         for number in range(3):
             write_pair(tmp_path, shape=(40, 50), angle=None, number=number, seed=number)

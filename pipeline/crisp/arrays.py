@@ -106,7 +106,7 @@ def _from_fits(file: Path, hdu: str | int | None, column: str | None) -> Stored:
                 found=f"{found.name or 'the primary HDU'}: {type(found).__name__}",
                 expected="an image, or the name of a table's column",
             )
-        return Scaled(found.data, *fits_files.scaling(found.header))
+        return Scaled(found.data, *fits_files.scaling(found.header, file))
 
 
 def _from_netcdf(file: Path, variable: str | None) -> Stored:

@@ -492,7 +492,7 @@ class DescribedCube:
         return np.asarray(values * stated.factor * u.Unit(stated.unit).to(u.Angstrom))
 
     def _scaling(self) -> tuple[float, float, int | None]:
-        return fits_files.scaling(self.headers[0]) if self.headers else (1.0, 0.0, None)
+        return fits_files.scaling(self.headers[0], self.file) if self.headers else (1.0, 0.0, None)
 
     def _saturation(self) -> float:
         """In the unit of the file, whatever the wavelength."""

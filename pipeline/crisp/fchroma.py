@@ -115,7 +115,7 @@ def open_intensity(scan: Scan) -> Cube:
         stored = data[windows[window]]
         if stored.shape != (points, *scan.shape):
             raise scan.changed(found)
-        scaling = fits_files.scaling(header)
+        scaling = fits_files.scaling(header, scan.path)
     _, factors = intensity_scale(scan.units_of_file, np.array(scan.wavelength), scan.path)
     return as_intensities(stored, factors, *scaling)
 
@@ -324,7 +324,7 @@ def _describe(hdus: fits.HDUList, file: Path, medium: Medium | None) -> tuple[Sc
                 shape=(rows, columns),
                 units=units,
                 units_of_file=units_of_file,
-                saturation=_saturation(header) if units == UNITS else float("inf"),
+                saturation=fits_files.saturation(header, file) if units == UNITS else float("inf"),
                 frame=frame,
             )
             for index, time in enumerate(times)
@@ -352,12 +352,12 @@ def _medium(header: fits.Header, file: Path) -> tuple[Medium, Stated]:
 
 def _windows(header: fits.Header, points: int, where: str) -> list[slice]:
     """Places of the lines along the wavelength axis."""
-    count = int(header.get("NWIN", 1))
+    count = fits_files.whole_number(header, "NWIN", where, 1)
     if count <= 1:
         return [slice(0, points)]
     numbers = range(1, min(count, points) + 1)
-    starts = [int(header.get(f"WSTART{number}", -1)) for number in numbers]
-    widths = [int(header.get(f"WWIDTH{number}", 0)) for number in numbers]
+    starts = [fits_files.whole_number(header, f"WSTART{number}", where, -1) for number in numbers]
+    widths = [fits_files.whole_number(header, f"WWIDTH{number}", where, 0) for number in numbers]
     windows = [slice(start, start + width) for start, width in zip(starts, widths, strict=True)]
     edges = [0, *(edge for window in windows for edge in (window.start, window.stop)), points]
     if len(windows) < count or min(widths) < 1 or sorted(edges) != edges:
@@ -416,11 +416,8 @@ def _frame(header: fits.Header, file: Path) -> Frame:
             expected="helioprojective axes HPLN-TAN, HPLT-TAN with CRPIX, CRVAL and CDELT",
             remedy="add the cards, or leave the file out",
         )
+    # What astropy says of such cards does not name them.
+    for card in (f"{name}{axis}" for name in ("CRPIX", "CRVAL", "CDELT") for axis in (1, 2, 3)):
+        if card in header:
+            fits_files.number(header, card, file)
     return Frame.from_wcs(WCS(header).celestial)
-
-
-def _saturation(header: fits.Header) -> float:
-    if header["BITPIX"] < 0:
-        return float("inf")
-    largest = 2.0 ** (header["BITPIX"] - 1) - 1.0 if header["BITPIX"] > 8 else 255.0
-    return float(header.get("BZERO", 0.0)) + float(header.get("BSCALE", 1.0)) * largest

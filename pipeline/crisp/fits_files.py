@@ -21,6 +21,7 @@ from pipeline.errors import InputError
 SUFFIXES = (".fits", ".fit", ".fts")
 SIGNATURE = b"SIMPLE  ="
 BLOCK = 2880
+
 FETCH_AGAIN = "fetch the file again, or leave it out"
 
 # astropy reports damage with whichever of these the damaged card leads to
@@ -164,10 +165,96 @@ def find_hdu(hdus: fits.HDUList, hdu: str | int | None, where: object) -> Any:  
     )
 
 
-def scaling(header: fits.Header) -> tuple[float, float, int | None]:
-    """``BSCALE``, ``BZERO`` and ``BLANK`` (None where there is none, as in files of floats)."""
-    blank = header.get("BLANK") if header["BITPIX"] > 0 else None
-    return float(header.get("BSCALE", 1.0)), float(header.get("BZERO", 0.0)), blank
+def number(header: fits.Header, card: str, where: object, default: float | None = None) -> float:
+    """The number that a card states.
+
+    Parameters
+    ----------
+    header : astropy.io.fits.Header
+        The header.
+    card : str
+        The card's name.
+    where : object
+        The file, for the error.
+    default : float, optional
+        Where there is no such card.
+
+    Raises
+    ------
+    InputError
+        The card states no number, or there is none and no `default`.
+    """
+    try:
+        value = header.get(card, default)
+    except VerifyError:
+        value = "what FITS cannot read"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputError(
+            "a card of the header states no number",
+            where=where,
+            found=f"no value of {card}" if value is None else f"{card} = {value!r}",
+            expected=f"{card} = a number",
+            remedy="mend the card, or leave the file out",
+        )
+    return float(value)
+
+
+def whole_number(header: fits.Header, card: str, where: object, default: int | None = None) -> int:
+    """The whole number that a card states; see `number`."""
+    value = number(header, card, where, default)
+    if not value.is_integer():
+        raise InputError(
+            "a card of the header states no whole number",
+            where=where,
+            found=f"{card} = {value}",
+            expected=f"{card} = a whole number",
+            remedy="mend the card, or leave the file out",
+        )
+    return int(value)
+
+
+def scaling(header: fits.Header, where: object) -> tuple[float, float, int | None]:
+    """``BSCALE``, ``BZERO`` and ``BLANK`` (None where there is none, as in files of floats).
+
+    Parameters
+    ----------
+    header : astropy.io.fits.Header
+        The HDU's.
+    where : object
+        The file, for the error.
+
+    Raises
+    ------
+    InputError
+        One of them is no number.
+    """
+    blank = whole_number(header, "BLANK", where) if header["BITPIX"] > 0 and "BLANK" in header else None
+    return number(header, "BSCALE", where, 1.0), number(header, "BZERO", where, 0.0), blank
+
+
+def saturation(header: fits.Header, where: object) -> float:
+    """Largest number that an HDU's integers can be: the detector's limit; infinite where there is none.
+
+    Integers that are scaled by another step than one span what the HDU holds: their largest is no limit of
+    the detector.
+
+    Parameters
+    ----------
+    header : astropy.io.fits.Header
+        The HDU's.
+    where : object
+        The file, for the error.
+
+    Raises
+    ------
+    InputError
+        The scaling is no number.
+    """
+    step, zero, _ = scaling(header, where)
+    bits = header["BITPIX"]
+    if bits < 0 or step != 1.0:
+        return float("inf")
+    return zero + (2.0 ** (bits - 1) - 1.0 if bits > 8 else 255.0)
 
 
 def utc(text: str, scale: str, where: object, card: str) -> np.datetime64:

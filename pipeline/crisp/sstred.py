@@ -45,6 +45,7 @@ from pipeline.crisp.wavelengths import Medium, air_to_vacuum, vacuum_to_air
 from pipeline.errors import InputError
 
 FORMAT = "sstred"
+UNITS = "DN"
 SUFFIXES = fits_files.SUFFIXES
 TABLE = "WCS-TAB"
 CAVITY = "WCSDVARR"
@@ -125,7 +126,7 @@ def open_intensity(scan: Scan) -> Cube:
         if data is None or data.ndim != 5 or data.shape[2:] != shape or scan.index >= len(data):
             raise scan.changed(None if data is None else f"{data.shape} (scan, Stokes, tuning, y, x)")
         stored: NDArray[Any] = data[scan.index, _stokes_i(header, scan.path)]
-        scaling = fits_files.scaling(header)
+        scaling = fits_files.scaling(header, scan.path)
     _, factors = intensity_scale(scan.units_of_file, np.array(scan.wavelength), scan.path)
     return as_intensities(stored, factors, *scaling)
 
@@ -156,7 +157,7 @@ def open_wavelength_shift(scan: Scan) -> NDArray[np.float64] | None:
         maps = extension.data.reshape(-1, *extension.data.shape[-2:])
         if scan.index >= len(maps) or maps.shape[1:] != scan.shape:
             raise scan.changed(f"{extension.data.shape} numbers in {CAVITY}")
-        step, zero, blank = fits_files.scaling(extension.header)
+        step, zero, blank = fits_files.scaling(extension.header, scan.path)
         stored = maps[scan.index]
         shift: NDArray[np.float64] = step * stored.astype(np.float64) + zero
         if blank is not None:
@@ -234,8 +235,7 @@ def _describe(hdus: fits.HDUList, file: Path, medium: Medium | None) -> tuple[Sc
                 shape=(rows, columns),
                 units=units,
                 units_of_file=units_of_file,
-                # Scaled integers span what the cube holds: their largest is no limit of the detector.
-                saturation=float("inf"),
+                saturation=fits_files.saturation(header, file) if units == UNITS else float("inf"),
                 frame=_frame(table, index, (columns, rows), str(file)),
                 padding=padding,
                 has_wavelength_shift=shifted,
@@ -251,7 +251,7 @@ def _table(hdus: fits.HDUList, sizes: tuple[int, int, int, int], where: str) -> 
     names, columns = (
         {str(header.get(f"PS{axis}_{part}", "")).strip() for axis in TABULATED} for part in (0, 1)
     )
-    numbers = [int(header.get(f"PV{axis}_3", 0)) for axis in TABULATED]
+    numbers = [fits_files.whole_number(header, f"PV{axis}_3", where, 0) for axis in TABULATED]
     present = {hdu.name: hdu for hdu in hdus[1:] if isinstance(hdu, fits.BinTableHDU)}
     if rotated or len(names) != 1 or len(columns) != 1 or sorted(numbers) != [1, 2, 3, 4]:
         raise InputError(
@@ -291,7 +291,7 @@ def _table(hdus: fits.HDUList, sizes: tuple[int, int, int, int], where: str) -> 
         given = hdu.data[label][0] if label in hdu.columns.names else np.arange(1, knots + 1)
         index = np.atleast_1d(np.asarray(given, dtype=np.float64))
         step, zero, first = (
-            float(header.get(f"{card}{axis}", default))
+            fits_files.number(header, f"{card}{axis}", where, default)
             for card, default in (("CDELT", 1.0), ("CRVAL", 0.0), ("CRPIX", 0.0))
         )
         if index.shape != (knots,) or step == 0.0 or not np.all(np.diff(index) * step > 0):
@@ -384,7 +384,9 @@ def _time(header: fits.Header, axis: str, where: str) -> np.datetime64:
 
 def _stokes_i(header: fits.Header, where: str) -> int:
     """Index of the intensity along the Stokes axis."""
-    first, value, step = (float(header.get(f"{card}4", 1.0)) for card in ("CRPIX", "CRVAL", "CDELT"))
+    first, value, step = (
+        fits_files.number(header, f"{card}4", where, 1.0) for card in ("CRPIX", "CRVAL", "CDELT")
+    )
     index = (1.0 - value) / step + first - 1.0 if step else np.nan
     if not (0 <= index < header["NAXIS4"] and index == int(index)):
         raise InputError(
