@@ -37,6 +37,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 from scipy.optimize import minimize_scalar
 
+from pipeline.crisp import quiet_sun
 from pipeline.crisp.cube import PER_ANGSTROM
 from pipeline.crisp.instrument import response_matrix
 from pipeline.crisp.scan import LINES, Scan, cosine_of_pointing
@@ -187,15 +188,10 @@ class QuietSunCalibration:
         return "\n".join(lines)
 
 
-@cache
-def _table() -> Table:
-    return Table.read(Path(__file__).parent / "data" / "quiet_sun.ecsv", format="ascii.ecsv")
-
-
 def _of_line(line: str) -> Table:
     if line not in LINES:
         raise MisuseError("the quiet Sun is not known there", found=line, expected=list(LINES))
-    table = _table()
+    table = quiet_sun.table()
     return table[table["line"] == line]
 
 
@@ -240,7 +236,7 @@ def _at_angle(values: Array, mu: float) -> Array:
 
 
 def _continuum(line: str, mu: float) -> float:
-    return float(_table().meta["continuum"][line]) * float(limb_darkening(line, mu))
+    return quiet_sun.continuum(line) * float(limb_darkening(line, mu))
 
 
 def _measure(line: str, offset: Array) -> Array:

@@ -43,8 +43,8 @@ SHIFTS = ((2.3, -1.4), (-4.6, 3.2))
 AXES = {"halpha": WAVELENGTH_HALPHA, "ca8542": WAVELENGTH_CA8542}
 COUNT = 1e3
 """Intensity per Angstrom of one count of the scene, in `PER_ANGSTROM`, where files have physical units."""
-RELATIVE = 1e-3
-"""Intensity of one count of the scene, where files have relative ones."""
+CONTINUUM = {"halpha": 2.8475e6, "ca8542": 1.7361e6}
+"""The quiet Sun's at the disc's centre, `PER_ANGSTROM` (Neckel 1999)."""
 
 
 @dataclass(frozen=True)
@@ -306,10 +306,11 @@ def in_fiss(folder: Path, series: Series) -> dict[str, Any]:
 
 
 def in_dkist(folder: Path, series: Series, engine: str = "h5netcdf") -> dict[str, Any]:
-    """NetCDF, both lines in one file, floats relative to some continuum, all Stokes parameters."""
+    """NetCDF, both lines in one file, floats relative to each line's continuum, all Stokes parameters."""
     lines = {}
     for line, axis in AXES.items():
-        cube = np.where(series.field[line][:, None], series.noisy[line] * RELATIVE, np.nan).astype("f4")
+        relative = series.noisy[line] * COUNT / CONTINUUM[line]
+        cube = np.where(series.field[line][:, None], relative, np.nan).astype("f4")
         stokes = np.stack([cube, 0.01 * cube, -0.01 * cube, 0.002 * cube])
         lines[line] = (stokes, vacuum_to_air(axis), times(line))
     write_dkist(folder / "dkist.nc", lines, engine)
@@ -326,6 +327,6 @@ FORMATS: dict[str, tuple[Callable[[Path, Series], dict[str, Any]], float]] = {
     "crispy, Stokes": (in_crispy_stokes, 1.0),
     "IBIS": (in_ibis, 1.0),
     "FISS": (in_fiss, 1.0),
-    "DKIST": (in_dkist, RELATIVE),
+    "DKIST": (in_dkist, COUNT),
 }
 """Writers, and what the store holds for one count of the scene."""

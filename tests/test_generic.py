@@ -30,7 +30,7 @@ from pipeline.observation import fits_headers, open_observation
 from pipeline.provenance import sha256_file
 from tests.fchroma_files import START, WAVELENGTH_HALPHA
 from tests.generic_files import write_dkist
-from tests.known_series import AXES, FORMATS, RELATIVE, described, in_ibis, known_series, per_frequency
+from tests.known_series import AXES, CONTINUUM, FORMATS, described, in_ibis, known_series, per_frequency
 from tests.lapalma_files import write_idl
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
@@ -373,6 +373,19 @@ class TestIntensities:
         assert scan.units == PER_ANGSTROM.to_string()
         assert scan.saturation == np.inf
         np.testing.assert_allclose(cube, 1e3 * counts[1, 0], rtol=1e-6)
+
+    @pytest.mark.parametrize(("unit", "units"), [("continuum", PER_ANGSTROM.to_string()), ("", "")])
+    def test_relative_to_the_continuum(self, tmp_path, unit, units):
+        """1 in both lines is 2.8475e6 and 1.7361e6 (Neckel 1999), or 1 of something that nobody knows."""
+        for line, axis in AXES.items():
+            path = tmp_path / f"{line}.fits"
+            ones = np.ones((2, axis.size, 6, 8), ">f4")
+            fits.PrimaryHDU(ones, fits.Header({"BUNIT": "1"})).writeto(path)
+            wavelength = {"values": axis.tolist(), "unit": "Angstrom", "medium": "vacuum"}
+            changes = {"axes": ["time", "wavelength", "y", "x"], "stokes": None, "line": line}
+            scan, found = self.cube_of(path, unit=unit, wavelength=wavelength, **changes)
+            assert (scan.units, scan.units_of_file) == (units, unit)
+            np.testing.assert_allclose(found, CONTINUUM[line] if units else 1.0, rtol=1e-6)
 
     def test_scaled_and_blank_integers(self, file, cube):
         cards = b"BSCALE  =                  0.5".ljust(80) + b"BZERO   =                 10.0".ljust(80)
@@ -738,7 +751,7 @@ def test_netcdf3_round_trip_and_headers(tmp_path):
     series = known_series()
     lines = {
         line: (
-            np.stack([(series.noisy[line] * RELATIVE).astype("f4")] * 4),
+            np.stack([(series.noisy[line] * 1e-3).astype("f4")] * 4),
             vacuum_to_air(axis),
             START + np.arange(2) * np.timedelta64(11, "s"),
         )
@@ -748,8 +761,8 @@ def test_netcdf3_round_trip_and_headers(tmp_path):
     scans = read_scans(path, described(tmp_path, "dkist.yaml")["description"])
     assert len(scans) == 4
     for scan in scans:
-        expected = lines[scan.line][0][0, scan.index % 2]
-        np.testing.assert_array_equal(open_intensity(scan), expected)
+        expected = lines[scan.line][0][0, scan.index % 2] * CONTINUUM[scan.line]
+        np.testing.assert_allclose(open_intensity(scan), expected, rtol=1e-6)
     assert "halpha_wavelength" in read_headers(scans[0])[0]
 
 

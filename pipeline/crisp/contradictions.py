@@ -23,6 +23,7 @@ from pipeline.crisp.cube import COUNTS
 from pipeline.crisp.described import DescribedCube
 from pipeline.crisp.netcdf_files import NetcdfArray
 from pipeline.crisp.scan import Scan
+from pipeline.crisp.statements import CONTINUUM
 from pipeline.errors import InputError
 
 SPECTRAL = ("WAVE", "AWAV", "FREQ", "ENER", "WAVN", "VRAD", "VOPT", "ZOPT", "VELO", "BETA")
@@ -274,6 +275,8 @@ def _differ(said: str, stated: str) -> bool:
 def _unit(text: str) -> u.UnitBase | None:
     if text.strip().lower() in COUNTS:
         return u.Unit("DN")
+    if text == CONTINUUM:
+        return u.dimensionless_unscaled
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", AstropyWarning)

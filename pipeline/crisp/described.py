@@ -17,12 +17,12 @@ from astropy.utils.exceptions import AstropyWarning
 from astropy.wcs import WCS
 from numpy.typing import ArrayLike, NDArray
 
-from pipeline.crisp import arrays, fits_files
+from pipeline.crisp import arrays, fits_files, quiet_sun
 from pipeline.crisp.axes import Axis, ScanOfArray, Stored
-from pipeline.crisp.cube import Cube, ScaledCube, as_intensities, intensity_scale
+from pipeline.crisp.cube import PER_ANGSTROM, Cube, ScaledCube, as_intensities, intensity_scale
 from pipeline.crisp.instrument import Prefilter
 from pipeline.crisp.scan import LINES, NEAR, Frame, Scan, vacuum_axis
-from pipeline.crisp.statements import CubeStatement, Located, Times
+from pipeline.crisp.statements import CONTINUUM, CubeStatement, Located, Times
 from pipeline.crisp.wavelengths import Medium, air_to_vacuum, to_vacuum, vacuum_to_air
 from pipeline.errors import InputError, MisuseError
 
@@ -122,7 +122,7 @@ class DescribedCube:
             axis, (stated.wavelength.medium, "file"), medium, str(self.file)
         )
         try:
-            units, factors = intensity_scale(stated.unit, vacuum, str(self.file))
+            units, factors = self._intensity_scale(vacuum)
         except InputError as failure:
             self.refuse("unit", failure.problem, failure.found, failure.expected)
         factors = factors / self._prefilter(vacuum)
@@ -184,7 +184,7 @@ class DescribedCube:
             ones = np.ones(len(order))
             cube = ScaledCube(cube, ones, 0.0 * ones, self.statement.padding)
         vacuum = np.array(scan.wavelength)
-        factors = intensity_scale(scan.units_of_file, vacuum, scan.path)[1] / self._prefilter(vacuum)
+        factors = self._intensity_scale(vacuum)[1] / self._prefilter(vacuum)
         full = None
         if np.isfinite(scan.saturation) and step > 0.0:
             full = ((self._saturation() - zero) / step, scan.saturation)
@@ -255,6 +255,12 @@ class DescribedCube:
                 "stokes", "the Stokes parameters do not fit the cube", f"{list(stated)}, {held} in the cube",
                 "each once, I among them",
             )  # fmt: skip
+
+    def _intensity_scale(self, vacuum: NDArray[np.float64]) -> tuple[str, NDArray[np.float64]]:
+        stated = self.statement
+        if stated.unit != CONTINUUM:
+            return intensity_scale(stated.unit, vacuum, str(self.file))
+        return PER_ANGSTROM.to_string(), np.full(vacuum.size, quiet_sun.continuum(stated.line))
 
     def _prefilter(self, vacuum: NDArray[np.float64]) -> NDArray[np.float64]:
         """Transmission of the prefilter that is still in the intensities, relative to the line's centre."""

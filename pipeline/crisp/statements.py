@@ -28,6 +28,7 @@ from pipeline.errors import InputError
 
 LISTED = 12  # faults that an error names one by one
 WORDS = {"missing": "missing", "extra_forbidden": "unknown key"}  # in place of pydantic's
+CONTINUUM = "continuum"  # a unit
 
 
 def _length(text: str) -> str:
@@ -227,7 +228,9 @@ class CubeStatement(Statement):
     pointing: Pointing
     """The pointing."""
     unit: str
-    """Unit of the intensities: ``DN``; ``""`` for relative ones; or such as ``W m-2 Hz-1 sr-1``."""
+    """Unit of the intensities: ``DN``; such as ``W m-2 Hz-1 sr-1``; ``continuum`` of ones relative to the
+    quiet Sun's continuum near their own line at the disc's centre; ``""`` of ones relative to anything else,
+    which has to be the same for both lines."""
     stokes: tuple[Literal["I", "Q", "U", "V"], ...] | None = None
     """The Stokes parameters that the cube has, in its order; intensity alone if left out."""
     padding: Literal["none", "nan", "constant"] | FiniteFloat | None = None
