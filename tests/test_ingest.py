@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import astropy.units as u
+import dask
 import disturbed
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from scipy import ndimage
 import pipeline.ingest
 from pipeline import changes
 from pipeline.changes import CHANGED
+from pipeline.cluster import SCHEDULER_SETTINGS, WORKER_SETTINGS
 from pipeline.crisp import find_scans, read_scans
 from pipeline.crisp.fchroma import write_fchroma
 from pipeline.crisp.scan import Frame, Scan, cosine_of_pointing
@@ -965,6 +967,7 @@ class TestInterruption:
         deaths = ("pipeline.shards:ShardWriter.write", "pipeline.changes:_Scans.change")
         output = tmp_path / "obs.zarr"
         with (
+            dask.config.set({**WORKER_SETTINGS, **SCHEDULER_SETTINGS}),
             LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0") as cluster,
             Client(cluster, set_as_default=False) as client,
         ):
