@@ -21,6 +21,7 @@ import zarr
 from astropy.io import fits
 from distributed import Client, LocalCluster
 from scipy import ndimage
+from test_invert import processes  # noqa: F401
 
 import pipeline.ingest
 from pipeline import changes
@@ -962,12 +963,19 @@ class TestInterruption:
         # a quarter of a fifth, in an image that is nearly as bright as the brightest
         assert 0.02 < np.nanmedian(change) < 0.05
 
+    @pytest.mark.usefixtures("processes")
     def test_workers_killed_while_writing_and_comparing(self, growing, tmp_path):
         """What changed between the lines, too, is found by the workers as by one process alone."""
         deaths = ("pipeline.shards:ShardWriter.write", "pipeline.changes:_Scans.change")
         output = tmp_path / "obs.zarr"
         with (
-            dask.config.set({**WORKER_SETTINGS, **SCHEDULER_SETTINGS}),
+            dask.config.set(
+                {
+                    "distributed.worker.multiprocessing-method": "forkserver",
+                    **WORKER_SETTINGS,
+                    **SCHEDULER_SETTINGS,
+                }
+            ),
             LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0") as cluster,
             Client(cluster, set_as_default=False) as client,
         ):
