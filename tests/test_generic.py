@@ -606,6 +606,20 @@ class TestContradictions:
         path = self.fits(tmp_path, cube, cards)
         assert len(read_scans(path, describe(tmp_path, statement(**{**IMAGES, **changes})))) == 1
 
+    @pytest.mark.parametrize(("unit", "step"), [("arcsec", 0.1), ("degrees", 0.1 / 3600), ("Mm", 0.07)])
+    def test_coordinates_of_netcdf(self, tmp_path, cube, unit, step):
+        """Coordinates 0.1 arcsec apart agree with what is stated, ones five times that do not."""
+        for factor in (1.0, 5.0):
+            dataset = xr.Dataset({"intensity": (("wavelength", "y", "x"), cube[0, 0].astype("f4"))})
+            dataset["x"] = ("x", 880.0 + factor * step * np.arange(8.0), {"units": unit})
+            path = tmp_path / f"{factor}.nc"
+            dataset.to_netcdf(path, engine="scipy")
+            changes = {"variable": "intensity"}
+            if factor == 1.0 or unit == "Mm":
+                assert read_scans(path, describe(tmp_path, statement(**IMAGES, **changes)))
+            else:
+                self.check(path, changes, "pointing.scale", "another size")
+
     def test_scale_of_the_wavelengths_matrix(self, tmp_path, cube):
         """As astropy's WCS has it."""
         matrix = {"CTYPE3": "AWAV", "CUNIT3": "Angstrom", **EVEN, "CDELT3": 0.1, "PC3_3": 2.0}

@@ -231,6 +231,17 @@ def _of_netcdf(cube: DescribedCube, stored: NetcdfArray) -> Iterator[Contradicti
         found = next((kind for kind, names in DIMENSIONS.items() if last in names), axis)
         if found != axis:
             yield Contradiction("axes", "the variable has other axes", ", ".join(stored.dims), _listed(cube))
+    pixels: tuple[Axis, ...] = ("x", "y") if stated.pointing.scale is not None else ()
+    for axis, scale in zip(pixels, stated.pointing.scale or (), strict=True):
+        name = stored.dims[cube.axes.index(axis)]
+        size = _spacing(stored.beside(name))
+        if size is not None and not np.isclose(size, abs(scale), rtol=ALIKE, atol=0.0):
+            yield Contradiction(
+                "pointing.scale",
+                "the file's pixels have another size",
+                f"{name}: {size:g} arcsec apart",
+                f"{scale:g} arcsec",
+            )
     dimension = stored.dims[cube.axes.index("wavelength")]
     of_the_cube = stated.wavelength.variable if stated.wavelength.file is None else None
     axis_of = stored.beside(of_the_cube or dimension, absolute=of_the_cube is not None)
@@ -251,6 +262,16 @@ def _of_netcdf(cube: DescribedCube, stored: NetcdfArray) -> Iterator[Contradicti
         yield Contradiction(
             "wavelength.unit", "the variable has another unit", f"units = {unit!r}", stated.wavelength.unit
         )
+
+
+def _spacing(coordinate: NetcdfArray | None) -> float | None:
+    """How far coordinates along an axis are apart, arcsec; None if they are no angles."""
+    if coordinate is None or len(coordinate.shape) != 1 or coordinate.dtype.kind not in "iuf":
+        return None
+    unit = _unit(coordinate.attribute("units"))
+    if unit is None or unit.physical_type != "angle" or coordinate.shape[0] < 2:
+        return None
+    return float(np.abs(np.median(np.diff(coordinate[:].astype(np.float64)))) * unit.to(u.arcsec))
 
 
 def _card(header: fits.Header, card: str) -> str:
@@ -277,9 +298,11 @@ def _unit(text: str) -> u.UnitBase | None:
         return u.Unit("DN")
     if text == CONTINUUM:
         return u.dimensionless_unscaled
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", AstropyWarning)
-            return u.Unit(text)
-    except (ValueError, TypeError):
-        return None
+    for word in (text, text.removesuffix("s")):  # CF has degrees and arcseconds
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", AstropyWarning)
+                return u.Unit(word)
+        except (ValueError, TypeError):
+            continue
+    return None
