@@ -330,17 +330,17 @@ def _about_lines(header: fits.Header, scan: Scan) -> Iterator[str]:
         # In Angstrom by its definition, or in the axis' unit.
         if not any(axis[0] - OFF <= target * step <= axis[-1] + OFF for step in (1.0, angstrom)):
             yield f"TWAVE{place} = {target}, outside of the wavelengths"
-    if lines <= 1 and {"CRVAL3", "CRPIX3", "CDELT3"} & set(header):
+    if lines <= 1 and {"CRVAL3", "CRPIX3"} <= set(header) and {"CDELT3", "CD3_3"} & set(header):
+        per_pixel = "CD3_3" if "CD3_3" in header else "CDELT3"
         value, pixel, step = (
-            fits_files.number(header, card, scan.path, default)
-            for card, default in (("CRVAL3", 0.0), ("CRPIX3", 0.0), ("CDELT3", 1.0))
+            fits_files.number(header, card, scan.path) for card in ("CRVAL3", "CRPIX3", per_pixel)
         )
         steps = np.arange(axis.size) + 1 - pixel
         away = np.abs((value + steps * step) * angstrom - axis)
         # Of an axis that is not uniform these cards can be right at the reference pixel alone.
         uniform = np.ptp(np.diff(axis)) <= OFF
         if not (off := float(away.max() if uniform else away[np.abs(steps).argmin()])) <= OFF:
-            yield f"CRVAL3 and CDELT3 are up to {off:.2f} Angstrom off the wavelengths"
+            yield f"CRVAL3 and {per_pixel} are up to {off:.2f} Angstrom off the wavelengths"
 
 
 def _about_times(header: fits.Header, scan: Scan) -> Iterator[str]:

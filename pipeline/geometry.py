@@ -185,7 +185,7 @@ def derotated(dataset: xr.Dataset) -> xr.Dataset:
     """
     old = celestial_wcs(dataset)
     rows, columns = dataset.sizes["y"], dataset.sizes["x"]
-    frame = Frame.from_wcs(old)
+    frame = Frame.from_wcs(old, (rows, columns), "the dataset's coordinates")
     reference, size = np.array(frame.reference_pixel), np.abs(frame.scale)
     matrix = frame.matrix
     corners = np.array([[0, 0], [columns - 1, 0], [0, rows - 1], [columns - 1, rows - 1]], dtype=float)

@@ -11,6 +11,7 @@ from pathlib import Path
 import astropy.units as u
 import numpy as np
 import pytest
+from astropy.coordinates import SkyCoord
 from astropy.io import fits
 from astropy.wcs import WCS
 from hypothesis import HealthCheck, given, settings
@@ -142,6 +143,56 @@ def test_coordinates_agree_with_astropy_wcs(tmp_path, cube):
     centre = np.array(scan.frame.coordinates(np.array([2.5 + 100.0]), np.array([700.0])))[:, 0]
     step = 100 * 0.057 * np.array([np.cos(angle), np.sin(angle)])
     np.testing.assert_allclose(centre, np.array([880.0, -350.0]) + step, atol=1e-3)
+
+
+def separation(arcsec, degrees):
+    """Arcsec between two sets of helioprojective coordinates, by astropy."""
+    one = SkyCoord(*np.asarray(arcsec) / 3600.0, unit="deg")
+    return one.separation(SkyCoord(*degrees, unit="deg")).arcsec
+
+
+@pytest.mark.filterwarnings("ignore::astropy.wcs.FITSFixedWarning")
+@pytest.mark.parametrize("handed", [1.0, -1.0])
+def test_a_matrix_of_steps_is_the_same_as_pc_and_steps(file, handed):
+    """CD1_1 and so on, as many instruments write them."""
+    angle, x, y = np.deg2rad(31.0), np.arange(9.0), np.arange(9.0)[::-1]
+    matrix = 0.057 * np.array([[handed * np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+
+    def change(hdus):
+        header = hdus[0].header
+        for card in ("PC1_1", "PC2_2", "PC3_3", "CDELT1", "CDELT2", "CDELT3"):
+            del header[card]
+        for (row, column), value in np.ndenumerate(matrix):
+            header[f"CD{row + 1}_{column + 1}"] = value
+        header["CD3_3"] = 0.2
+
+    rewrite(file, change)
+    (scan,) = read_scans(file)
+    assert np.abs(scan.frame.scale) == pytest.approx((0.057, 0.057), rel=1e-9)
+    np.testing.assert_allclose(scan.frame.matrix, matrix, rtol=0, atol=1e-12)
+    sky = WCS(fits.getheader(file)).all_pix2world(x, y, 0.0 * x, 0)[:2]
+    assert separation(scan.frame.coordinates(x, y), sky).max() < 1e-6
+    assert header_contradictions(scan) == ()
+
+
+@pytest.mark.filterwarnings("ignore::astropy.wcs.FITSFixedWarning")
+@pytest.mark.parametrize(
+    "cards", [{"LONPOLE": 170.0}, {"PV1_1": 10.0, "PV1_2": 80.0}, {"PV1_1": 0.0, "PV1_2": 89.0}]
+)
+def test_other_poles_are_refused_where_they_matter(file, cards):
+    rewrite(file, lambda hdus: hdus[0].header.update(cards))
+    y, x = np.array([[0.0, 8.0], [0.0, 12.0]])
+    plain = np.array([-729.826 + 0.057 * (x - 6.0), -313.432 + 0.057 * (y - 4.0)])
+    sky = WCS(fits.getheader(file)).all_pix2world(x, y, 0.0 * x, 0)[:2]
+    try:
+        (scan,) = read_scans(file)
+    except InputError as error:
+        assert separation(plain, sky).max() > 0.049
+        assert str(file) in str(error)  # noqa: PT017
+        assert "LONPOLE" in str(error)  # noqa: PT017
+    else:
+        assert separation(plain, sky).max() < 0.051
+        assert separation(scan.frame.coordinates(x, y), sky).max() < 0.051
 
 
 def test_time_scale_is_honoured(file):
@@ -477,6 +528,7 @@ DECIDES = {
     | {"PC1_1", "PC2_2"},
     "intensity": {"BUNIT"},
 }
+OF_THE_SKY = ["LONPOLE", "LATPOLE", "PV1_0", "PV1_1", "PV1_2", "CD1_1", "CD1_2", "CD2_1", "CD2_2", "CROTA2"]
 VALUES = [None, "", "x", "AWAV", "2014-09-06", "TAI", "deg", -1, 0, 1, 2, 3, 0.5, 1e300, -1e-300, True]
 
 
@@ -504,6 +556,8 @@ def test_any_header_gives_the_true_axes_or_a_typed_error(tmp_path, data):
     changed = data.draw(
         st.dictionaries(st.sampled_from(cards), st.sampled_from(VALUES), max_size=2), label="changed"
     )
+    placed = st.sampled_from([-0.3, 0.0, 0.02, 0.057, 1.0, 170.0, 180.0])
+    changed |= data.draw(st.dictionaries(st.sampled_from(OF_THE_SKY), placed, max_size=3), label="sky")
     for card, value in changed.items():
         if value is None:
             header.remove(card)
@@ -532,6 +586,9 @@ def test_any_header_gives_the_true_axes_or_a_typed_error(tmp_path, data):
         np.testing.assert_array_equal(intensity, values)
     if "time" not in touched:
         assert scan.time == START
-    if "pointing" not in touched:
+    y, x = np.array([[0, 0, rows - 1, rows - 1], [0, columns - 1, 0, columns - 1]], dtype=float)
+    sky = WCS(fits.getheader(path)).all_pix2world(x, y, np.zeros(4), 0)[:2]
+    assert separation(scan.frame.coordinates(x, y), sky).max() < 0.051
+    if "pointing" not in touched and not changed.keys() & set(OF_THE_SKY):
         assert scan.frame.reference_value == pytest.approx((-729.826, -313.432), abs=1e-9)
         assert scan.frame.scale == pytest.approx((0.057, 0.057))

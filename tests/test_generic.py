@@ -355,6 +355,17 @@ class TestPointing:
             longitude, (world[2] + 180.0) % 360.0 * 3600.0 - 648000.0, rtol=0, atol=1e-6
         )
         np.testing.assert_allclose(latitude, world[1] * 3600.0, rtol=0, atol=1e-6)
+        # The same by a matrix of steps.
+        places = [(row, column) for row in (2, 3) for column in (2, 3)]
+        steps = {f"CD{i}_{j}": cards[f"CDELT{i}"] * cards[f"PC{i}_{j}"] for i, j in places}
+        for card in [card for card in cards if card.startswith(("PC", "CDELT"))]:
+            del cards[card]
+        fits.PrimaryHDU(stored, fits.Header({**cards, **steps, "CD1_1": 0.2})).writeto(file, overwrite=True)
+        (again,) = read_scans(file, describe(file.parent, statement(time=time, **changes)))
+        np.testing.assert_allclose(again.frame.coordinates(x, y), (longitude, latitude), rtol=0, atol=1e-6)
+        rewrite(file, lambda hdus: hdus[0].header.update({"LONPOLE": 90.0}))
+        with pytest.raises(InputError, match="LONPOLE"):
+            read_scans(file, describe(file.parent, statement(time=time, **changes)))
         rewrite(file, lambda hdus: hdus[0].header.update({"CTYPE3": "SOLARX", "CTYPE2": "SOLARY"}))
         with pytest.raises(InputError, match="no helioprojective coordinates"):
             read_scans(file, describe(file.parent, statement(time=time, **changes)))

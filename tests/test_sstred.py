@@ -342,6 +342,12 @@ def put(hdus, place, value):
         (lambda h: put(h, (0, 1, 2, 0, 0, 2), np.nan), InputError, "damaged"),
         (lambda h: put(h, (..., 3), 1e12), InputError, "times"),
         (lambda h: put(h, (..., 0, 0, 0), 0.0), InputError, "contradict"),
+        # A fourth of what one of the four corners is off is left in each, by least squares.
+        (
+            lambda h: put(h, (..., 0, 0, 0), table(h)[..., 0, 0, 0] + 0.3),
+            InputError,
+            "0.07 arcsec|0.08 arcsec",
+        ),
         (lambda h: h.pop(1), InputError, "coordinates are missing"),
         (lambda h: h[0].header.set("PS3_1", "WAVE"), InputError, "not tabulated"),
         (lambda h: h[0].header.set("PV5_3", 3), InputError, "not tabulated"),

@@ -472,10 +472,13 @@ class DescribedCube:
         try:
             wcs = self.sky()
             types = list(wcs.wcs.ctype)
-            frame = Frame.from_wcs(wcs)
+            shape = (self.size("y"), self.size("x"))
+            frame = Frame.from_wcs(wcs, shape, self.file) if types == ["HPLN-TAN", "HPLT-TAN"] else None
+        except InputError:
+            raise
         except Exception as failure:  # wcslib's, of many kinds
             self.refuse("pointing.header", "the header's coordinates cannot be read", failure, None, failure)
-        if types != ["HPLN-TAN", "HPLT-TAN"]:
+        if frame is None:
             self.refuse(
                 "pointing.header",
                 "the header has no helioprojective coordinates",

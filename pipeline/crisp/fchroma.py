@@ -404,9 +404,9 @@ def _time(header: fits.Header, file: Path) -> np.datetime64:
 
 
 def _frame(header: fits.Header, file: Path) -> Frame:
-    missing = [
-        name for name in ("CRPIX1", "CRPIX2", "CRVAL1", "CRVAL2", "CDELT1", "CDELT2") if name not in header
-    ]
+    step = "CD{0}_{0}" if "CD1_1" in header else "CDELT{0}"
+    names = [name.format(axis) for name in ("CRPIX{0}", "CRVAL{0}", step) for axis in (1, 2)]
+    missing = [name for name in names if name not in header]
     types = [str(header.get(f"CTYPE{number}", "")).strip() for number in (1, 2)]
     if missing or types != ["HPLN-TAN", "HPLT-TAN"]:
         raise InputError(
@@ -420,4 +420,4 @@ def _frame(header: fits.Header, file: Path) -> Frame:
     for card in (f"{name}{axis}" for name in ("CRPIX", "CRVAL", "CDELT") for axis in (1, 2, 3)):
         if card in header:
             fits_files.number(header, card, file)
-    return Frame.from_wcs(WCS(header).celestial)
+    return Frame.from_wcs(WCS(header).celestial, (header["NAXIS2"], header["NAXIS1"]), file)

@@ -11,6 +11,7 @@ import numpy as np
 from astropy.coordinates import get_sun
 from astropy.time import Time
 from astropy.wcs import WCS
+from astropy.wcs.utils import proj_plane_pixel_scales
 from numpy.typing import ArrayLike, NDArray
 
 from inn.layout import CA8542, HALPHA, LineWindow
@@ -22,6 +23,7 @@ LINES: dict[str, LineWindow] = {HALPHA.name: HALPHA, CA8542.name: CA8542}
 
 NEAR = 3.5  # Angstrom: an axis centred this near to a line is of that line (wide enough for an axis in air)
 ARCSEC_PER_DEGREE = 3600.0
+ANOTHER_PLACE = 0.05  # arcsec, a pixel: a plane image of the sky that misses by more is not the one described
 
 SOLAR_RADIUS = 695.7e6
 """Nominal solar radius, m (IAU 2015 resolution B3, doi:10.3847/0004-6256/152/2/41)."""
@@ -73,15 +75,47 @@ class Frame:
     rotation: tuple[tuple[float, float], tuple[float, float]]
 
     @classmethod
-    def from_wcs(cls, wcs: WCS) -> Frame:
-        """Take the frame from the celestial part of an astropy WCS (whose unit is the degree)."""
-        crpix, crval, cdelt, pc = wcs.wcs.crpix, wcs.wcs.crval, wcs.wcs.get_cdelt(), wcs.wcs.get_pc()
-        return cls(
-            (float(crpix[0]) - 1.0, float(crpix[1]) - 1.0),
-            (float(crval[0]) * ARCSEC_PER_DEGREE, float(crval[1]) * ARCSEC_PER_DEGREE),
-            (float(cdelt[0]) * ARCSEC_PER_DEGREE, float(cdelt[1]) * ARCSEC_PER_DEGREE),
-            ((float(pc[0, 0]), float(pc[0, 1])), (float(pc[1, 0]), float(pc[1, 1]))),
+    def from_wcs(cls, wcs: WCS, shape: tuple[int, int], where: object) -> Frame:
+        """Take the frame from the celestial part of an astropy WCS (whose unit is the degree).
+
+        Parameters
+        ----------
+        wcs : astropy.wcs.WCS
+            Of two axes, longitude and latitude.
+        shape : tuple of int
+            Pixels ``(y, x)`` of the frame.
+        where : object
+            The file, for the error.
+
+        Raises
+        ------
+        InputError
+            The WCS puts the corners or the middle elsewhere: it has what a frame has not (``LONPOLE`` or
+            ``PVi_m`` of their own, distortions).
+        """
+        # The size of a pixel along its own axes, also where a CD matrix says it; signs are those of CDELT.
+        steps = np.copysign(proj_plane_pixel_scales(wcs), wcs.wcs.get_cdelt())
+        rotation = wcs.pixel_scale_matrix / steps[:, None]
+        frame = cls(
+            (float(wcs.wcs.crpix[0]) - 1.0, float(wcs.wcs.crpix[1]) - 1.0),
+            (float(wcs.wcs.crval[0]) * ARCSEC_PER_DEGREE, float(wcs.wcs.crval[1]) * ARCSEC_PER_DEGREE),
+            (float(steps[0]) * ARCSEC_PER_DEGREE, float(steps[1]) * ARCSEC_PER_DEGREE),
+            ((float(rotation[0, 0]), float(rotation[0, 1])), (float(rotation[1, 0]), float(rotation[1, 1]))),
         )
+        rows, columns = shape
+        x = (columns - 1) * np.array([0.0, 1.0, 0.0, 1.0, 0.5])
+        y = (rows - 1) * np.array([0.0, 0.0, 1.0, 1.0, 0.5])
+        away = _apart(frame.coordinates(x, y), np.array(wcs.all_pix2world(x, y, 0)) * ARCSEC_PER_DEGREE)
+        if not away.max() <= ANOTHER_PLACE:
+            raise InputError(
+                "the header's coordinates are not those of a plane image of the sky",
+                where=where,
+                found=f"corners or the middle {away.max():.2g} arcsec from where CRPIX, CRVAL, CDELT and PC "
+                "put them",
+                expected=f"{ANOTHER_PLACE} arcsec at most: no LONPOLE, PVi_m or distortion of its own",
+                remedy="mend the header",
+            )
+        return frame
 
     @classmethod
     def through(
@@ -377,6 +411,15 @@ def vacuum_axis(
             remedy="say --medium air or --medium vacuum",
         )
     return to_vacuum(wavelength, stated[0]), *stated
+
+
+def _apart(places: ArrayLike, others: ArrayLike) -> NDArray[np.float64]:
+    """Arcsec between helioprojective coordinates (longitude, latitude) that are near one another."""
+    (longitude, latitude), (other, other_latitude) = np.asarray(places), np.asarray(others)
+    turn = 360.0 * ARCSEC_PER_DEGREE
+    along = (longitude - other + 0.5 * turn) % turn - 0.5 * turn
+    across = along * np.cos(np.deg2rad(latitude / ARCSEC_PER_DEGREE))
+    return np.asarray(np.hypot(across, latitude - other_latitude))
 
 
 def cosine_of_pointing(pointing: tuple[ArrayLike, ArrayLike], time: np.datetime64) -> NDArray[np.float64]:

@@ -32,6 +32,7 @@ from pipeline.crisp import fits_files
 from pipeline.crisp.cube import Cube, as_intensities, intensity_scale
 from pipeline.crisp.fits_files import FETCH_AGAIN
 from pipeline.crisp.scan import (
+    ANOTHER_PLACE,
     ForeignFileError,
     Frame,
     OtherLineError,
@@ -59,7 +60,6 @@ LAYOUTS = [{"HPLN", "HPLT", wave, "STOKES", time} for wave in ("WAVE", "AWAV") f
 """What the five axes are."""
 
 CENTURY = 3.2e9  # s
-LARGEST_RESIDUAL = 0.5  # arcsec: corners that no plane image of the sky fits better contradict one another
 
 
 @dataclass(frozen=True)
@@ -357,12 +357,12 @@ def _frame(table: _Coordinates, index: int, size: tuple[int, int], where: str) -
         )
     frame = Frame.through(x, y, longitude, latitude, ((size[0] - 1) / 2.0, (size[1] - 1) / 2.0))
     away = np.hypot(*np.subtract(frame.coordinates(x, y), (longitude, latitude)))
-    if not away.max() <= LARGEST_RESIDUAL:
+    if not away.max() <= ANOTHER_PLACE:
         raise InputError(
             "the field's corners contradict one another",
             where=where,
-            found=f"{away.max():.1f} arcsec from a plane image of the sky in scan {index}",
-            expected=f"{LARGEST_RESIDUAL} arcsec at most",
+            found=f"{away.max():.2f} arcsec from a plane image of the sky in scan {index}",
+            expected=f"{ANOTHER_PLACE} arcsec at most",
             remedy=FETCH_AGAIN,
         )
     return frame
