@@ -484,6 +484,7 @@ def test_damage_gives_typed_errors_only(tmp_path, file, cube, data):
     try:
         (scan,) = read_scans(damaged)
         intensity = open_intensity(scan)
+        header_contradictions(scan)
     except InputError as error:
         message = str(error)
     else:
