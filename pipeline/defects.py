@@ -252,6 +252,9 @@ def granulation_contrast(cube: Cube, wavelength: ArrayLike, rest_wavelength: flo
         mean of both wings over its local mean; NaN where there is nothing to measure. Noise is in it: compare
         scans of one series.
     """
+    first, last = np.asarray(wavelength)[[0, -1]]
+    if not first < rest_wavelength < last:
+        return float("nan")
     box = middle_box(field, MIDDLE)
     bands = band_images(cube[:, box[0], box[1]], wavelength, rest_wavelength)
     image = 0.5 * (bands["blue wing"] + bands["red wing"])
@@ -357,7 +360,7 @@ def _about_times(header: fits.Header, scan: Scan) -> Iterator[str]:
                 moments[name] = moment + A_DAY if name in LATER and "T" not in text else moment
             except InputError:
                 if name.startswith("DATE"):
-                    yield f"{name} = {text!r} is no date and time"
+                    yield f"{name} = {text!r}, time scale {scale}, is no date and time"
     for name, moment in moments.items():
         stated = f"{name} = {header[name]}"
         if name in EARLIER and moment > begin + A_SECOND:

@@ -428,7 +428,7 @@ def _field(group: Group) -> str:
 
 
 def _contrast(group: Group) -> str:
-    if not group.contrasts:
+    if not np.isfinite(group.contrasts).any():
         return "not known"
     text = " to ".join(f"{value:.3f}" for value in sorted({min(group.contrasts), max(group.contrasts)}))
     return f"{text} in the wings (ingest --min-contrast)"

@@ -238,7 +238,7 @@ class TestHeaders:
             ({"DATE-END": "2016-09-06T15:30:00"}, "more than a day from the scan"),
             ({"DATE-BEG": "2014-09-06T15:30:00"}, "DATE-BEG = 2014-09-06T15:30:00 is after the scan"),
             ({"DATE-OBS": "2011-09-06T15:27:24"}, "DATE-OBS = 2011-09-06T15:27:24 is more than a day"),
-            ({"DATE-OBS": "noon"}, "DATE-OBS = 'noon' is no date"),
+            ({"DATE-OBS": "noon"}, "DATE-OBS = 'noon', time scale UTC, is no date"),
             ({"WAVELNTH": 8542.1}, "WAVELNTH = 8542.1, the wavelengths are around 6563"),
             ({"WAVELNTH": 854.2, "WAVEUNIT": -9}, "WAVELNTH = 854.2, the wavelengths"),
             ({"FILTER1": "8542"}, "FILTER1 = '8542' names 8542"),
