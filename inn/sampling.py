@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from inn.errors import MisuseError
 from inn.latent import LatentKind, TunedLatents
 from inn.layout import QUANTITIES
-from inn.posterior import BATCH_ROWS, QUANTILES, Network, posterior_quantiles
+from inn.posterior import BATCH_ROWS, QUANTILES, Network, check_levels, posterior_quantiles
 from inn.precision import Precision, fastest
 from inn.scaling import scale_atmosphere
 
@@ -420,7 +420,9 @@ def choose_sampling(
         )
     if accuracy is not None and not 0.0 < accuracy < math.inf:
         raise MisuseError("the accuracy is an error above zero", where="accuracy", found=accuracy)
-    tail = min(min(level, 1.0 - level) for level in quantiles)
+    if seed is not None and seed < 0:
+        raise MisuseError("a seed is a number from 0", where="seed", found=seed)
+    tail = min(min(level, 1.0 - level) for level in check_levels(quantiles))
     curves = _curves(model, latent, tuned=seed is None and tail >= OUTERMOST)
     if draws is not None:
         kind, error = _best_at(curves, draws, latent)

@@ -178,8 +178,7 @@ def _checked(store: Place) -> CheckReport:
         if "spoiled" in record:
             continue  # an earlier check's note: the receipt before it says what the tile should hold
         finished, tiles = bool(record.get("finished")), record.get("tiles", len(grid))
-        if "tile" in record:
-            index = int(record["tile"])
+        if (index := record.get("tile", len(grid))) < len(grid):
             known[index] = _DONE if "sha256" in record else _FAILED if "error" in record else 0
             receipt = record.get("sha256", record.get("quarantine", ""))
             receipts[index] = np.frombuffer(bytes.fromhex(receipt.zfill(64)), dtype=np.uint8)

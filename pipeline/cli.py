@@ -368,8 +368,9 @@ def invert_command(
         bool,
         typer.Option(
             "--dry-run",
-            help="Write nothing: say how many tiles and pixels are to be done, how large the map will be and "
-            "how long it takes, by inverting a few pixels on the cluster; exit code 1 if it does not fit.",
+            help="Compute nothing for the map: say how many tiles and pixels are to be done, how large it "
+            "will be and how long it takes, by inverting a few pixels on the cluster; exit code 1 if it does "
+            "not fit.",
         ),
     ] = False,
     check: Annotated[
@@ -443,11 +444,13 @@ def _numbers(option: str, text: str, example: str) -> list[float]:
 
 @app.command("report", epilog="Example: [bold]flarefield report map.zarr map.html[/]")
 def report_command(
-    map_store: Annotated[Path, typer.Argument(metavar="MAP.zarr", help="A map store.")],
+    map_store: Annotated[str, typer.Argument(metavar="MAP.zarr", help="A map store, or its URL.")],
     output: Annotated[Path, typer.Argument(metavar="OUT.html", help="The page to write.")],
     observation: Annotated[
-        Path | None,
-        typer.Option(help="The observation store, to show its profiles and images.", show_default=False),
+        str | None,
+        typer.Option(
+            help="The observation store, or its URL, to show its profiles and images.", show_default=False
+        ),
     ] = None,
     time: Annotated[
         int | None, typer.Option(help="Index of the scan to show; the last if left out.", show_default=False)

@@ -46,7 +46,7 @@ from pipeline.devices import Device
 from pipeline.driver import run_bounded
 from pipeline.errors import FlareFieldError, InputError, MisuseError, StoreError
 from pipeline.journal import Journal, changes
-from pipeline.observation import open_observation
+from pipeline.observation import open_observation, see_that_it_is_whole
 from pipeline.plan import Plan, make_plan, see_that_it_fits
 from pipeline.progress import Progress
 from pipeline.provenance import provenance
@@ -495,6 +495,7 @@ def _settle(
     with fetched_model(model_path) as folder:
         network, weights = load_model(folder), model_hash(folder)
     dataset = open_observation(observation)
+    see_that_it_is_whole(observation)
     if calibration_error is None:
         calibration_error = dataset.attrs.get("relative_calibration_uncertainty")
     _check_observation(dataset, network, observation, calibration_error)
@@ -891,11 +892,11 @@ class _Work:
         size = store.listing()
         last = np.full(len(self.grid), -1)
         for number, record in enumerate(self.journal.records()):
-            if "tile" in record:
-                last[int(record["tile"])] = number if "sha256" in record else -1
+            if (index := record.get("tile", len(last))) < len(last):
+                last[index] = number if "sha256" in record else -1
         lost = 0
         for number, record in enumerate(self.journal.records()):
-            if "tile" not in record or last[index := int(record["tile"])] != number:
+            if (index := record.get("tile", len(last))) >= len(last) or last[index] != number:
                 continue
             tile = self.grid[index]
             if _size(tile, size) == record["stored"]:

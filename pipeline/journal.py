@@ -11,6 +11,7 @@ is simply done again, which is harmless, for doing a tile is idempotent.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -47,6 +48,9 @@ def changes(recorded: Fingerprint, wanted: Fingerprint) -> dict[str, tuple[Any, 
     names = [*recorded, *(name for name in wanted if name not in recorded)]
     pairs = {name: (recorded.get(name), wanted.get(name)) for name in names}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+HASH = re.compile("[0-9a-f]{1,64}")
 
 
 class Journal:
@@ -211,8 +215,20 @@ def read_journal(path: str | Path) -> tuple[dict[str, Any], Iterator[dict[str, A
 def _records(log: Log) -> Iterator[dict[str, Any]]:
     for line in islice(log.lines(), 1, None):
         # A line damaged by a crash of the machine counts as no record: its tile is done again.
-        if (record := _parse(line)) is not None:
+        if (record := _parse(line)) is not None and _can_be(record):
             yield record
+
+
+def _can_be(record: Mapping[str, Any]) -> bool:
+    """Whether a record of a tile, if it is one, names one and has hashes that can be."""
+    if "tile" not in record:
+        return True
+    hashes = (record[name] for name in ("sha256", "quarantine") if name in record)
+    return (
+        isinstance(record["tile"], int)
+        and record["tile"] >= 0
+        and all(isinstance(one, str) and HASH.fullmatch(one) for one in hashes)
+    )
 
 
 def _line(record: Mapping[str, Any]) -> bytes:

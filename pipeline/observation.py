@@ -495,6 +495,45 @@ def open_observation(path: str | Path, *, chunks: Any = None) -> xr.Dataset:  # 
     return dataset
 
 
+ALWAYS_WRITTEN = ("halpha", "ca8542", "valid", "defects")
+"""Variables whose chunks are all there, whatever they hold."""
+
+
+def see_that_it_is_whole(path: str | Path) -> None:
+    """Refuse an observation that has lost chunks: they would be read as if nothing had been observed.
+
+    Parameters
+    ----------
+    path : str or Path
+        The observation store, or its URL.
+
+    Raises
+    ------
+    StoreError
+        Some are not there.
+    """
+    store = place(path)
+    group = zarr.open_group(store.zarr, mode="r")
+    lost: list[str] = []
+    for name in ALWAYS_WRITTEN:
+        if name not in group:
+            continue
+        array = array_in(group, name)
+        there = store.sizes(name)
+        parts = (
+            -(-size // part) for size, part in zip(array.shape, array.shards or array.chunks, strict=True)
+        )
+        expected = ("/".join((name, "c", *map(str, index))) for index in np.ndindex(*parts))
+        lost.extend(key for key in expected if key not in there)
+    if lost:
+        raise StoreError(
+            f"{len(lost)} parts of the observation are not there",
+            where=path,
+            found=f"no {lost[0]}" + (f", and {len(lost) - 1} more" if len(lost) > 1 else ""),
+            remedy="put them back, or make it again with `flarefield ingest --overwrite`",
+        )
+
+
 def validate(dataset: xr.Dataset, where: object = None) -> None:
     """Check that a dataset keeps the contract of observations.
 

@@ -48,6 +48,10 @@ TASKS = 256
 """Workers that take a sample at the same time, at most."""
 BLOCK = 4096
 """Bytes by which a file system hands out space, as a rule; every file leaves a part of one unused."""
+BLOCKS_PER_TILE = 3 * len(VARIABLES)
+"""Of each variable a file, and at most two directories that hold nothing else, each of which takes one."""
+MARGIN = 1.1
+"""Bytes that a disk must have for each that a sample lets expect."""
 
 
 Spot = tuple[int, int, int]
@@ -110,8 +114,8 @@ class Need:
 
     @property
     def space(self) -> int:
-        """Bytes that the disk must have: what the files' last blocks leave unused comes to that."""
-        return self.stored + self.bytes_beside + self.tiles * len(VARIABLES) * BLOCK
+        """Bytes that the disk must have: a margin, directories, and what files' last blocks leave unused."""
+        return round(MARGIN * (self.stored + self.bytes_beside)) + self.tiles * BLOCKS_PER_TILE * BLOCK
 
 
 @dataclass(frozen=True)
@@ -177,7 +181,9 @@ class Plan:
             f"({need.stored / need.pixels:.0f} bytes a pixel)"
         )
         if self.free is not None:
-            size += f"; {decimal(self.free)} are free" + ("" if self.fits else ": IT DOES NOT FIT")
+            size += f"; {decimal(self.free)} are free"
+            if not self.fits:
+                size += f": IT DOES NOT FIT (with a margin and whole blocks it takes {decimal(need.space)})"
         lines.append(size)
         drawn = "a preview: nothing is drawn" if self.sampling is None else f"sampling: {self.sampling}"
         lines.append(f"  {drawn}")
@@ -316,7 +322,8 @@ def see_that_it_fits(
     if free is None or most.space <= free:
         return
     answerable, spots = _spots(spec, grid, missing, dataset)
-    here = replace(spec, device="cpu")  # in this process, whatever the workers have
+    # In this process, whatever the workers have.
+    here = replace(spec, device="cpu", precision="float32")
     need = _need(missing, answerable, [take_sample(here, grid, SECONDS, spots)] if spots else [], beside)
     if need.space > free:
         raise StoreError(

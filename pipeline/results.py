@@ -331,7 +331,7 @@ def mark_unwritten(path: str | Path, flag: Flag) -> None:
 
 
 def coordinate_hashes(store: Place) -> dict[str, str]:
-    """SHA-256 of the files of each of a map's coordinates, by name.
+    """SHA-256 of the files of each of a map's coordinates, by name, and of its metadata (`ROOT`).
 
     Parameters
     ----------
@@ -339,10 +339,25 @@ def coordinate_hashes(store: Place) -> dict[str, str]:
         The map store.
     """
     ours = {ROOT, *(variable.name for variable in VARIABLES)}
-    return {name: _files_hash(store, name) for name in store.names() if name not in ours}
+    names = (name for name in store.names() if name not in ours)
+    return {name: _files_hash(store, name) for name in (ROOT, *names)}
+
+
+def _metadata_hash(store: Place) -> str:
+    """Of what describes the store and its variables, but for how pixels read that were not written."""
+    keys = [ROOT, *(f"{variable.name}/{ROOT}" for variable in VARIABLES)]
+    try:
+        found = {key: json.loads(content) for key, content in zip(keys, store.read(keys), strict=True)}
+        found[f"quality/{ROOT}"].pop("fill_value")
+        found[ROOT]["consolidated_metadata"]["metadata"]["quality"].pop("fill_value")
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as damage:
+        return f"{type(damage).__name__}: {damage}"
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
 def _files_hash(store: Place, name: str) -> str:
+    if name == ROOT:
+        return _metadata_hash(store)
     keys = sorted(store.sizes(name))
     digest = hashlib.sha256()
     for key, content in zip(keys, store.read(keys), strict=True):
@@ -352,7 +367,7 @@ def _files_hash(store: Place, name: str) -> str:
 
 
 def check_coordinates(store: Place, records: Iterable[Mapping[str, Any]]) -> None:
-    """Compare a map's coordinates with what they were when it was laid out.
+    """Compare a map's coordinates and metadata with what they were when it was laid out.
 
     A part of them that has gone would be read as numbers that nobody has written.
 
@@ -374,7 +389,7 @@ def check_coordinates(store: Place, records: Iterable[Mapping[str, Any]]) -> Non
     changed = [name for name, recorded in hashes.items() if _files_hash(store, name) != recorded]
     if changed:
         raise StoreError(
-            "the map's coordinates are damaged",
+            "the map's coordinates or metadata are damaged",
             where=store,
             found=f"other contents of {', '.join(changed)} than the map was begun with",
             remedy="start over with --overwrite",

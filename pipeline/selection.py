@@ -314,7 +314,7 @@ def _times(text: str, count: int) -> tuple[int, ...]:
                 found=text,
                 expected="indices, '3,5,8', or ranges of them, '0:10' or '0:90:10'",
             ) from None
-        if not some or min(some) < 0 or max(some) >= count:
+        if not some or not all(0 <= end < count for end in (some[0], some[-1])):
             raise MisuseError(
                 "the observation has no such times",
                 where="times",

@@ -443,7 +443,7 @@ class _Objects:
     """The objects below a URL, by their keys."""
 
     def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
+        self.url = url if url.endswith("://") else url.rstrip("/")
         try:
             # What another process wrote a moment ago must be seen.
             self.files, root = fsspec.url_to_fs(self.url, use_listings_cache=False)
@@ -612,7 +612,7 @@ class ObjectStore(Place):
         """Do nothing: objects have no temporary names."""
 
     def runs(self, ending: str) -> list[str]:
-        folder, _, name = self.location.rpartition("/")
+        folder, name = _parted(self.location)
         found = (entry.removeprefix(f"{name}.") for entry in _Objects(folder).names())
         runs = (entry.removesuffix(ending) for entry in found if entry.endswith(ending))
         return sorted(run for run in runs if RUN.fullmatch(run))
@@ -649,7 +649,7 @@ class _Lease:
     """A lock that lasts as long as its holder renews it. No clocks are compared: who waits sees it change."""
 
     def __init__(self, url: str, store: Place) -> None:
-        folder, _, self._key = url.rpartition("/")
+        folder, self._key = _parted(url)
         self._objects = _Objects(folder)
         self._store = store
         self._mine = {"holder": _this_process(), "token": uuid4().hex}
@@ -767,6 +767,12 @@ class ObjectLog(Log):
 
 
 # Common
+
+
+def _parted(url: str) -> tuple[str, str]:
+    """The URL of what holds an object, and the object's name there."""
+    folder, _, name = url.rpartition("/")
+    return (f"{folder}/" if folder.endswith(":/") else folder), name
 
 
 def array_in(group: zarr.Group, name: str) -> zarr.Array[Any]:

@@ -108,6 +108,37 @@ def test_values_that_were_changed_are_damage(copy):
     assert "values are others" in report.faults[0].detail
 
 
+@pytest.mark.parametrize("file", ["temperature/zarr.json", "quality/zarr.json", "zarr.json"])
+@pytest.mark.parametrize("change", ["gone", "cut", "units"])
+def test_metadata_that_changed_or_has_gone_is_damage(copy, file, change):
+    path = copy / file
+    if change == "gone":
+        path.unlink()
+    elif change == "cut":
+        path.write_bytes(path.read_bytes()[:50])
+    else:
+        text = path.read_text()
+        path.write_text(text.replace('"long_name"', '"other_name"', 1))
+        assert path.read_text() != text
+    with pytest.raises(StoreError, match=r"damaged|not a FlareField map|no such map") as refusal:
+        check_map(copy)
+    assert refusal.value.remedy
+
+
+def test_records_of_tiles_that_cannot_be_are_none(copy):
+    journal = copy.with_name(copy.name + ".journal")
+    with journal.open("a") as lines:
+        for record in (
+            '{"tile":900,"sha256":"00"}',
+            '{"tile":0,"sha256":"zz"}',
+            '{"tile":"0"}',
+            '{"tile":-1}',
+            '{"finished":true,"tiles":9}',
+        ):
+            lines.write(record + "\n")
+    assert check_map(copy).sound
+
+
 def test_what_the_journal_does_not_know_is_not_recorded(copy):
     lines = Directory(copy).journal.read_text().splitlines(keepends=True)
     unknown = json.loads(lines[3])["tile"]

@@ -16,7 +16,7 @@ import pipeline.tiles as tiles
 from pipeline.check import check_map
 from pipeline.cluster import SCHEDULER_SETTINGS, WORKER_SETTINGS, AddressConfig
 from pipeline.errors import ClusterError, MisuseError, StoreError
-from pipeline.invert import invert
+from pipeline.invert import invert, plan_inversion
 from pipeline.results import Flag, flagged, open_map
 from pipeline.storage import Directory
 from pipeline.tiles import TileGrid, tile_keys
@@ -280,11 +280,23 @@ def test_an_observation_that_loses_data_meanwhile_spoils_nothing_silently(
     output = tmp_path / "map.zarr"
     with pytest.raises(StoreError, match="observation has changed"):
         invert(copy, output, cluster=client, window=1, **settings)
-    with pytest.raises(MisuseError, match="other settings"):
+    with pytest.raises(StoreError, match="parts of the observation are not there"):
         invert(copy, output, cluster=client, **settings)
     chunk.write_bytes(content)
     invert(copy, output, cluster=client, **settings)
     assert sound(output, undisturbed)
+
+
+@pytest.mark.parametrize("name", ["halpha/c/0/3/3/0", "ca8542/c/0/0/0/0", "valid/c/0/0/0"])
+def test_an_observation_that_has_lost_data_is_not_inverted(tmp_path, observation, settings, client, name):
+    copy = tmp_path / "o.zarr"
+    shutil.copytree(observation, copy)
+    (copy / name).unlink()
+    for work in (invert, plan_inversion):
+        with pytest.raises(StoreError, match="1 parts of the observation are not there") as refusal:
+            work(copy, tmp_path / "map.zarr", cluster=client, **settings)
+        assert refusal.value.found == f"no {name}"
+    assert not (tmp_path / "map.zarr").exists()
 
 
 def test_a_chunk_that_cannot_be_decoded_costs_its_tile_and_no_other(

@@ -345,6 +345,16 @@ def test_what_cannot_be_used_is_said(folder, client):
     assert refusal.value.where == "memory://nowhere/map.zarr"
 
 
+def test_a_store_may_lie_at_the_root(folder, client, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    url = "memory://root.zarr"
+    invert(folder / "o.zarr", url, model=folder / "model", cluster=client, **SETTINGS)
+    assert contents(url) == contents(folder / "map.zarr")
+    assert not list(tmp_path.iterdir())
+    fsspec.filesystem("memory").rm("/root.zarr", recursive=True)
+    fsspec.filesystem("memory").rm("/root.zarr.journal", recursive=True)
+
+
 def test_a_store_that_cannot_be_asked_is_named(folder, client):
     class Unreachable(MemoryFileSystem):
         protocol = "unreachable"

@@ -107,6 +107,7 @@ def test_a_selection_says_what_it_is():
         {"times": "2"},
         {"times": "-1"},
         {"times": "0:3"},
+        {"times": "0:100000000000"},
         {"times": "1:1"},
         {"times": "0:2:0"},
         {"times": "0:1:1:1"},

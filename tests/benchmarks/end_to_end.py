@@ -31,7 +31,7 @@ from rich.table import Table
 
 import inn
 from inn.posterior import QUANTILES
-from inn.sampling import choose_sampling
+from inn.sampling import choose_precision, choose_sampling
 from pipeline import invert as engine
 from pipeline.cluster import LocalConfig, connect
 from pipeline.driver import Outcome
@@ -60,7 +60,14 @@ def sampler_seconds(model: str | None, pixels: int, draws: int, latent: str, rep
     torch.set_num_threads(1)
     started = time.perf_counter()
     for _ in range(repeats):
-        inn.posterior_quantiles(network, lines.astype(np.float32), mu=0.55, draws=draws, latent=latent)
+        inn.posterior_quantiles(
+            network,
+            lines.astype(np.float32),
+            mu=0.55,
+            draws=draws,
+            latent=latent,
+            precision=choose_precision(network, "cpu"),
+        )
     return time.perf_counter() - started
 
 
