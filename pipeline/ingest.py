@@ -503,9 +503,9 @@ def _write(
                 writing = background.submit(writers[line].write, (task.time, *number, 0), block[None])
         assert writing is not None
         writing.result()
-    # Also where they hold nothing: a part that has gone can then be told from one that was never written.
+    # Also where it holds nothing: a part that has gone can then be told from one that was never written.
     array_in(group, "valid").with_config({"write_empty_chunks": True})[task.time] = overlap
-    array_in(group, "defects").with_config({"write_empty_chunks": True})[task.time] = found
+    array_in(group, "defects")[task.time] = found
     if images is not None:
         images.leave_out(~overlap | (found != 0))
     for one in (halpha, ca8542):

@@ -53,7 +53,7 @@ that were calibrated (`pipeline.calibration`) have a ``scale_factor``, by which 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +67,13 @@ from zarr.codecs import BloscCodec
 
 import pipeline.geometry  # noqa: F401  (gives datasets the accessor `flarefield`)
 from pipeline.changes import CHANGED, LONGEST, LONGEST_SECONDS, NAME, SIGNIFICANT
-from pipeline.crisp import read_headers
+from pipeline.crisp import LINES, read_headers
 from pipeline.crisp.scan import Scan, cosine_of_pointing
 from pipeline.defects import Defect
 from pipeline.errors import MisuseError, StoreError
 from pipeline.pairing import Pair
 from pipeline.registration import STAYS, Shift
-from pipeline.storage import array_in, place
+from pipeline.storage import Place, array_in, place
 
 KIND = "observation"
 SCHEMA = 1
@@ -495,12 +495,11 @@ def open_observation(path: str | Path, *, chunks: Any = None) -> xr.Dataset:  # 
     return dataset
 
 
-ALWAYS_WRITTEN = ("halpha", "ca8542", "valid", "defects")
-"""Variables whose chunks are all there, whatever they hold."""
-
-
 def see_that_it_is_whole(path: str | Path) -> None:
     """Refuse an observation that has lost chunks: they would be read as if nothing had been observed.
+
+    Chunks of intensities may be missing where no pixel is valid, and chunks of `valid` if they are no shards:
+    whoever saves a part of an observation with xarray writes none of those that hold nothing.
 
     Parameters
     ----------
@@ -514,17 +513,11 @@ def see_that_it_is_whole(path: str | Path) -> None:
     """
     store = place(path)
     group = zarr.open_group(store.zarr, mode="r")
-    lost: list[str] = []
-    for name in ALWAYS_WRITTEN:
-        if name not in group:
-            continue
-        array = array_in(group, name)
-        there = store.sizes(name)
-        parts = (
-            -(-size // part) for size, part in zip(array.shape, array.shards or array.chunks, strict=True)
-        )
-        expected = ("/".join((name, "c", *map(str, index))) for index in np.ndindex(*parts))
-        lost.extend(key for key in expected if key not in there)
+    valid = array_in(group, "valid")
+    lost = [key for key, _ in _missing(store, "valid", valid)] if valid.shards else []
+    for name in LINES:
+        missing = _missing(store, name, array_in(group, name))
+        lost.extend(key for key, region in missing if np.any(valid[region[:3]]))
     if lost:
         raise StoreError(
             f"{len(lost)} parts of the observation are not there",
@@ -532,6 +525,17 @@ def see_that_it_is_whole(path: str | Path) -> None:
             found=f"no {lost[0]}" + (f", and {len(lost) - 1} more" if len(lost) > 1 else ""),
             remedy="put them back, or make it again with `flarefield ingest --overwrite`",
         )
+
+
+def _missing(store: Place, name: str, array: zarr.Array[Any]) -> Iterator[tuple[str, tuple[slice, ...]]]:
+    """Files of an array that are not there, and what they would hold."""
+    sizes = array.shards or array.chunks
+    there = store.sizes(name)
+    parts = (-(-whole // size) for whole, size in zip(array.shape, sizes, strict=True))
+    for index in np.ndindex(*parts):
+        if (key := "/".join((name, "c", *map(str, index)))) not in there:
+            starts = [number * size for number, size in zip(index, sizes, strict=True)]
+            yield key, tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
 
 
 def validate(dataset: xr.Dataset, where: object = None) -> None:
