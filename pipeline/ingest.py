@@ -42,7 +42,7 @@ from pipeline.changes import BandImages, ChangeTask, Weights
 from pipeline.cluster import ClusterConfig, opened, see_that_workers_find
 from pipeline.common_time import Other, between, other_scans, share_of_other
 from pipeline.crisp import LINES, Medium, Scan, find_scans
-from pipeline.defects import header_contradictions
+from pipeline.crisp.headers import header_contradictions
 from pipeline.driver import Outcome, run_bounded
 from pipeline.errors import FlareFieldError, InputError, MisuseError, StoreError
 from pipeline.journal import Journal

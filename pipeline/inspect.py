@@ -25,9 +25,10 @@ from pipeline.crisp import (
     open_intensity,
     open_wavelength_shift,
 )
+from pipeline.crisp.headers import header_contradictions
 from pipeline.crisp.scan import cosine_of_pointing
 from pipeline.crisp.wavelengths import vacuum_to_air
-from pipeline.defects import granulation_contrast, header_contradictions, survey
+from pipeline.defects import granulation_contrast, survey
 from pipeline.errors import FlareFieldError, InputError
 from pipeline.pairing import Pair, check_alike, label, pair_scans
 from pipeline.progress import Progress

@@ -11,7 +11,8 @@ from scipy import ndimage
 
 from inn.layout import HALPHA
 from pipeline.crisp import find_scans, open_intensity, read_scans
-from pipeline.defects import Defect, granulation_contrast, header_contradictions, survey
+from pipeline.crisp.headers import header_contradictions
+from pipeline.defects import Defect, granulation_contrast, survey
 from pipeline.errors import InputError
 from pipeline.registration import field_of_view
 from tests.fchroma_files import (

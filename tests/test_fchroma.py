@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 
 from pipeline.crisp import ForeignFileError, find_scans, open_intensity, read_headers, read_scans
 from pipeline.crisp.fchroma import file_name, write_fchroma
+from pipeline.crisp.headers import header_contradictions
 from pipeline.crisp.scan import OtherLineError
 from pipeline.crisp.wavelengths import vacuum_to_air
-from pipeline.defects import header_contradictions
 from pipeline.errors import InputError, MisuseError
 from pipeline.inspect import inspect
 from tests.fchroma_files import PAD, START, WAVELENGTH_CA8542, WAVELENGTH_HALPHA, write_pair

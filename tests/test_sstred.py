@@ -25,9 +25,9 @@ from pipeline.crisp import (
     read_scans,
 )
 from pipeline.crisp.cube import PER_ANGSTROM
+from pipeline.crisp.headers import header_contradictions
 from pipeline.crisp.scan import OtherLineError
 from pipeline.crisp.wavelengths import air_to_vacuum
-from pipeline.defects import header_contradictions
 from pipeline.errors import InputError
 from tests.sstred_files import DAY, PHYSICAL, write_sstred
 

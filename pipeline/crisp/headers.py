@@ -1,0 +1,149 @@
+"""In what the headers of scans contradict themselves, or the scans that were read from them.
+
+Of files that a description describes, `pipeline.crisp.contradictions` knows: those are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import astropy.units as u
+import numpy as np
+from astropy.io import fits
+
+from pipeline.crisp import fits_files
+from pipeline.crisp.scan import Scan
+from pipeline.crisp.wavelengths import vacuum_to_air
+from pipeline.errors import InputError
+
+FITS_FORMATS = ("fchroma", "sstred")
+LINE_NUMBERS = {"halpha": "6563", "ca8542": "8542"}
+OFF = 0.05  # Angstrom: what two statements about wavelengths may differ by
+FILTER = 10.0  # Angstrom: what a prefilter's wavelength may differ from that of the line
+NANOMETRES = 2000.0  # a wavelength of less, whose unit is not said, is in nm
+A_SECOND = np.timedelta64(1, "s")
+A_DAY = np.timedelta64(1, "D")
+EARLIER = ("POINT_ID", "STARTOBS", "DATE-OBS", "DATE_OBS", "DATE-BEG")
+"""Cards that say when the scan, or the series that it belongs to, began."""
+LATER = ("ENDOBS", "DATE-END")
+"""Those that say when it ended."""
+
+
+def header_contradictions(scan: Scan) -> tuple[str, ...]:
+    """In what a scan's FITS header contradicts itself or the scan's wavelengths and times, a sentence each.
+
+    What decides (the wavelength axis, the scan's own time) is believed; a contradiction says: somebody has
+    to look.
+
+    Parameters
+    ----------
+    scan : Scan
+        The scan; of a format without FITS headers nothing is said.
+
+    Returns
+    -------
+    tuple of str
+
+    Raises
+    ------
+    InputError
+        The header cannot be read, or a card that has to be a number is none.
+    """
+    if scan.format not in FITS_FORMATS:
+        return ()
+    scan = scan.as_filed
+    with fits_files.opened(scan.path) as hdus:
+        header = hdus[0].header
+        return (*_about_lines(header, scan), *_about_times(header, scan))
+
+
+def _about_lines(header: fits.Header, scan: Scan) -> Iterator[str]:
+    """Cards that say another line or other wavelengths than the scan has."""
+    own = LINE_NUMBERS[scan.line]
+    lines = fits_files.whole_number(header, "NWIN", scan.path, 1)
+    # A file of several lines has a set of cards for each, and one of all others for all.
+    place = 1 if lines <= 1 else 1 + scan.index % lines
+    names = (f"WDESC{place}", *(("EXTNAME", "FILTER1", "WAVEBAND") if lines <= 1 else ()))
+    for name in names:
+        text = str(header.get(name, ""))
+        if others := [other for other in LINE_NUMBERS.values() if other in text and other != own]:
+            yield f"{name} = {text.strip()!r} names {others[0]}, the wavelengths are around {own}"
+    axis = vacuum_to_air(scan.wavelength) if scan.medium == "air" else np.asarray(scan.wavelength)
+    if lines <= 1 and "WAVELNTH" in header:
+        stated = fits_files.number(header, "WAVELNTH", scan.path)
+        unit = header.get("WAVEUNIT")
+        if isinstance(unit, str):
+            angstrom = _angstrom(unit)
+        else:
+            # A power of ten of metres; where it is not said, the magnitude says it.
+            exponent = fits_files.number(header, "WAVEUNIT", scan.path, -9 if stated < NANOMETRES else -10)
+            angstrom = 10.0 ** min(exponent + 10.0, 10.0)
+        if not abs(stated * angstrom - axis.mean()) < FILTER:
+            yield f"WAVELNTH = {header['WAVELNTH']}, the wavelengths are around {own}"
+    if lines <= 1 and "WWIDTH1" in header:
+        width = fits_files.whole_number(header, "WWIDTH1", scan.path)
+        if width != axis.size:
+            yield f"WWIDTH1 = {width}, but there are {axis.size} wavelengths"
+    if scan.format != "fchroma":
+        return
+    unit = str(header.get("CUNIT3", "")).strip() or "Angstrom"
+    angstrom = _angstrom(unit)
+    if not angstrom > 0.0:
+        yield f"CUNIT3 = {unit!r} is no unit of wavelength"
+        return
+    if f"TWAVE{place}" in header:
+        target = fits_files.number(header, f"TWAVE{place}", scan.path)
+        # In Angstrom by its definition, or in the axis' unit.
+        if not any(axis[0] - OFF <= target * step <= axis[-1] + OFF for step in (1.0, angstrom)):
+            yield f"TWAVE{place} = {target}, outside of the wavelengths"
+    if lines <= 1 and {"CRVAL3", "CRPIX3"} <= set(header) and {"CDELT3", "CD3_3"} & set(header):
+        per_pixel = "CD3_3" if "CD3_3" in header else "CDELT3"
+        value, pixel, step = (
+            fits_files.number(header, card, scan.path) for card in ("CRVAL3", "CRPIX3", per_pixel)
+        )
+        steps = np.arange(axis.size) + 1 - pixel
+        away = np.abs((value + steps * step) * angstrom - axis)
+        # Of an axis that is not uniform these cards can be right at the reference pixel alone.
+        uniform = np.ptp(np.diff(axis)) <= OFF
+        if not (off := float(away.max() if uniform else away[np.abs(steps).argmin()])) <= OFF:
+            yield f"CRVAL3 and {per_pixel} are up to {off:.2f} Angstrom off the wavelengths"
+
+
+def _about_times(header: fits.Header, scan: Scan) -> Iterator[str]:
+    """Times that cannot be those of the scan, or of a series that it belongs to."""
+    scale = str(header.get("TIMESYS", "")).strip() or "UTC"
+    begin = scan.time if scan.begin is None else scan.begin
+    end = scan.time if scan.end is None else scan.end
+    moments: dict[str, np.datetime64] = {}
+    for name in (*EARLIER, "DATE-AVG", *LATER):
+        if text := str(header.get(name) or "").strip():
+            try:
+                moment = fits_files.utc(text, scale, scan.path, name)
+                # A date alone is a day.
+                moments[name] = moment + A_DAY if name in LATER and "T" not in text else moment
+            except InputError:
+                if name.startswith("DATE"):
+                    yield f"{name} = {text!r}, time scale {scale}, is no date and time"
+    for name, moment in moments.items():
+        stated = f"{name} = {header[name]}"
+        if name in EARLIER and moment > begin + A_SECOND:
+            yield f"{stated} is after the scan"
+        elif name in LATER and moment + A_SECOND < end:
+            yield f"{stated} is before the scan"
+        elif abs(moment - scan.time) > A_DAY:
+            yield f"{stated} is more than a day from the scan"
+    average = moments.get("DATE-AVG", scan.time)
+    # Of a file of several scans it is not the time of any.
+    if average != scan.time and (
+        moments.get("DATE-BEG", average) > average + A_SECOND
+        or moments.get("DATE-END", average) + A_SECOND < average
+    ):
+        yield f"DATE-AVG = {header['DATE-AVG']} is not between DATE-BEG and DATE-END"
+
+
+def _angstrom(unit: str) -> float:
+    """What a unit of wavelength is in Angstrom; NaN if it is none."""
+    try:
+        return float(u.Unit(unit).to(u.Angstrom))
+    except (ValueError, TypeError):
+        return float("nan")
