@@ -59,7 +59,7 @@ class Link:
     y, x : float
         Pixels by which the later scan has to be moved, once it is turned, to lie on the earlier one.
     confidence : float
-        As of `pipeline.motion.Motion`.
+        As of `pipeline.motion.FoundMotion`.
     error : float
         Standard error of the displacement, pixels.
     turn, turn_error : float

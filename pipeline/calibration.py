@@ -41,6 +41,7 @@ from pipeline.crisp import quiet_sun
 from pipeline.crisp.cube import PER_ANGSTROM
 from pipeline.crisp.instrument import response_matrix
 from pipeline.crisp.scan import LINES, Scan, cosine_of_pointing
+from pipeline.crisp.wavelengths import LIGHT_SPEED
 from pipeline.errors import InputError, MisuseError
 from pipeline.storage import place
 
@@ -52,7 +53,6 @@ Reference = Literal["none", "quiet-sun"]
 
 UNITS = PER_ANGSTROM.to_string()
 """Unit of calibrated intensities."""
-LIGHT_SPEED = 299792.458  # km/s
 
 LIMB_DARKENING = {
     "halpha": (

@@ -45,6 +45,7 @@ from pipeline.errors import FlareFieldError
 from pipeline.pairing import cadence
 from pipeline.registration import (
     BANDS,
+    NORMAL,
     Image,
     Mask,
     Shift,
@@ -75,7 +76,6 @@ STEP = 2.0**-13
 UNIT = 2.0**-12
 """Of a scan's `level`, to which its images are rounded: up to 16 times the level they are held."""
 SAMPLE = 256  # pixels of the field's middle from which the noise is taken
-NORMAL = 1.4826  # standard deviation of a normal distribution over its median absolute deviation
 STRIP = 32  # rows of images that stay in the processor's cache
 ROWS = 16  # and of spectra
 CERTAIN = 0.02  # pixels, to which displacements are found

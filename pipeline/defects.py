@@ -27,7 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
 from pipeline.crisp.cube import Cube
-from pipeline.registration import Image, Mask, band_images, middle_box
+from pipeline.registration import NORMAL, Image, Mask, band_images, middle_box
 
 SIGNIFICANT = 8.0
 """Noise levels by which a spike exceeds the brighter of two opposite neighbours."""
@@ -42,7 +42,6 @@ SAMPLE = 160  # pixels of the field's middle from which the noise is taken
 MIDDLE = 512  # and from which the contrast is
 LARGE = 33  # pixels: what is larger than this, granulation is not
 ROWS = 32  # rows that are gone through at a time: they stay in the processor's cache
-NORMAL = 1.4826  # standard deviation of a normal distribution over its median absolute deviation
 
 RING = np.array([(y, x) for y in range(-2, 3) for x in range(-2, 3) if max(abs(y), abs(x)) == 2])
 Positions = tuple[NDArray[np.intp], NDArray[np.intp]]

@@ -26,8 +26,8 @@ from pipeline.crisp import (
     open_wavelength_shift,
 )
 from pipeline.crisp.headers import header_contradictions
-from pipeline.crisp.scan import cosine_of_pointing
-from pipeline.crisp.wavelengths import vacuum_to_air
+from pipeline.crisp.scan import LONG_NAMES, cosine_of_pointing
+from pipeline.crisp.wavelengths import LIGHT_SPEED, vacuum_to_air
 from pipeline.defects import granulation_contrast, survey
 from pipeline.errors import FlareFieldError, InputError
 from pipeline.pairing import Pair, check_alike, label, pair_scans
@@ -42,9 +42,7 @@ GAP = 1.5  # of the median cadence: a longer interval is a gap
 SAME_STEP = 1e-3  # Angstrom by which the steps of a uniform axis may differ
 FAR = 40.0  # km/s: no mean profile of a field is moved so far
 SHALLOW = 0.9  # of the brightest part of a mean profile: what is less deep may be noise
-LIGHT_SPEED = 299_792.458  # km/s
 LISTED = 5  # files, gaps or scans that are named one by one
-LONG_NAMES = {"halpha": "H-alpha 6563", "ca8542": "Ca II 8542"}
 
 
 def unusable_numbers(scan: Scan, cube: Cube, field: Mask) -> Iterator[str]:

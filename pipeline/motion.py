@@ -23,6 +23,7 @@ from pipeline.registration import (
     LARGEST,
     LARGEST_DETAIL,
     LARGEST_SEARCH,
+    NORMAL,
     SMALLEST_DETAIL,
     Image,
     Mask,
@@ -46,7 +47,6 @@ BRIGHT = 2.0
 CHANGED = 3.0
 """Standard deviations of what two scans differ by, from which a pixel does not count."""
 
-NORMAL = 1.4826  # standard deviations of a normal distribution in its median absolute deviation
 LOWER = (5.0, 30.0)  # percentiles that tell the quiet Sun's brightness where much of the field is brighter
 OF_NORMAL = (-1.6449, -0.5244)  # and where they are in a normal distribution
 COUNTS = 0.3  # weight from which a pixel says how much the scans differ

@@ -68,7 +68,7 @@ from zarr.codecs import BloscCodec
 import pipeline.geometry  # noqa: F401  (gives datasets the accessor `flarefield`)
 from pipeline.changes import CHANGED, LONGEST, LONGEST_SECONDS, NAME, SIGNIFICANT
 from pipeline.crisp import LINES, read_headers
-from pipeline.crisp.scan import Scan, cosine_of_pointing
+from pipeline.crisp.scan import LONG_NAMES, Scan, cosine_of_pointing
 from pipeline.defects import Defect
 from pipeline.errors import MisuseError, StoreError
 from pipeline.pairing import Pair
@@ -83,7 +83,6 @@ SHARD = 512
 CHUNK = 64
 """Pixels of a chunk along y and x."""
 
-LONG_NAMES = {"halpha": "H-alpha 6563", "ca8542": "Ca II 8542"}
 HEADER_END = "\nEND\n"
 
 # Units and dimensions that every observation has; what is not listed is an addition.

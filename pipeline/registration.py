@@ -48,6 +48,7 @@ CONFIDENT = 0.6
 """Least confidence at which a shift is applied."""
 
 AGREEMENT = 1.0  # pixels within which two estimates agree
+NORMAL = 1.4826  # standard deviation of a normal distribution over its median absolute deviation
 LARGEST = 384  # pixels: more of a large field adds time, not accuracy
 LARGEST_SEARCH = 256  # of these, the search in whole pixels needs no more than
 LARGEST_BLOCK = 96

@@ -43,8 +43,19 @@ def scratch(store: Place) -> Place:
     return store.beside(SCRATCH)
 
 
-def opened_group(store: Place, mode: Literal["r", "r+"] = "r+") -> zarr.Group:
+def opened_group(
+    store: Place, mode: Literal["r", "r+"] = "r+", what: str = "store that is being made"
+) -> zarr.Group:
     """Open a store that is being made, as a worker does.
+
+    Parameters
+    ----------
+    store : Place
+        The store.
+    mode : {"r", "r+"}
+        As for `zarr.open_group`.
+    what : str
+        What an error calls it.
 
     Raises
     ------
@@ -55,10 +66,11 @@ def opened_group(store: Place, mode: Literal["r", "r+"] = "r+") -> zarr.Group:
         return zarr.open_group(store.zarr, mode=mode, use_consolidated=False)
     except (FileNotFoundError, ValueError, KeyError) as failure:
         raise StoreError(
-            "a worker cannot open the store that is being made",
+            f"the {what} has gone, or cannot be read",
             where=store,
             found=failure,
-            remedy="use a place that all workers see under the same name",
+            remedy="put it where all workers see it under the same name, leave it alone, and start the "
+            "command again",
         ) from failure
 
 

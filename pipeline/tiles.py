@@ -39,6 +39,7 @@ from inn.preview import preview_quantiles, stated_disagreement
 from pipeline.defects import Defect
 from pipeline.devices import Device, array_library, to_torch
 from pipeline.errors import ClusterError, MisuseError, ModelError, StoreError
+from pipeline.replacement import opened_group
 from pipeline.results import NOVELTY_LEVEL, VARIABLES, WITHOUT_ANSWER, Flag, count_flags
 from pipeline.selection import EVERYTHING, Selection
 from pipeline.spectra import Interpolation, check_interpolation, covered, network_lines
@@ -749,15 +750,7 @@ def write_tile(store: str | Path, run: str, tile: Tile, values: Mapping[str, NDA
     StoreError
         The store belongs to another run, or there is no space left.
     """
-    try:
-        group = zarr.open_group(place(store).zarr, mode="r+")
-    except (FileNotFoundError, ValueError, KeyError) as error:
-        raise StoreError(
-            "the map store has gone, or cannot be read any more",
-            where=store,
-            found=error,
-            remedy="put it where all workers see it, leave it alone, and start the command again",
-        ) from error
+    group = opened_group(place(store), what="map store")
     if group.attrs.get("run") != run:
         raise StoreError(
             "the map store belongs to another run", where=store, remedy="start the command again"

@@ -29,11 +29,10 @@ from torch import Tensor
 from inn.layout import Layout
 from inn.scaling import scale_atmosphere
 from pipeline.crisp.instrument import response_matrix
+from pipeline.crisp.wavelengths import LIGHT_SPEED
 from pipeline.errors import InputError, MisuseError
 from pipeline.grids.store import open_grid, split
 from pipeline.spectra import sampling_matrix, window_matrix
-
-LIGHT_SPEED = 299_792.458  # km/s
 
 CRISP_WAVELENGTHS: dict[str, NDArray[np.float64]] = {
     "halpha": np.linspace(6564.584 - 1.4, 6564.584 + 1.4, 15),

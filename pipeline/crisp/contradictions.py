@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from pipeline.crisp import fits_files
 from pipeline.crisp.axes import Axis, Stored
-from pipeline.crisp.cube import COUNTS
+from pipeline.crisp.cube import COUNTS, DN
 from pipeline.crisp.described import DescribedCube
 from pipeline.crisp.netcdf_files import NetcdfArray
 from pipeline.crisp.scan import Scan
@@ -295,7 +295,7 @@ def _differ(said: str, stated: str) -> bool:
 
 def _unit(text: str) -> u.UnitBase | None:
     if text.strip().lower() in COUNTS:
-        return u.Unit("DN")
+        return u.Unit(DN)
     if text == CONTINUUM:
         return u.dimensionless_unscaled
     for word in (text, text.removesuffix("s")):  # CF has degrees and arcseconds

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from pipeline.crisp import fits_files
 from pipeline.crisp.axes import Axis, ScanOfArray
-from pipeline.crisp.cube import Cube
+from pipeline.crisp.cube import DN, Cube
 from pipeline.crisp.scan import (
     ForeignFileError,
     Frame,
@@ -39,7 +39,6 @@ SUFFIXES = (".zarr",)
 DATA = "data"
 KEYS = ("crpix", "crval", "pixel_scale", "date_obs", "time_obs")
 """What the header of a scan has."""
-UNITS = "DN"
 CROPPED = ("frame_dims", "x_min", "y_min", "angle")
 """What it has besides where the package has rotated and cropped the scan: its coordinates do not know."""
 
@@ -105,8 +104,8 @@ def read_scans(path: str | Path, medium: Medium | None = None) -> tuple[Scan, ..
             medium=medium,
             medium_stated_by=stated_by,
             shape=(array.shape[-2], array.shape[-1]),
-            units=UNITS,
-            units_of_file=UNITS,
+            units=DN,
+            units_of_file=DN,
             saturation=float(np.iinfo(array.dtype).max) if array.dtype.kind in "iu" else float("inf"),
             frame=_frame(header, file),
         ),

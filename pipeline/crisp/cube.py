@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 
 from pipeline.errors import InputError
 
+DN = "DN"
+"""Unit of counts, whatever a file calls them."""
 COUNTS = {"dn", "adu", "ct", "count", "counts", "electron", "ph", "photon"}
 """Units, in lower case, of detectors' counts: no physical unit, and per no wavelength interval."""
 
@@ -42,7 +45,33 @@ class Cube(Protocol):
     def __iter__(self) -> Iterator[Any]: ...
 
 
-class ScaledCube:
+class _Indexed(ABC):
+    """A cube in single precision that is made as it is indexed."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Wavelengths, and pixels along y and x."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Single precision."""
+        return np.dtype(np.float32)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @abstractmethod
+    def __getitem__(self, key: Any, /) -> NDArray[np.float32]: ...  # noqa: ANN401
+
+    def __iter__(self) -> Iterator[NDArray[np.float32]]:
+        return (self[index] for index in range(len(self)))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:  # noqa: ANN401
+        return np.asarray(self[:], dtype=dtype)
+
+
+class ScaledCube(_Indexed):
     """A cube whose stored numbers become intensities as they are indexed: ``scale * number + offset``.
 
     Parameters
@@ -78,14 +107,6 @@ class ScaledCube:
         """Wavelengths, and pixels along y and x."""
         return self._stored.shape
 
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Single precision."""
-        return np.dtype(np.float32)
-
-    def __len__(self) -> int:
-        return len(self._stored)
-
     def __getitem__(self, key: Any, /) -> NDArray[np.float32]:  # noqa: ANN401
         stored = np.asarray(self._stored[key])
         along = key[0] if isinstance(key, tuple) else key
@@ -100,14 +121,8 @@ class ScaledCube:
             values = np.where(stored == self._blank, np.float32(np.nan), values)
         return np.asarray(values)
 
-    def __iter__(self) -> Iterator[NDArray[np.float32]]:
-        return (self[index] for index in range(len(self)))
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:  # noqa: ANN401
-        return np.asarray(self[:], dtype=dtype)
-
-
-class PlacedCube:
+class PlacedCube(_Indexed):
     """A cube in another frame of the same pixels, moved by whole pixels; NaN where it has none.
 
     Parameters
@@ -127,14 +142,6 @@ class PlacedCube:
     def shape(self) -> tuple[int, ...]:
         """Wavelengths, and pixels along y and x."""
         return (len(self._cube), *self._frame)
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Single precision."""
-        return np.dtype(np.float32)
-
-    def __len__(self) -> int:
-        return len(self._cube)
 
     def __getitem__(self, key: Any, /) -> NDArray[np.float32]:  # noqa: ANN401
         along, *rest = key if isinstance(key, tuple) else (key,)
@@ -158,14 +165,8 @@ class PlacedCube:
         values[here] = part[source]
         return values.reshape((*wavelengths, *wanted[0], *wanted[1]))
 
-    def __iter__(self) -> Iterator[NDArray[np.float32]]:
-        return (self[index] for index in range(len(self)))
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:  # noqa: ANN401
-        return np.asarray(self[:], dtype=dtype)
-
-
-class IncompleteCube:
+class IncompleteCube(_Indexed):
     """A cube that lacks the images at some wavelengths of an axis; these are NaN.
 
     Parameters
@@ -187,14 +188,6 @@ class IncompleteCube:
         """Wavelengths, and pixels along y and x."""
         return (self._wavelengths, *self._cube.shape[1:])
 
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Single precision."""
-        return np.dtype(np.float32)
-
-    def __len__(self) -> int:
-        return self._wavelengths
-
     def __getitem__(self, key: Any, /) -> NDArray[np.float32]:  # noqa: ANN401
         along, *rest = key if isinstance(key, tuple) else (key,)
         places = np.arange(self._wavelengths)[along]
@@ -203,12 +196,6 @@ class IncompleteCube:
         own = self._own.get(int(places))
         image = np.asarray(self._cube[(own or 0, *rest)], dtype=np.float32)
         return image if own is not None else np.full_like(image, np.nan)
-
-    def __iter__(self) -> Iterator[NDArray[np.float32]]:
-        return (self[index] for index in range(len(self)))
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:  # noqa: ANN401
-        return np.asarray(self[:], dtype=dtype)
 
 
 def as_intensities(
@@ -269,7 +256,7 @@ def intensity_scale(
     """
     same = np.ones(len(wavelength))
     if unit.strip().lower() in COUNTS:
-        return "DN", same
+        return DN, same
     try:
         found = u.Unit(unit)
         if found.physical_type == "dimensionless":

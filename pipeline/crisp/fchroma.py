@@ -25,7 +25,7 @@ from astropy.wcs import WCS
 from numpy.typing import ArrayLike, NDArray
 
 from pipeline.crisp import fits_files
-from pipeline.crisp.cube import Cube, as_intensities, intensity_scale
+from pipeline.crisp.cube import DN, Cube, as_intensities, intensity_scale
 from pipeline.crisp.fits_files import FETCH_AGAIN
 from pipeline.crisp.scan import (
     ForeignFileError,
@@ -45,7 +45,6 @@ TIME_HDU = "time-coordinate"
 TIMES = ("TIME", "UTC", "TAI")
 """What a fourth axis is called."""
 
-UNITS = "DN"
 SUFFIXES = fits_files.SUFFIXES
 
 # What the database calls the lines: EXTNAME and WDESC1 of the primary header, and the part of a file's name.
@@ -300,7 +299,7 @@ def _describe(hdus: fits.HDUList, file: Path, medium: Medium | None) -> tuple[Sc
     times = _times(hdus, axes[0], file) if len(axes) == 4 else [_time(header, file)]
     windows = _windows(header, points, str(file))
     stated = _medium(header, file)
-    units_of_file = str(header.get("BUNIT", "")).strip() or UNITS
+    units_of_file = str(header.get("BUNIT", "")).strip() or DN
     frame = _frame(header, file)
     described, others = [], []
     for number, window in enumerate(windows):
@@ -324,7 +323,7 @@ def _describe(hdus: fits.HDUList, file: Path, medium: Medium | None) -> tuple[Sc
                 shape=(rows, columns),
                 units=units,
                 units_of_file=units_of_file,
-                saturation=fits_files.saturation(header, file) if units == UNITS else float("inf"),
+                saturation=fits_files.saturation(header, file) if units == DN else float("inf"),
                 frame=frame,
             )
             for index, time in enumerate(times)

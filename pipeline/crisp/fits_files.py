@@ -189,13 +189,8 @@ def number(header: fits.Header, card: str, where: object, default: float | None 
     except VerifyError:
         value = "what FITS cannot read"
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InputError(
-            "a card of the header states no number",
-            where=where,
-            found=f"no value of {card}" if value is None else f"{card} = {value!r}",
-            expected=f"{card} = a number",
-            remedy="mend the card, or leave the file out",
-        )
+        found = f"no value of {card}" if value is None else f"{card} = {value!r}"
+        raise _not_a("number", card, found, where)
     return float(value)
 
 
@@ -203,14 +198,18 @@ def whole_number(header: fits.Header, card: str, where: object, default: int | N
     """The whole number that a card states; see `number`."""
     value = number(header, card, where, default)
     if not value.is_integer():
-        raise InputError(
-            "a card of the header states no whole number",
-            where=where,
-            found=f"{card} = {value}",
-            expected=f"{card} = a whole number",
-            remedy="mend the card, or leave the file out",
-        )
+        raise _not_a("whole number", card, f"{card} = {value}", where)
     return int(value)
+
+
+def _not_a(kind: str, card: str, found: str, where: object) -> InputError:
+    return InputError(
+        f"a card of the header states no {kind}",
+        where=where,
+        found=found,
+        expected=f"{card} = a {kind}",
+        remedy="mend the card, or leave the file out",
+    )
 
 
 def scaling(header: fits.Header, where: object) -> tuple[float, float, int | None]:

@@ -19,6 +19,7 @@ from pipeline.crisp.wavelengths import Medium, to_vacuum
 from pipeline.errors import InputError
 
 LINES: dict[str, LineWindow] = {HALPHA.name: HALPHA, CA8542.name: CA8542}
+LONG_NAMES = {"halpha": "H-alpha 6563", "ca8542": "Ca II 8542"}
 """The lines that an observation holds, by name."""
 
 NEAR = 3.5  # Angstrom: an axis centred this near to a line is of that line (wide enough for an axis in air)

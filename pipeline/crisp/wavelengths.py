@@ -15,6 +15,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+LIGHT_SPEED = 299_792.458  # km/s
+
 Medium = Literal["vacuum", "air"]
 """What wavelengths are measured in."""
 
