@@ -6,20 +6,24 @@ which depends on how bright the Sun is there:
 - it is sharper than the telescope can make anything: L.A.Cosmic's principle (van Dokkum 2001,
   doi:10.1086/323894). CRISP's pixels sample the diffraction limit 2.4 (H-alpha) and 3.1 times (Ca II 8542),
   so that the neighbours of the brightest pixel of a point have two thirds of its excess over what surrounds
-  it; of a spike, at least along one axis, they have little;
-- it is there at one wavelength, for the others were exposed at other times; a pixel that sticks out at most
-  wavelengths, towards the bright or the dark, is a bad one of the detector;
+  it, and those beyond two pixels that share a point at least a third; of a spike they have little: of one
+  of a single pixel at least along one axis, of one of up to 2 x 2 pixels along both;
+- it is there at one wavelength, for the others were exposed at other times; that of a single pixel, whose
+  sharpness nothing else has, at two in turn at most. A pixel that sticks out at most wavelengths, towards the
+  bright or the dark, is a bad one of the detector;
 - it exceeds the noise, which is taken from the image itself by the median absolute deviation and grows with
   the root of the intensity, many times over.
 
-Spikes wider than a pixel along both axes are not found. Nothing is repaired.
+Spikes wider than two pixels along both axes are not found, nor those wider than one at the field's very edge.
+Nothing is repaired.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntFlag
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -33,18 +37,19 @@ SIGNIFICANT = 8.0
 """Noise levels by which a spike exceeds the brighter of two opposite neighbours."""
 SHARP = 0.65
 """Share of a pixel's excess over its surroundings that both of two opposite neighbours lack."""
-ISOLATED = 0.5
+SHARP_BLOCK = 0.8
+"""The same for a pixel that is one of two side by side along both axes, and those at their ends."""
+ISOLATED = 0.3
 """Largest sharpness of the same pixel at the next wavelengths, of that of the spike."""
 ALWAYS = 0.8
 """Share of the wavelengths at which a bad pixel of the detector is sharp."""
 
-SAMPLE = 160  # pixels of the field's middle from which the noise is taken
+SAMPLE = 128  # pixels of the field's middle from which the noise is taken
 MIDDLE = 512  # and from which the contrast is
 LARGE = 33  # pixels: what is larger than this, granulation is not
-ROWS = 32  # rows that are gone through at a time: they stay in the processor's cache
+SEGMENT = 1 << 16  # pixels that are gone through at a time: they stay in the processor's cache
 
 RING = np.array([(y, x) for y in range(-2, 3) for x in range(-2, 3) if max(abs(y), abs(x)) == 2])
-Positions = tuple[NDArray[np.intp], NDArray[np.intp]]
 Numbers = NDArray[Any]
 """An image of the file's own whole numbers, or in single precision."""
 
@@ -142,27 +147,13 @@ def survey(cube: Cube, field: Mask, saturation: float = np.inf) -> Survey:
     """
     box = middle_box(field, SAMPLE)
     unusable = np.zeros(field.shape, dtype=np.bool_)
-    constant: Positions | None = None
+    search = _Search.of(field)
+    constant: NDArray[np.intp] | None = None
     often = np.zeros(field.shape, dtype=np.uint16)
-    dark: Positions | None = None
-    spikes: list[NDArray[np.intp]] = []
+    dark: _Places | None = None
+    sharp: list[_Sharp] = []
     missing: list[int] = []
     first: Numbers | None = None
-    before: Numbers | None = None
-    waiting: tuple[int, Positions, NDArray[np.float32]] | None = None
-
-    def judge(after: Numbers | None) -> None:
-        """Decide on the sharp pixels of the image before, now that those beside it are known."""
-        if waiting is None:
-            return
-        index, where, excess = waiting
-        alone = np.ones(excess.size, dtype=np.bool_)
-        for beside in (before, after):
-            if beside is not None:
-                alone &= ~(_excess(beside, where) > ISOLATED * excess)
-        found = np.column_stack([np.full(excess.size, index), *where])[alone]
-        spikes.append(found.astype(np.intp))
-
     last: Numbers | None = None
     for index, values in enumerate(cube):
         image = _native(values)
@@ -174,38 +165,35 @@ def survey(cube: Cube, field: Mask, saturation: float = np.inf) -> Survey:
         ):
             missing.append(index)
             continue
+        least = noise.level * SIGNIFICANT
         if first is None:
             first = image
-            dark = _dark_candidates(image, field, noise.level * SIGNIFICANT)
-            dark_often = np.zeros(dark[0].size, dtype=np.uint16)
+            dark = search.places(_negative(image), least)
+            dark = dark.at(dark.inside & (dark.excess(image, sign=-1)[0] > least))
+            dark_often = np.zeros(dark.own.size, dtype=np.uint16)
         elif constant is None:
-            constant = _positions(field & (image == first))
+            constant = np.flatnonzero(field & (image == first))
         else:
-            same = image[constant] == first[constant]
-            constant = (constant[0][same], constant[1][same])
-        candidates = _candidates(image, saturation, noise.level * SIGNIFICANT, unusable)
-        # What is saturated is known as that.
-        kept = _inside(field, candidates) & (image[candidates] < saturation)
-        where = (candidates[0][kept], candidates[1][kept])
-        excess, around = _excess(image, where), _around(image, where)
-        sharp = _sharp(excess, image[where], around, noise)
-        where, excess = (where[0][sharp], where[1][sharp]), excess[sharp]
-        often[where] += 1
+            constant = constant[image.ravel()[constant] == first.ravel()[constant]]
+        found = _Sharp.of(index, image, search.places(image, least, saturation, unusable), noise)
+        often.ravel()[found.places.own[found.single & found.places.inside]] += 1
         assert dark is not None
-        lack, around = _excess(image, dark, dark=True), _around(image, dark)
-        dark_often += _sharp(lack, image[dark], around, noise)
-        judge(image)
-        before, last, waiting = last, image, (index, where, excess)
-    judge(None)
+        dark_often += _stands_out(dark.excess(image, sign=-1)[0], SHARP, *dark.contrast(image), noise)
+        if last is not None:
+            found.before[:] = found.excess_in(last)
+        for ago, earlier in enumerate(reversed(sharp[-2:])):
+            earlier.after[ago] = earlier.excess_in(image)
+        sharp.append(found)
+        last = image
     images = len(cube) - len(missing)
     dead = often >= max(ALWAYS * images, 2)
     if dark is not None:
-        dead[dark] |= dark_often >= max(ALWAYS * images, 2)
+        dead.ravel()[dark.own] |= dark_often >= max(ALWAYS * images, 2)
     if constant is not None:
-        dead[constant] = True
-    found = np.concatenate([np.empty((0, 3), dtype=np.intp), *spikes])
+        dead.ravel()[constant] = True
+    spikes = _spikes(sharp, field.shape)
     return Survey(
-        found[~dead[found[:, 1], found[:, 2]]],
+        spikes[~dead[spikes[:, 1], spikes[:, 2]]],
         dead,
         tuple(missing),
         int(np.count_nonzero(unusable & field)),
@@ -285,82 +273,252 @@ def _deviation(values: NDArray[np.floating]) -> float:
 def _native(values: NDArray[Any]) -> Numbers:
     """Whole numbers as they are, in the processor's byte order; all others in single precision."""
     kind = values.dtype.newbyteorder("=") if values.dtype.kind in "iu" else np.dtype(np.float32)
-    return np.asarray(values).astype(kind, copy=False)
+    return np.ascontiguousarray(values, dtype=kind)
 
 
-def _candidates(image: Numbers, saturation: float, least: float, unusable: Mask) -> Positions:
-    """Pixels that may exceed two opposite neighbours; on the way mark those whose values are of no use.
+@dataclass(frozen=True)
+class _Search:
+    """Where in a field to look for what exceeds its neighbours, at every wavelength.
 
-    None is missed. Whole numbers overflow, if ever, in darkness, whose pixels are then candidates in vain.
+    Attributes
+    ----------
+    deep : ndarray of bool, shape (y, x)
+        Pixels from which the field reaches two further in all four directions.
+    rim : _Places
+        All others of the field.
+    near : ndarray of int, shape (4, n)
+        Of the rim, the neighbours in the field, and the pixel itself for those that are not.
     """
+
+    deep: Mask
+    rim: _Places
+    near: NDArray[np.intp]
+
+    @classmethod
+    def of(cls, field: Mask) -> _Search:
+        rows, columns = field.shape
+        deep = np.zeros_like(field)
+        inner = deep[2 : rows - 2, 2 : columns - 2]
+        inner[:] = field[2 : rows - 2, 2 : columns - 2]
+        if inner.size:
+            for start in (0, 1, 3, 4):
+                inner &= field[start : start + len(inner), 2 : columns - 2]
+                inner &= field[2 : rows - 2, start : start + inner.shape[1]]
+        rim = _Places.of(field, np.flatnonzero(field & ~deep))
+        near = np.where(rim.known[:, :2], rim.beside[:, :2], rim.own)
+        return cls(deep, rim, near.reshape(4, -1))
+
+    def places(
+        self, image: Numbers, least: float, saturation: float = np.inf, unusable: Mask | None = None
+    ) -> _Places:
+        """Pixels of the field that may exceed what surrounds them; none is missed.
+
+        On the way those whose values are of no use are marked.
+        """
+        values = image.ravel()
+        hits = _candidates(image, saturation, least, unusable)
+        rim = self.rim.own[
+            np.fmin.reduce(values[self.near], axis=0) < values[self.rim.own] - np.float32(least)
+        ]
+        own = np.concatenate([hits[self.deep.ravel()[hits]], rim])
+        # What is saturated is known as that.
+        return _Places.of(self.rim.field, own[values[own] < saturation])
+
+
+@dataclass
+class _Sharp:
+    """Pixels that stand out of an image, sharper than what the telescope can make.
+
+    Attributes
+    ----------
+    index : int
+        The wavelength.
+    places : _Places
+        The pixels.
+    single : ndarray of bool, shape (n,)
+        Whether they are by themselves along an axis; the others are one of two along both.
+    excess : ndarray of float32, shape (n,)
+        By how much they stand out.
+    before : ndarray of float32, shape (n,)
+        By how much they do at the wavelength before.
+    after : ndarray of float32, shape (2, n)
+        And at the two that follow; minus infinity where there is none.
+    """
+
+    index: int
+    places: _Places
+    single: Mask
+    excess: Image
+    before: Image
+    after: Image
+
+    @classmethod
+    def of(cls, index: int, image: Numbers, places: _Places, noise: _Noise) -> _Sharp:
+        single, block = places.excess(image)
+        own, around = places.contrast(image)
+        alone = _stands_out(single, SHARP, own, around, noise)
+        chosen = alone | _stands_out(block, SHARP_BLOCK, own, around, noise)
+        excess = np.where(alone, single, block)[chosen]
+        none = np.full((3, excess.size), -np.inf, dtype=np.float32)
+        return cls(index, places.at(chosen), alone[chosen], excess, none[0], none[1:])
+
+    def excess_in(self, image: Numbers) -> Image:
+        """By how much the same pixels stand out of another image."""
+        single, block = self.places.excess(image)
+        return np.where(self.single, single, block)
+
+
+def _spikes(sharp: Sequence[_Sharp], shape: tuple[int, int]) -> NDArray[np.intp]:
+    """Wavelength, y, x of what stands out at one wavelength only, or, of single pixels, at two in turn."""
+    chosen = [
+        ~(one.before > ISOLATED * one.excess) & ~(one.after[0] > ISOLATED * one.excess) for one in sharp
+    ]
+    for place, (one, following) in enumerate(pairwise(sharp)):
+        _, here, there = np.intersect1d(
+            one.places.own, following.places.own, assume_unique=True, return_indices=True
+        )
+        least = ISOLATED * np.minimum(one.excess[here], following.excess[there])
+        both = one.single[here] & following.single[there]
+        both &= ~(one.before[here] > least) & ~(one.after[1][here] > least)
+        chosen[place][here[both]] = True
+        chosen[place + 1][there[both]] = True
+    found = [np.empty((0, 3), dtype=np.intp)]
+    for one, those in zip(sharp, chosen, strict=True):
+        own = one.places.own[those]
+        found.append(np.column_stack([np.full(own.size, one.index), *np.unravel_index(own, shape)]))
+    return np.concatenate(found)
+
+
+def _stands_out(excess: Image, share: float, own: Image, around: Image, noise: _Noise) -> Mask:
+    """Whether an excess is more than noise, and sharper than what the telescope can make."""
+    return np.asarray((excess > SIGNIFICANT * noise.at(around)) & (excess > share * np.abs(own - around)))
+
+
+def _candidates(image: Numbers, saturation: float, least: float, unusable: Mask | None) -> NDArray[np.intp]:
+    """Where in a flattened image pixels may exceed what surrounds them; those of no use are marked.
+
+    Along y the pixels at both ends of one or two, along x both neighbours. None is missed but at the frame's
+    edges, beyond which rows go on in the next. Whole numbers overflow, if ever, in darkness, whose pixels are
+    then candidates in vain.
+    """
+    flat, row = image.ravel(), image.shape[1]
     step = image.dtype.type(
         min(np.floor(least), np.iinfo(image.dtype).max) if image.dtype.kind in "iu" else least
     )
-    rows: list[NDArray[np.intp]] = []
-    columns: list[NDArray[np.intp]] = []
-    for top in range(0, len(image), ROWS):
-        own = image[top : top + ROWS]
-        # Whatever is not a number is not positive either.
-        if not (own.min() > 0 and own.max() < saturation):
-            unusable[top : top + ROWS] |= ~((own > 0) & (own < saturation))
-        block = image[max(top - 1, 0) : top + ROWS + 1, 1:-1]
-        inside = block[1:-1]
-        first = 1 if top == 0 else 0
-        beside = image[top + first : top + first + len(inside)]
-        higher = np.fmin(np.maximum(block[:-2], block[2:]), np.maximum(beside[:, :-2], beside[:, 2:]))
-        hit = higher < inside - step
+    # What is not a number along one axis is looked at along the other; whole numbers are sooner compared.
+    lower = np.minimum if image.dtype.kind in "iu" else np.fmin
+    # The same memory for all: it stays in the processor's cache.
+    along_y, others = np.empty((2, SEGMENT), dtype=image.dtype)
+    hits = np.empty(SEGMENT, dtype=np.bool_)
+    found = [np.empty(0, dtype=np.intp)]
+    for start in range(0, flat.size, SEGMENT):
+        if unusable is not None:
+            own = flat[start : start + SEGMENT]
+            # Whatever is not a number is not positive either.
+            if not (own.min() > 0 and own.max() < saturation):
+                unusable.ravel()[start : start + SEGMENT] |= ~((own > 0) & (own < saturation))
+        first, end = max(start, 2 * row), min(start + SEGMENT, flat.size - 2 * row)
+        if end <= first:
+            continue
+
+        def away(pixels: int, first: int = first, end: int = end) -> Numbers:
+            return flat[first + pixels : end + pixels]
+
+        ends, other, hit = along_y[: end - first], others[: end - first], hits[: end - first]
+        np.maximum(away(-row), np.minimum(away(row), away(2 * row), out=ends), out=ends)
+        np.maximum(away(row), np.minimum(away(-row), away(-2 * row), out=other), out=other)
+        np.minimum(ends, other, out=ends)
+        lower(ends, np.maximum(away(-1), away(1), out=other), out=ends)
+        np.less(ends, np.subtract(away(0), step, out=other), out=hit)
         if hit.any():
-            y, x = _positions(hit)
-            rows.append(y + top + first)
-            columns.append(x + 1)
-    empty = [np.empty(0, dtype=np.intp)]
-    return np.concatenate(rows or empty), np.concatenate(columns or empty)
+            found.append(np.flatnonzero(hit) + first)
+    return np.concatenate(found)
 
 
-def _dark_candidates(image: Numbers, field: Mask, least: float) -> Positions:
-    """Pixels of the field that two opposite neighbours may exceed."""
-    negative = -image.astype(np.int32 if image.dtype.kind in "iu" else np.float32)
-    y, x = _candidates(negative, np.inf, least, np.zeros(field.shape, dtype=np.bool_))
-    inside = _inside(field, (y, x))
-    return y[inside], x[inside]
+def _negative(image: Numbers) -> Numbers:
+    return -image.astype(np.int32 if image.dtype.kind in "iu" else np.float32)
 
 
-def _sharp(excess: Image, own: Numbers, around: Image, noise: _Noise) -> Mask:
-    """Whether what sticks out is more than noise, and sharper than what the telescope can make."""
-    return np.asarray(
-        (excess > SIGNIFICANT * noise.at(around)) & (excess > SHARP * np.abs(own - around)), dtype=np.bool_
-    )
+@dataclass(frozen=True)
+class _Places:
+    """Some pixels, and where in a flattened image they and those around them are.
 
-
-def _positions(where: Mask) -> Positions:
-    y, x = np.nonzero(where)
-    return y, x
-
-
-def _inside(field: Mask, where: Positions) -> Mask:
-    """Whether pixels, none of them at the frame's edge, and their four neighbours are in the field."""
-    y, x = where
-    return field[y, x] & field[y - 1, x] & field[y + 1, x] & field[y, x - 1] & field[y, x + 1]
-
-
-def _excess(image: Numbers, where: Positions, *, dark: bool = False) -> Image:
-    """How far pixels exceed the brighter of two opposite neighbours, along the axis where it is more.
-
-    Or, if they are `dark`, how far they lie below the darker one.
+    Attributes
+    ----------
+    own : ndarray of int, shape (n,)
+        The pixels.
+    beside : ndarray of int, shape (2, 4, n)
+        Along y and x: the pixels before and after, and those before and after these.
+    known : ndarray of bool, as `beside`
+        Whether those are in the field, and what lies between them too.
+    field : ndarray of bool, shape (y, x)
     """
-    y, x = where
-    above, below, left, right, own = (
-        image[y + down, x + aside].astype(np.float32)
-        for down, aside in ((-1, 0), (1, 0), (0, -1), (0, 1), (0, 0))
-    )
-    if dark:
-        return np.asarray(np.fmax(np.minimum(above, below) - own, np.minimum(left, right) - own))
-    return np.asarray(np.fmax(own - np.maximum(above, below), own - np.maximum(left, right)))
+
+    own: NDArray[np.intp]
+    beside: NDArray[np.intp]
+    known: Mask
+    field: Mask
+
+    @classmethod
+    def of(cls, field: Mask, own: NDArray[np.intp]) -> _Places:
+        steps = np.array([-1, 1, -2, 2])[:, None]
+        still = np.zeros_like(steps)
+        along_y, along_x = (_neighbours(field, own, *step) for step in ((steps, still), (still, steps)))
+        known = np.stack([along_y[1], along_x[1]])
+        known[:, 2:] &= known[:, :2]
+        return cls(own, np.stack([along_y[0], along_x[0]]), known, field)
+
+    @property
+    def inside(self) -> Mask:
+        """Which are two from the field's edge, where what lies outside may be mixed in at all wavelengths."""
+        return np.asarray(self.known.all(axis=(0, 1)))
+
+    def at(self, chosen: Mask) -> _Places:
+        """Some of them."""
+        return _Places(self.own[chosen], self.beside[..., chosen], self.known[..., chosen], self.field)
+
+    def excess(self, image: Numbers, sign: int = 1) -> tuple[Image, Image]:
+        """How far the pixels exceed what surrounds them, or lie below it if `sign` is -1.
+
+        Returns
+        -------
+        single : ndarray of float32, shape (n,)
+            Above the brighter of two opposite neighbours, along the axis where it is more.
+        block : ndarray of float32, shape (n,)
+            Above the brighter of the pixels at both ends of one or two that the pixel is among, along the
+            axis where it is less. Across the field's edge above the one neighbour that there is.
+        """
+        own = sign * image.ravel()[self.own].astype(np.float32)
+        values = sign * image.ravel()[self.beside].astype(np.float32)
+        known = self.known & ~np.isnan(values)
+        before, after, second_before, second_after = np.moveaxis(np.where(known, values, np.inf), 1, 0)
+        brighter = np.maximum(before, after)
+        ends = np.minimum(
+            np.maximum(before, np.minimum(after, second_after)),
+            np.maximum(after, np.minimum(before, second_before)),
+        )
+        ends = np.where(np.isinf(brighter), np.minimum(before, after), ends)
+        with np.errstate(invalid="ignore"):
+            return own - brighter.min(axis=0), own - ends.max(axis=0)
+
+    def contrast(self, image: Numbers) -> tuple[Image, Image]:
+        """Intensities, and the median of what is known of the ring two pixels away."""
+        ring, known = _neighbours(self.field, self.own, RING[:, 0, None], RING[:, 1, None])
+        values = image.ravel()[ring].astype(np.float32)
+        known &= ~np.isnan(values)
+        values = np.sort(np.where(known, values, np.float32(np.inf)), axis=0)
+        count = np.count_nonzero(known, axis=0)[None]
+        lower, upper = (np.take_along_axis(values, half // 2, axis=0)[0] for half in (count - 1, count))
+        return image.ravel()[self.own].astype(np.float32), 0.5 * (lower + upper)
 
 
-def _around(image: Numbers, where: Positions) -> Image:
-    """Median of the ring two pixels away."""
-    rows, columns = image.shape
-    y = np.clip(where[0] + RING[:, 0, None], 0, rows - 1)
-    x = np.clip(where[1] + RING[:, 1, None], 0, columns - 1)
-    return np.asarray(np.median(image[y, x].astype(np.float32), axis=0))
+def _neighbours(
+    field: Mask, own: NDArray[np.intp], down: NDArray[np.intp], aside: NDArray[np.intp]
+) -> tuple[NDArray[np.intp], Mask]:
+    """Flat positions of the pixels so many steps away, and whether they are in the field."""
+    rows, columns = field.shape
+    y, x = own // columns + down, own % columns + aside
+    known = (y >= 0) & (y < rows) & (x >= 0) & (x < columns)
+    flat = np.where(known, y * columns + x, 0)
+    known &= field.ravel()[flat]
+    return flat, known

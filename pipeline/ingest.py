@@ -58,7 +58,7 @@ from pipeline.storage import Place, array_in, is_url, log_at, out_of_space, plac
 
 logger = logging.getLogger("flarefield")
 
-KERNEL = 8
+KERNEL = 9
 """Version of what an observation's numbers depend on in this package; raised whenever they change."""
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from astropy.io import fits
 from scipy import ndimage
+from scipy.special import j1
 
 from inn.layout import HALPHA
 from pipeline.crisp import find_scans, open_intensity, read_scans
@@ -69,6 +70,104 @@ class TestSpikes:
         expected = [(4, 30, 40), (4, 30, 41), (4, 30, 42), (9, 60, 70), (9, 61, 70)]
         assert positions(survey(spoilt, WHOLE)) == expected
 
+    def test_tracks_two_pixels_wide(self, cube):
+        """Full and uneven blocks, corners, diagonals: all of each, and nothing beside it."""
+        spoilt = cube.copy()
+        tracks = [
+            {(0, 0): 2500, (0, 1): 2500, (1, 0): 2500, (1, 1): 2500},
+            {(0, 0): 5000, (0, 1): 2500, (1, 0): 2000, (1, 1): 1800},
+            {(0, 0): 2500, (0, 1): 2500, (1, 1): 2500},
+            {(0, 0): 2500, (1, 1): 2500},
+            {(0, 0): 2500, (0, 1): 2500, (1, 1): 2500, (1, 2): 2500, (2, 2): 2500},
+        ]
+        hits = set()
+        for place, track in enumerate(tracks):
+            # quiet Sun between the ribbons and beyond
+            for index, y, x in ((2, 5, 8), (7, 44, 14), (14, 78, 11)):
+                for (down, aside), height in track.items():
+                    hit = (index, y + down, x + aside + 20 * place)
+                    spoilt[hit] += height
+                    hits.add(hit)
+        found = survey(spoilt, WHOLE)
+        assert positions(found) == sorted(hits)
+        assert not found.dead.any()
+
+    def test_tracks_on_ribbons_too(self, cube):
+        rng = np.random.default_rng(8)
+        spoilt, hits = cube.astype(np.float32), set()
+        for y in range(4, 84, 8):
+            for x in range(4, 104, 8):
+                index = int(rng.integers(0, 15))
+                block = (index, slice(y, y + 2), slice(x, x + 2))
+                spoilt[block] += 40 * np.sqrt(spoilt[block].max())
+                hits |= {(index, row, column) for row in (y, y + 1) for column in (x, x + 1)}
+        found = set(positions(survey(spoilt, WHOLE)))
+        assert found <= hits
+        assert len(found) > 0.9 * len(hits)
+
+    @pytest.mark.parametrize("share", [1.0, 0.7])
+    def test_the_same_pixel_at_two_wavelengths_in_turn(self, cube, share):
+        spoilt = cube.copy()
+        hits = set()
+        for first, y, x in ((0, 20, 20), (6, 45, 70), (13, 70, 40), (9, 0, 55)):
+            for index, height in ((first, 3000), (first + 1, 3000 * share)):
+                spoilt[index, y, x] += int(height)
+                hits.add((index, y, x))
+        found = survey(spoilt, WHOLE)
+        assert positions(found) == sorted(hits)
+        assert not found.dead.any()
+
+    def test_three_wavelengths_in_turn_are_the_suns_until_known_better(self, cube):
+        spoilt = cube.copy()
+        spoilt[5:8, 45, 60] += 3000
+        assert positions(survey(spoilt, WHOLE)) == []
+
+    def test_at_the_frames_edges(self, cube):
+        spoilt = cube.copy()
+        hits = [(2, 0, 30), (3, 89, 60), (4, 40, 0), (5, 50, 109), (6, 0, 0), (8, 89, 109), (9, 1, 60)]
+        hits += [(11, y, x) for y in (1, 2) for x in (40, 41)]
+        hits += [(12, y, x) for y in (20, 21) for x in (107, 108)]
+        for hit in hits:
+            spoilt[hit] += 3000
+        found = survey(spoilt, WHOLE)
+        assert positions(found) == sorted(hits)
+        assert not found.dead.any()
+
+    @pytest.mark.parametrize("pad", [0, 1480, 9000])
+    def test_at_the_fields_edge(self, cube, pad):
+        field = rotated_field(SHAPE, 20.0)
+        inner = ndimage.binary_erosion(field)
+        padded = np.where(field, cube, pad)
+        rng = np.random.default_rng(4)
+        hits: set[tuple[int, int, int]] = set()
+        for y, x in rng.permutation(np.argwhere(field & ~inner)):
+            if all(max(abs(y - hit[1]), abs(x - hit[2])) > 4 for hit in hits):
+                hits.add((int(rng.integers(0, 15)), int(y), int(x)))
+        for hit in hits:
+            padded[hit] += 3000
+        assert len(hits) > 20
+        assert positions(survey(padded, field)) == sorted(hits)
+
+    @pytest.mark.parametrize("pad", [0.0, 1480.0])
+    def test_an_edge_that_was_interpolated_is_none(self, pad):
+        """Frames turned into a pad: at its edge, pixels are part pad, part Sun, at every wavelength."""
+        flagged = seen = 0
+        for seed, angle in ((0, 20.0), (1, 27.0)):
+            for line in scene(np.random.default_rng(seed), (150, 160), 3.0):
+                turned = np.stack(
+                    [
+                        ndimage.rotate(np.pad(image, 10, constant_values=pad), angle, order=1, cval=pad)
+                        for image in noisy(line, seed).astype(np.float64)
+                    ]
+                )
+                cube = np.rint(turned).astype(">i2")
+                field = field_of_view(cube)
+                found = survey(cube, field)
+                assert not found.dead.any()
+                flagged += len(found.spikes)
+                seen += len(cube) * int(field.sum())
+        assert flagged <= 2e-6 * seen
+
     @pytest.mark.parametrize("brightness", [0.0, 1.0, 3.0, 6.0])
     def test_ribbons_are_none_however_bright(self, brightness):
         for seed in range(2):
@@ -88,17 +187,37 @@ class TestSpikes:
     def test_what_the_telescope_can_make_is_none(self, cube, height):
         """A point of light at one wavelength only, at the diffraction limit: Airy's core, 2.4 pixels wide."""
         y, x = np.mgrid[: SHAPE[0], : SHAPE[1]]
-        for centre in ((40.0, 50.0), (40.5, 50.5), (40.2, 50.4)):
+        for centre in ((40.0, 50.0), (40.5, 50.5), (40.5, 50.0), (40.2, 50.4), (0.0, 50.3), (-0.4, 109.5)):
             point = height * np.exp(-4 * np.log(2) * ((y - centre[0]) ** 2 + (x - centre[1]) ** 2) / 2.4**2)
             lit = cube.astype(np.float32)
-            lit[7] += point
-            assert len(survey(lit, WHOLE).spikes) == 0
+            for seen in ((7,), (7, 8)):
+                lit[list(seen)] += point
+                assert len(survey(lit, WHOLE).spikes) == 0
         lit = cube.astype(np.float32)
         lit[7, 40, 50] += height
         assert positions(survey(lit, WHOLE)) == [(7, 40, 50)]
 
+    @pytest.mark.parametrize("height", [10.0, 25.0])
+    def test_kernels_of_a_restored_image_are_none(self, height):
+        """Points restored beyond Airy's disc, all spatial frequencies up to 0.8 of the telescope's limit
+        alike, with emission 0.6 Angstrom wide: sharper than any the telescope shows."""
+        rng = np.random.default_rng(9)
+        y, x = np.mgrid[: SHAPE[0], : SHAPE[1]].astype(float)
+        kernels = scene(np.random.default_rng(3), SHAPE)[0]
+        for row in range(6, 84, 10):
+            for column in range(6, 104, 10):
+                apart = np.hypot(y - row - rng.uniform(-1, 1), x - column - rng.uniform(-1, 1)) + 1e-9
+                phase = 2 * np.pi * 0.8 / 2.36 * apart
+                middle = rng.choice(WAVELENGTH_HALPHA)
+                profile = np.exp(-4 * np.log(2) * ((WAVELENGTH_HALPHA - middle) / 0.6) ** 2)
+                image = np.where(apart < 12, height * np.sqrt(2800) * 2 * j1(phase) / phase, 0.0)
+                kernels += profile[:, None, None] * image
+        found = survey(noisy(np.maximum(kernels, 1.0)), WHOLE)
+        assert len(found.spikes) == 0
+        assert not found.dead.any()
+
     def test_the_field_and_its_pad(self, cube):
-        """The step at the field's edge is none; a spike next to it is not looked for, one inside is found."""
+        """The step at the field's edge is none; one inside is found."""
         field = rotated_field(SHAPE, 20.0)
         padded = np.where(field, cube, 1480)
         padded[5, 45, 55] += 3000
@@ -189,6 +308,7 @@ class TestPixels:
         found = survey(spoilt, WHOLE, saturation=32767.0)
         assert found.unusable == 3 * SHAPE[0] + 3
         assert not found.dead.any()
+        assert len(found.spikes) == 0
 
     def test_a_scan_of_nothing(self):
         for value in (0.0, np.nan, 7.0):
