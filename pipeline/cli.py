@@ -205,7 +205,11 @@ def ingest_command(
         _say(f"{alignment_figure}: written")
 
 
-@app.command("inspect", epilog="Example: [bold]flarefield inspect '2014-09-06/*.fits'[/]")
+@app.command(
+    "inspect",
+    epilog="Example: [bold]flarefield inspect '2014-09-06/*.fits'[/]"
+    "\n\nTimes of poor seeing: [bold]flarefield inspect '2014-09-06/*.fits' --min-contrast 0.05[/]",
+)
 def inspect_command(
     sources: Annotated[
         list[str], typer.Argument(metavar="FILE...", help="Files, directories or globs, in any order.")
@@ -218,11 +222,26 @@ def inspect_command(
     every: Annotated[
         bool, typer.Option("--all", help="Look at the intensities of every scan, not of three of each kind.")
     ] = False,
+    min_contrast: Annotated[
+        float,
+        typer.Option(
+            help="Name the times at which the granulation has less contrast than this, of all scans: those "
+            "that `flarefield ingest` with the same option flags `poor_seeing`.",
+            min=0.0,
+        ),
+    ] = 0.0,
 ) -> None:
     """Say what files are, what is wrong with them, and what ingest would do; exit 1 if any cannot be used."""
     from pipeline.inspect import inspect, show
 
-    inspection = inspect(sources, medium=medium, description=generic, tolerance=tolerance, every=every)
+    inspection = inspect(
+        sources,
+        medium=medium,
+        description=generic,
+        tolerance=tolerance,
+        every=every,
+        min_contrast=min_contrast,
+    )
     show(inspection, console)
     if inspection.refused:
         raise typer.Exit(1)

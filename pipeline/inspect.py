@@ -148,8 +148,8 @@ class Group:
         What is wrong with them.
     field : float
         Share of the frame that shows the Sun, in the scans looked at.
-    contrasts : tuple of float
-        Contrast of the granulation in each of them.
+    contrasts : tuple of (Scan, float)
+        Contrast of the granulation in each of them; in every scan, if times of poor seeing are asked for.
     shift : tuple of float or None
         Root mean square, and largest, of what is added to the wavelengths pixel by pixel, Angstrom.
     """
@@ -158,7 +158,7 @@ class Group:
     looked_at: tuple[Scan, ...]
     found: tuple[tuple[Scan, str], ...]
     field: float
-    contrasts: tuple[float, ...]
+    contrasts: tuple[tuple[Scan, float], ...]
     shift: tuple[float, float] | None
 
 
@@ -180,6 +180,8 @@ class Inspection:
         What it would leave out.
     refusal : FlareFieldError or None
         Why it would refuse to.
+    min_contrast : float
+        Contrast of the granulation below which ingest would say that the seeing is poor.
     """
 
     groups: tuple[Group, ...]
@@ -188,6 +190,7 @@ class Inspection:
     pairs: tuple[Pair, ...]
     unpaired: tuple[Scan, ...]
     refusal: FlareFieldError | None
+    min_contrast: float = 0.0
 
 
 def inspect(
@@ -197,6 +200,7 @@ def inspect(
     description: str | Path | None = None,
     tolerance: float,
     every: bool = False,
+    min_contrast: float = 0.0,
 ) -> Inspection:
     """Look into files, as ingest would, and at the intensities of some of their scans.
 
@@ -212,6 +216,8 @@ def inspect(
         Seconds between the mean times of a pair at most.
     every : bool
         Look at the intensities of every scan, not of a few.
+    min_contrast : float
+        As ingest's: above zero, the contrast of every scan's granulation is measured.
 
     Raises
     ------
@@ -239,9 +245,10 @@ def inspect(
         for of_group in alike.values()
     ]
     groups = []
-    with Progress("looking at", sum(map(len, chosen)), "scans") as progress:
-        for of_group, some in zip(alike.values(), chosen, strict=True):
-            group, unreadable = _group(of_group, some, progress)
+    measured = list(alike.values()) if min_contrast > 0.0 else chosen
+    with Progress("looking at", sum(map(len, measured)), "scans") as progress:
+        for of_group, some, those in zip(alike.values(), chosen, measured, strict=True):
+            group, unreadable = _group(of_group, some, those, progress)
             groups.append(group)
             refused.extend(unreadable)
     pairs: tuple[Pair, ...] = ()
@@ -253,13 +260,18 @@ def inspect(
             check_alike(pairs)
         except FlareFieldError as error:
             refusal = error
-    return Inspection(tuple(groups), tuple(refused), tuple(passed_over), pairs, unpaired, refusal)
+    return Inspection(
+        tuple(groups), tuple(refused), tuple(passed_over), pairs, unpaired, refusal, min_contrast
+    )
 
 
-def _group(scans: list[Scan], some: list[Scan], progress: Progress) -> tuple[Group, list[InputError]]:
+def _group(
+    scans: list[Scan], some: list[Scan], measured: list[Scan], progress: Progress
+) -> tuple[Group, list[InputError]]:
     found: list[tuple[Scan, str]] = []
     refused: list[InputError] = []
     shares, contrasts, squares, largest = [], [], [], 0.0
+    looked_at = {id(scan) for scan in some}
     said: set[tuple[str, str]] = set()
     for scan in scans:
         try:
@@ -270,12 +282,16 @@ def _group(scans: list[Scan], some: list[Scan], progress: Progress) -> tuple[Gro
         # What is wrong with a file is said once, not of each of its scans.
         found.extend((scan, sentence) for sentence in sentences if (scan.path, sentence) not in said)
         said.update((scan.path, sentence) for sentence in sentences)
-    for scan in some:
+    for scan in measured:
+        progress.advance(1)
         try:
             cube = open_intensity(scan)
             field = field_of_view(cube)
+            contrast = granulation_contrast(cube, scan.wavelength, scan.window.rest_wavelength, field)
+            contrasts.append((scan, contrast))
+            if id(scan) not in looked_at:
+                continue
             shares.append(float(field.mean()))
-            contrasts.append(granulation_contrast(cube, scan.wavelength, scan.window.rest_wavelength, field))
             found.extend((scan, sentence) for check in CHECKS for sentence in check(scan, cube, field))
             shift = open_wavelength_shift(scan)
             if shift is not None:
@@ -287,7 +303,6 @@ def _group(scans: list[Scan], some: list[Scan], progress: Progress) -> tuple[Gro
                 largest = max(largest, float(np.abs(known).max(initial=0.0)))
         except InputError as refusal:
             refused.append(refusal)
-        progress.advance(1)
     return (
         Group(
             tuple(scans),
@@ -312,7 +327,7 @@ def show(inspection: Inspection, console: Console) -> None:
         Where to.
     """
     for group in inspection.groups:
-        console.print(_table(group))
+        console.print(_table(group, inspection.min_contrast))
     for title, refusals in (
         ("cannot be used", inspection.refused),
         ("no scans, passed over", inspection.passed_over),
@@ -324,7 +339,7 @@ def show(inspection: Inspection, console: Console) -> None:
     console.print(_plan(inspection))
 
 
-def _table(group: Group) -> Table:
+def _table(group: Group, min_contrast: float) -> Table:
     first = group.scans[0]
     files = list(dict.fromkeys(scan.path for scan in group.scans))
     count = f"{len(group.scans)} scan{'s' if len(group.scans) > 1 else ''}"
@@ -342,7 +357,7 @@ def _table(group: Group) -> Table:
         ("times", _times(group.scans)),
         ("frame", _frame(first)),
         ("field", _field(group)),
-        ("contrast", _contrast(group)),
+        ("contrast", _contrast(group, min_contrast)),
         ("pointing", _pointing(group.scans)),
         ("cavity map", _cavity(group)),
         ("found", _found(group)),
@@ -426,11 +441,22 @@ def _field(group: Group) -> str:
     return f"{100 * group.field:.0f} % of the frame{stated}"
 
 
-def _contrast(group: Group) -> str:
-    if not np.isfinite(group.contrasts).any():
+def _contrast(group: Group, min_contrast: float) -> str:
+    known = [value for _, value in group.contrasts if np.isfinite(value)]
+    if not known:
         return "not known"
-    text = " to ".join(f"{value:.3f}" for value in sorted({min(group.contrasts), max(group.contrasts)}))
-    return f"{text} in the wings (ingest --min-contrast)"
+    text = " to ".join(f"{value:.3f}" for value in sorted({min(known), max(known)}))
+    if len(known) > 1:
+        text += f", {np.median(known):.3f} in the median,"
+    text += " in the wings (--min-contrast)"
+    poor = [(scan, value) for scan, value in group.contrasts if value < min_contrast]
+    if poor:
+        named = ", ".join(
+            f"{np.datetime_as_string(scan.time, unit='s')} ({value:.3f})" for scan, value in poor
+        )
+        count = f"{len(poor)} of {len(group.contrasts)} scans"
+        text += f"\npoor seeing, less than {min_contrast:g}, in {count}: {named}"
+    return text
 
 
 def _pointing(scans: tuple[Scan, ...]) -> str:

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 from astropy.io import fits
 from rich.console import Console
+from scipy import ndimage
 
 from pipeline.cli import main
 from pipeline.crisp.fchroma import write_fchroma
 from pipeline.crisp.wavelengths import vacuum_to_air
+from pipeline.ingest import ingest
 from pipeline.inspect import inspect, show
+from pipeline.observation import open_observation
 from tests.fchroma_files import (
     CADENCE,
     PAD,
@@ -78,6 +81,32 @@ def test_a_series_is_told_about_together(series):
         "notes.fits: not a FITS file",
     ):
         assert words in text, words
+
+
+def test_times_of_poor_seeing_are_named(tmp_path):
+    """One scan of five blurred over 12 pixels, in the middle of those that are not looked at otherwise."""
+    folder = tmp_path / "crisp"
+    folder.mkdir()
+    for number in range(5):
+        pair = write_pair(folder, shape=(90, 110), number=number, seed=number, angle=None)[:2]
+        if number == 3:
+            for path in pair:
+                with fits.open(path, mode="update") as hdus:
+                    hdus[0].data = ndimage.gaussian_filter(hdus[0].data, (0, 5, 5))
+    inspection = inspect([folder], tolerance=15.0, min_contrast=0.04)
+    for group in inspection.groups:
+        assert len(group.looked_at) == 3
+        contrasts = np.array([value for _, value in group.contrasts])
+        # The scene's granulation has 7 %, and some noise.
+        assert np.delete(contrasts, 3) == pytest.approx(np.full(4, 0.07), rel=0.3)
+        assert contrasts[3] < 0.03
+    text = said(inspection)
+    for moment in ("2014-09-06T15:27:58", "2014-09-06T15:28:03"):
+        assert f"poor seeing, less than 0.04, in 1 of 5 scans: {moment} (0.0" in text
+    assert "poor seeing" not in said(inspect([folder], tolerance=15.0))
+    ingest([folder], tmp_path / "obs.zarr", call="tests", min_contrast=0.04)
+    with open_observation(tmp_path / "obs.zarr") as observation:
+        assert observation.poor_seeing.values.tolist() == [False, False, False, True, False]
 
 
 def test_scans_in_air_with_cavity_errors(tmp_path):
