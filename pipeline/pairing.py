@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from pipeline.crisp import LINES, Scan
 from pipeline.crisp.wavelengths import air_to_vacuum, vacuum_to_air
 from pipeline.errors import InputError
 from pipeline.spectra import shortfall
+
+logger = logging.getLogger("flarefield")
 
 TOLERANCE = 15.0
 """Seconds between the scans of a pair at most, by default: the paper's series has a cadence of 11.5."""
@@ -159,6 +162,8 @@ def cadence(times: NDArray[np.datetime64]) -> float:
 def check_alike(pairs: tuple[Pair, ...], *, calibrated: bool = False) -> None:
     """Refuse scans that do not fit into one store, or not into the network's windows.
 
+    Where the intensities of both lines are relative a warning says that their ratio is not known.
+
     Parameters
     ----------
     pairs : tuple of Pair
@@ -223,6 +228,13 @@ def check_alike(pairs: tuple[Pair, ...], *, calibrated: bool = False) -> None:
             found=_unit(first["ca8542"]),
             expected=f"{_unit(reference)}, as {reference.path}: the network is asked about their ratio",
             remedy="calibrate both with --calibrate quiet-sun, or mend the units in the files",
+        )
+
+    if first["halpha"].units == first["ca8542"].units == "" and not calibrated:
+        logger.warning(
+            "%s: the intensities of both lines are relative to something that is not said: their relative "
+            "calibration, which the network relies on, is not known; --calibrate quiet-sun measures it",
+            reference.path,
         )
 
 

@@ -302,14 +302,16 @@ class TestTimes:
 
 
 class TestPointing:
-    def test_numbers_are_what_fits_means(self, file):
-        """CROTA2, and pixels that are not square: as astropy's WCS of the same cards has it."""
-        pointing = {"reference_value": [880.0, -350.0], "reference_pixel": [2.0, 700.0], "scale": [0.1, 0.3]}
+    @pytest.mark.parametrize("sign", [1.0, -1.0])
+    def test_numbers_are_what_fits_means(self, file, sign):
+        """CROTA2, and pixels that are not square or mirrored: as astropy's WCS of the same cards has it."""
+        scale = [0.1 * sign, 0.3]
+        pointing = {"reference_value": [880.0, -350.0], "reference_pixel": [2.0, 700.0], "scale": scale}
         pointing["rotation"] = 31.0
         scan = read_scans(file, describe(file.parent, statement(pointing=pointing)))[0]
         cards = {"CTYPE1": "HPLN-TAN", "CTYPE2": "HPLT-TAN", "CUNIT1": "arcsec", "CUNIT2": "arcsec"}
         cards |= {"CRPIX1": 3.0, "CRPIX2": 701.0, "CRVAL1": 880.0, "CRVAL2": -350.0}
-        cards |= {"CDELT1": 0.1, "CDELT2": 0.3, "CROTA2": 31.0}
+        cards |= {"CDELT1": 0.1 * sign, "CDELT2": 0.3, "CROTA2": 31.0}
         y, x = np.mgrid[:1000:250, :1500:300].astype(float)
         expected = WCS(cards).all_pix2world(x, y, 0)
         for found, degrees in zip(scan.frame.coordinates(x, y), expected, strict=True):
@@ -515,6 +517,18 @@ SKY = {"CTYPE1": "HPLN-TAN", "CTYPE2": "HPLT-TAN"}
 ARCSEC = {"CUNIT1": "arcsec", "CUNIT2": "arcsec"}
 
 
+IN_NM = fits.ImageHDU(IN_AIR / 10.0, fits.Header({"BUNIT": "nm"}), name="AXIS")
+CAVITIES = fits.ImageHDU(np.zeros((6, 8)), fits.Header({"BUNIT": "Angstrom"}), name="CMAP")
+MISNAMED = fits.BinTableHDU.from_columns([fits.Column("WAVE", "D", unit="nm", array=IN_AIR)], name="TABLE")
+MINUTES = fits.BinTableHDU.from_columns([fits.Column("T", "D", unit="min", array=[927.4])], name="TIMES")
+POINTING = {"reference_value": [-729.8, -313.4], "scale": 0.1}
+PLACE = {**SKY, **ARCSEC, "CDELT1": 0.1, "CDELT2": 0.1}
+PLACE |= {"CRPIX1": 4.5, "CRPIX2": 3.5, "CRVAL1": -729.8, "CRVAL2": -313.4}
+TURNED = {"PC1_1": -0.76604, "PC2_2": -0.76604, "PC1_2": -0.64279, "PC2_1": 0.64279}  # by 140 degrees
+DEGREES = {"CUNIT1": "deg", "CUNIT2": "deg", "CDELT1": 0.1 / 3600, "CDELT2": 0.1 / 3600}
+DEGREES |= {"CRVAL1": 360.0 - 729.8 / 3600, "CRVAL2": -313.4 / 3600}
+
+
 def from_header(medium):
     return {"wavelength": {"header": True, "unit": "Angstrom", "medium": medium}}
 
@@ -522,7 +536,7 @@ def from_header(medium):
 class TestContradictions:
     """What a file says and what is stated of it: refused where they differ, unless that is stated, too."""
 
-    def check(self, path, changes, key, words):
+    def check(self, path, changes, key, words, scans=1):
         stated = statement(**{**IMAGES, **changes})
         with pytest.raises(InputError, match=words) as caught:
             read_scans(path, describe(path.parent, stated))
@@ -530,7 +544,7 @@ class TestContradictions:
         assert "in the file" in caught.value.found
         part = key.partition(".")[0]
         assert f"overrides: [{part}]" in caught.value.remedy
-        assert len(read_scans(path, describe(path.parent, {**stated, "overrides": [part]}))) == 1
+        assert len(read_scans(path, describe(path.parent, {**stated, "overrides": [part]}))) == scans
 
     def fits(self, tmp_path, cube, cards):
         path = tmp_path / "a.fits"
@@ -559,6 +573,13 @@ class TestContradictions:
             ({**ARCSEC, "CDELT1": 0.1, "CDELT2": 0.2}, {}, "pointing.scale", "another size"),
             ({**ARCSEC, "CDELT1": 0.2, "CDELT2": 0.2, "CTYPE3": "AWAV-TAB"}, {}, "pointing.scale", "size"),
             ({**SKY, "CD1_1": 0.57 / 3600, "CD2_2": 0.57 / 3600}, {}, "pointing.scale", "another size"),
+            ({**SKY, **ARCSEC, "CDELT1": -0.1, "CDELT2": 0.1}, {}, "pointing.scale", "x runs the other way"),
+            ({**SKY, "CDELT1": 0.1 / 3600, "CDELT2": -0.1 / 3600}, {}, "pointing.scale", "y runs the other"),
+            ({**PLACE, "PC1_1": -1.0, "PC2_2": -1.0}, {}, "pointing.scale", "x runs the other way"),
+            ({**PLACE, "CDELT1": -0.1, "CTYPE1": "SOLAR-X", "CTYPE2": ""}, {}, "pointing.scale", "x runs"),
+            ({**PLACE, "CRVAL1": -715.0}, {}, "pointing.reference_value", "points elsewhere"),
+            ({**PLACE, "CRPIX2": 203.5}, {}, "pointing.reference_value", "points elsewhere"),
+            ({**PLACE, **DEGREES, "CRVAL2": 0.0}, {}, "pointing.reference_value", "points elsewhere"),
             ({"DATE-BEG": "2013-09-06T15:27:20"}, {}, "time", "another date"),
             ({"DATE-OBS": "2014-09-08"}, {}, "time", "another date"),
             ({"CTYPE3": "WAVE"}, {}, "wavelength.medium", "in vacuum"),
@@ -605,7 +626,14 @@ class TestContradictions:
             ({"BUNIT": "adu"}, {}),
             ({"BUNIT": "whatever"}, {}),
             ({**SKY, **ARCSEC, "CTYPE3": "AWAV-TAB"}, {"pointing": {"header": True}}),
-            ({"CDELT1": 0.1 / 3600, "CDELT2": -0.1 / 3600, **SKY}, {}),
+            ({"CDELT1": 0.1 / 3600, "CDELT2": 0.1 / 3600, **SKY}, {}),
+            ({**PLACE, "CDELT2": -0.1}, {"pointing": {**POINTING, "scale": [0.1, -0.1]}}),
+            ({**PLACE, "CDELT1": -0.1, "CTYPE1": "RA---TAN", "CTYPE2": "DEC--TAN"}, {}),
+            ({**PLACE, **TURNED}, {"pointing": {**POINTING, "rotation": 140.0}}),
+            ({**PLACE, "CRPIX1": 54.5, "CRVAL1": -724.8}, {}),
+            ({**PLACE, **DEGREES}, {}),
+            ({**PLACE, "CRVAL1": 0.0, "CRVAL2": 0.0}, {}),
+            ({**PLACE, "CRVAL1": -722.0}, {}),
             ({"CDELT1": 0.1, "CDELT2": 0.1, **SKY}, {}),
             ({"CDELT1": 100.0, "CDELT2": 100.0, "CUNIT1": "mas", "CUNIT2": "mas"}, {}),
             ({"CDELT1": 72.0, "CDELT2": 72.0, "CUNIT1": "km", "CUNIT2": "km"}, {}),
@@ -616,6 +644,56 @@ class TestContradictions:
     def test_the_same_in_other_words_or_nothing(self, tmp_path, cube, cards, changes):
         path = self.fits(tmp_path, cube, cards)
         assert len(read_scans(path, describe(tmp_path, statement(**{**IMAGES, **changes})))) == 1
+
+    @pytest.mark.parametrize(
+        ("hdu", "changes", "key"),
+        [
+            (
+                IN_NM,
+                {"wavelength": {"hdu": "AXIS", "unit": "Angstrom", "medium": "air"}},
+                "wavelength.unit",
+            ),
+            (
+                MISNAMED,
+                {"wavelength": {"hdu": "TABLE", "column": "WAVE", "unit": "Angstrom", "medium": "air"}},
+                "wavelength.unit",
+            ),
+            (CAVITIES, {"cavity_map": {"hdu": "CMAP", "unit": "nm"}}, "cavity_map.unit"),
+            (
+                MINUTES,
+                {"time": {"hdu": "TIMES", "column": "T", "since": "2014-09-06T00:00:00"}},
+                "time.unit",
+            ),
+        ],
+    )
+    def test_units_of_other_hdus(self, tmp_path, cube, hdu, changes, key):
+        path = self.fits(tmp_path, cube, {})
+        rewrite(path, lambda hdus: hdus.append(hdu.copy()))
+        with pytest.raises(InputError, match="what it refers to has another unit") as caught:
+            read_scans(path, describe(tmp_path, statement(**{**IMAGES, **changes})))
+        assert f"`cubes.0.{key}`" in caught.value.remedy
+        part = key.partition(".")[0]
+        changes[part] = {**changes[part], "unit": hdu.header.get("BUNIT", hdu.header.get("TUNIT1"))}
+        if hdu.name == "TABLE":  # whose numbers are Angstrom
+            changes["overrides"], changes[part]["unit"] = ["wavelength"], "Angstrom"
+        assert len(read_scans(path, describe(tmp_path, statement(**{**IMAGES, **changes})))) == 1
+
+    def test_times_of_netcdf(self, tmp_path, cube):
+        """Its own times, 15:27:24 and 11.5 s later, against those that are stated."""
+        dims = ("time", "wavelength", "y", "x")
+        dataset = xr.Dataset({"intensity": (dims, cube[:, 0].astype("f4"))})
+        dataset["time"] = ("time", 55644.0 + 11.5 * np.arange(2), {"units": "seconds since 2014-09-06"})
+        dataset.to_netcdf(tmp_path / "a.nc", engine="scipy")
+        changes = {"variable": "intensity", "axes": list(dims), "stokes": None}
+        for start in ("2014-09-06T15:27:24", "2014-09-06T15:28:00"):
+            stated = statement(**changes, time={"start": start, "step": 11.5})
+            assert len(read_scans(tmp_path / "a.nc", describe(tmp_path, stated))) == 2
+        for start in ("2014-09-06T17:27:24", "2014-09-05T15:27:24"):
+            time = {"start": start, "step": 11.5}
+            self.check(tmp_path / "a.nc", {**changes, "time": time}, "time", "other times", scans=2)
+        dataset["time"].attrs["units"] = "moons since the flood"
+        dataset.to_netcdf(tmp_path / "b.nc", engine="scipy")
+        assert len(read_scans(tmp_path / "b.nc", describe(tmp_path, stated))) == 2
 
     @pytest.mark.parametrize(("unit", "step"), [("arcsec", 0.1), ("degrees", 0.1 / 3600), ("Mm", 0.07)])
     def test_coordinates_of_netcdf(self, tmp_path, cube, unit, step):
@@ -630,6 +708,11 @@ class TestContradictions:
                 assert read_scans(path, describe(tmp_path, statement(**IMAGES, **changes)))
             else:
                 self.check(path, changes, "pointing.scale", "another size")
+        if unit != "Mm":
+            path = tmp_path / "mirrored.nc"
+            mirrored = dataset.assign_coords(x=("x", 880.0 - step * np.arange(8.0), {"units": unit}))
+            mirrored.to_netcdf(path, engine="scipy")
+            self.check(path, changes, "pointing.scale", "x runs the other way")
 
     def test_scale_of_the_wavelengths_matrix(self, tmp_path, cube):
         """As astropy's WCS has it."""

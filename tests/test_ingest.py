@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import pytest
 import xarray as xr
 import zarr
 from astropy.io import fits
+from astropy.wcs import WCS, FITSFixedWarning
 from distributed import Client, LocalCluster
 from scipy import ndimage
 from test_invert import processes  # noqa: F401
@@ -569,6 +571,27 @@ class TestChange:
         assert "how much changed between the two lines' times is not known" in report.summary()
         assert np.isnan(open_observation(tmp_path / "obs.zarr").change_between_lines.values).all()
 
+    @pytest.mark.parametrize("card", ["CDELT1", "CDELT2"])
+    def test_mirrored_images_are_read_right(self, tmp_path, card):
+        """x or y of both lines runs the other way: pixels lie where astropy has them by the header."""
+        paths = write_pair(tmp_path, shape=(60, 70), shift=(2.0, -3.0), angle=None)[:2]
+        for path in paths:
+            change_header(path, **{card: -0.057})
+        ingest(paths, tmp_path / "obs.zarr", call="tests")
+        y, x = np.mgrid[:60, :70].astype(float)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FITSFixedWarning)
+            expected = WCS(fits.getheader(paths[0])).celestial.wcs_pix2world(x, y, 0)
+        with open_observation(tmp_path / "obs.zarr") as observation:
+            assert observation.shift_applied.values.all()
+            for name, degrees in zip(("longitude", "latitude"), expected, strict=True):
+                angle = (degrees + 180.0) % 360.0 * 3600.0 - 648000.0
+                found = observation[name].values.reshape(60, 70)
+                np.testing.assert_allclose(found, angle, rtol=0, atol=1e-6)
+        change_header(paths[1], **{card: 0.057})
+        with pytest.raises(InputError, match="different size or orientation"):
+            ingest(paths, tmp_path / "other.zarr", call="tests")
+
     def test_gaps_and_scans_that_cannot_be_compared(self, tmp_path, caplog):
         """Over a gap nothing is known from that side, and a scan alone between gaps knows nothing."""
         write_growing(tmp_path, 0, seconds=[0.0, 10.0, 20.0, 60.0, 100.0, 110.0])
@@ -664,6 +687,16 @@ class TestBadInput:
         assert refusal.value.expected.startswith("DN (in the file: 'DN')")
         assert "--calibrate quiet-sun" in refusal.value.remedy
         check_alike((Pair(halpha, relative),), calibrated=True)
+
+    def test_lines_that_are_both_relative_are_warned_of(self, pair, caplog):
+        both = Pair(*(replace(read_scans(path)[0], units="", units_of_file="") for path in pair[:2]))
+        check_alike((both,), calibrated=True)
+        assert not caplog.records
+        check_alike((both,))
+        (warning,) = caplog.records
+        assert warning.levelname == "WARNING"
+        assert "their relative calibration, which the network relies on, is not known" in warning.message
+        assert str(pair[0]) in warning.message
 
     @pytest.mark.parametrize(
         ("axis", "words"),

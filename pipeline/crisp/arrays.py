@@ -79,6 +79,32 @@ def open_array(
     return _from_text(file)
 
 
+def unit(
+    file: Path, *, hdu: str | int | None = None, column: str | None = None, variable: str | None = None
+) -> str:
+    """The unit that a file says an array has: ``BUNIT``, ``TUNIT`` or ``units``; empty if it does not say.
+
+    Parameters
+    ----------
+    file, hdu, column, variable
+        As for `open_array`.
+
+    Raises
+    ------
+    InputError
+        It cannot be read, or does not hold what was asked for.
+    """
+    start = beginning(file)
+    if start.startswith(fits_files.SIGNATURE):
+        with fits_files.opened(file) as hdus:
+            found = fits_files.find_hdu(hdus, hdu, file)
+            said = found.header.get("BUNIT") if column is None else found.columns[column].unit
+            return str(said or "").strip()
+    if netcdf_files.is_netcdf(start) and variable is not None:
+        return netcdf_files.NetcdfArray(file, variable).attribute("units")
+    return ""
+
+
 def variables(file: Path) -> list[str]:
     """Names of an IDL save file's variables; none of other files."""
     if not beginning(file).startswith(IDL_SIGNATURE):

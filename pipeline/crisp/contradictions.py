@@ -22,7 +22,7 @@ from pipeline.crisp.axes import Axis, Stored
 from pipeline.crisp.cube import COUNTS, DN
 from pipeline.crisp.described import DescribedCube
 from pipeline.crisp.netcdf_files import NetcdfArray
-from pipeline.crisp.scan import Scan
+from pipeline.crisp.scan import Frame, Scan
 from pipeline.crisp.statements import CONTINUUM
 from pipeline.errors import InputError
 
@@ -47,7 +47,9 @@ DIMENSIONS: dict[Axis, tuple[str, ...]] = {
 MEDIUM_OF_TYPE = {"WAVE": "vacuum", "AWAV": "air"}
 DATES = ("DATE-OBS", "DATE-BEG", "DATE-AVG", "DATE-END")
 DAY = np.timedelta64(1, "D")
+WHILE = np.timedelta64(5, "m")  # time scales, and what part of a scan its time is, make less than that
 ALIKE = 0.01  # sizes of pixels: a thousand of them are ten pixels off
+ELSEWHERE = 10.0  # arcsec: what telescopes' pointing is off by, and drifts in a series, is less
 
 
 class Contradiction(NamedTuple):
@@ -60,7 +62,7 @@ class Contradiction(NamedTuple):
 
 
 def check_file(cube: DescribedCube, stored: Stored) -> None:
-    """Hold unit, axes, wavelengths and size of pixels of a file against what is stated of it.
+    """Hold unit, axes and wavelengths of a file against what is stated of it.
 
     Parameters
     ----------
@@ -78,15 +80,21 @@ def check_file(cube: DescribedCube, stored: Stored) -> None:
         _check(cube, _of_netcdf(cube, stored))
     if cube.headers:
         _check(cube, _of_header(cube, cube.headers[0]))
+    _check(cube, _of_units(cube))
 
 
-def check_times(cube: DescribedCube, scans: Sequence[Scan]) -> None:
-    """Hold the dates in the headers of a FITS file against the scans' times: they are a day apart at most.
+def check_scans(cube: DescribedCube, stored: Stored, scans: Sequence[Scan]) -> None:
+    """Hold pixels, pointing and times of a file against those of the scans that were made of it.
+
+    Pixels have the same size and run the same way; the reference pixel lies within 10 arcsec. Dates in FITS
+    headers are a day apart at most, times in NetCDF files five minutes.
 
     Parameters
     ----------
     cube : DescribedCube
         The cube and what is stated of it.
+    stored : Stored
+        Its array.
     scans : sequence of Scan
         Its scans.
 
@@ -95,7 +103,14 @@ def check_times(cube: DescribedCube, scans: Sequence[Scan]) -> None:
     InputError
         They differ, and the description does not say that it is right.
     """
-    _check(cube, _of_dates(cube, min(scan.time for scan in scans), max(scan.time for scan in scans)))
+    first, last = min(scan.time for scan in scans), max(scan.time for scan in scans)
+    frames = [scan.frame for scan in scans]
+    if isinstance(stored, NetcdfArray):
+        _check(cube, _of_coordinates(cube, stored, frames[0]))
+        _check(cube, _of_moments(cube, stored, first, last))
+    if cube.headers:
+        _check(cube, _of_pixels(cube, cube.headers[0], frames))
+    _check(cube, _of_dates(cube, first, last))
 
 
 def _check(cube: DescribedCube, contradictions: Iterable[Contradiction]) -> None:
@@ -125,7 +140,6 @@ def _of_header(cube: DescribedCube, header: fits.Header) -> Iterator[Contradicti
         if found != axis:
             yield Contradiction("axes", "the header has other axes", f"{card} = {kind!r}", _listed(cube))
     yield from _of_wavelengths(cube, header)
-    yield from _of_pixels(cube, header)
 
 
 def _of_wavelengths(cube: DescribedCube, header: fits.Header) -> Iterator[Contradiction]:
@@ -167,29 +181,83 @@ def _of_wavelengths(cube: DescribedCube, header: fits.Header) -> Iterator[Contra
         )
 
 
-def _of_pixels(cube: DescribedCube, header: fits.Header) -> Iterator[Contradiction]:
+def _of_units(cube: DescribedCube) -> Iterator[Contradiction]:
+    """Units of the arrays that wavelengths, times and cavity errors stand in."""
+    stated = cube.statement
+    for key, part, unit in (
+        ("wavelength", stated.wavelength, stated.wavelength.unit),
+        ("time", stated.time, stated.time.unit),
+        ("cavity_map", stated.cavity_map, stated.cavity_map.unit if stated.cavity_map else ""),
+    ):
+        said = cube.unit_said(part) if part is not None else ""
+        if _differ(said, unit):
+            yield Contradiction(f"{key}.unit", "what it refers to has another unit", repr(said), unit)
+
+
+def _of_pixels(cube: DescribedCube, header: fits.Header, frames: Sequence[Frame]) -> Iterator[Contradiction]:
     if cube.statement.pointing.scale is None:
         return
-    stated = np.array(cube.statement.pointing.scale)
     numbers = [cube.fits_number("x"), cube.fits_number("y")]
-    sizes = [_pixels(cube, header, numbers, unit) for unit in (u.arcsec, u.deg)]
-    found = [size for size in sizes if size is not None]
-    if not found or any(np.allclose(size, np.abs(stated), rtol=ALIKE, atol=0.0) for size in found):
+    planes = [_plane(cube, header, numbers, unit) for unit in (u.arcsec, u.deg)]
+    found = [plane for plane in planes if plane is not None]
+    if not found:
         return
+    stated = frames[0].matrix
+    scale = " x ".join(f"{size:g}" for size in cube.statement.pointing.scale)
     cards = [f"{name}{n}" for n in numbers for name in ("CDELT", "CUNIT")]
-    cards += [f"CD{one}_{two}" for one in numbers for two in numbers]
-    yield Contradiction(
-        "pointing.scale",
-        "the header's pixels have another size",
-        ", ".join(f"{card} = {header[card]!r}" for card in cards if card in header),
-        f"{' x '.join(f'{size:g}' for size in stated)} arcsec",
-    )
+    cards += [f"{matrix}{one}_{two}" for matrix in ("PC", "CD") for one in numbers for two in numbers]
+    said = ", ".join(f"{card} = {header[card]!r}" for card in cards if card in header)
+    sizes = np.hypot(*stated)
+    alike = [plane for plane in found if np.allclose(np.hypot(*plane.matrix), sizes, rtol=ALIKE, atol=0.0)]
+    if not alike:
+        yield Contradiction(
+            "pointing.scale", "the header's pixels have another size", said, f"{scale} arcsec"
+        )
+    axes: tuple[Axis, ...] = ("x", "y")
+    kinds = [re.sub("[^A-Z]", "", _card(header, f"CTYPE{number}").upper()) for number in numbers]
+    if not all(not kind or kind.startswith(TYPES[axis]) for kind, axis in zip(kinds, axes, strict=True)):
+        return
+    for axis, own, other in zip(axes, found[0].matrix.T, stated.T, strict=True):
+        if own @ other < 0.0:
+            yield Contradiction(
+                "pointing.scale",
+                f"the header's {axis} runs the other way",
+                said,
+                f"{scale} arcsec; a negative size, or a rotation, says which way",
+            )
+    places = [plane.place(frames[0].reference_pixel) for plane in alike]
+    known = [place for place in places if place is not None]
+    away = [np.hypot(*np.subtract(place, frame.reference_value)) for place in known for frame in frames]
+    if away and not min(away) <= ELSEWHERE:
+        yield Contradiction(
+            "pointing.reference_value",
+            "the header points elsewhere",
+            f"{min(away):.0f} arcsec away: "
+            + ", ".join(
+                f"{name}{n} = {header[f'{name}{n}']!r}" for n in numbers for name in ("CRPIX", "CRVAL")
+            ),
+            f"{cube.statement.pointing.reference_value} arcsec",
+        )
 
 
-def _pixels(
+class _Plane(NamedTuple):
+    """What a header's pixels are on the sky, arcsec: the steps along x and y, and its reference point."""
+
+    matrix: NDArray[np.float64]
+    reference_pixel: NDArray[np.float64]
+    reference_value: NDArray[np.float64] | None
+
+    def place(self, pixel: tuple[float, float]) -> NDArray[np.float64] | None:
+        """Where a zero-based pixel lies, but for the sphere's curvature; None if the header does not say."""
+        if self.reference_value is None:
+            return None
+        return self.reference_value + self.matrix @ (np.array(pixel) + 1.0 - self.reference_pixel)
+
+
+def _plane(
     cube: DescribedCube, header: fits.Header, numbers: list[int], default: u.UnitBase
-) -> NDArray[np.float64] | None:
-    """Sizes of pixels along x and y, arcsec, where the header's unit is `default` if none is there.
+) -> _Plane | None:
+    """Place of the pixels along x and y, where the header's unit is `default` if none is there.
 
     None if the header does not say: no cards, no angles, or ones without a unit, as templates have.
     """
@@ -203,9 +271,13 @@ def _pixels(
         found = [str(unit) if said else str(default) for unit, said in zip(wcs.wcs.cunit, units, strict=True)]
         factors = np.array([u.Unit(unit).to(u.arcsec) for unit in found])
         matrix = factors[:, None] * np.asarray(wcs.pixel_scale_matrix)
+        value = factors * np.asarray(wcs.wcs.crval)
     except Exception:  # wcslib's, of many kinds: coordinates that cannot be read say nothing
         return None
-    return np.asarray(np.sqrt(np.sum(matrix**2, axis=0)))
+    stated = all(f"{name}{n}" in header for n in numbers for name in ("CRPIX", "CRVAL")) and value.any()
+    turn = u.cycle.to(u.arcsec)
+    value = (value + 0.5 * turn) % turn - 0.5 * turn
+    return _Plane(matrix, np.asarray(wcs.wcs.crpix), value if stated else None)
 
 
 def _of_dates(cube: DescribedCube, first: np.datetime64, last: np.datetime64) -> Iterator[Contradiction]:
@@ -231,17 +303,6 @@ def _of_netcdf(cube: DescribedCube, stored: NetcdfArray) -> Iterator[Contradicti
         found = next((kind for kind, names in DIMENSIONS.items() if last in names), axis)
         if found != axis:
             yield Contradiction("axes", "the variable has other axes", ", ".join(stored.dims), _listed(cube))
-    pixels: tuple[Axis, ...] = ("x", "y") if stated.pointing.scale is not None else ()
-    for axis, scale in zip(pixels, stated.pointing.scale or (), strict=True):
-        name = stored.dims[cube.axes.index(axis)]
-        size = _spacing(stored.beside(name))
-        if size is not None and not np.isclose(size, abs(scale), rtol=ALIKE, atol=0.0):
-            yield Contradiction(
-                "pointing.scale",
-                "the file's pixels have another size",
-                f"{name}: {size:g} arcsec apart",
-                f"{scale:g} arcsec",
-            )
     dimension = stored.dims[cube.axes.index("wavelength")]
     of_the_cube = stated.wavelength.variable if stated.wavelength.file is None else None
     axis_of = stored.beside(of_the_cube or dimension, absolute=of_the_cube is not None)
@@ -257,21 +318,58 @@ def _of_netcdf(cube: DescribedCube, stored: NetcdfArray) -> Iterator[Contradicti
                 f"{attribute} = {text!r}",
                 stated.wavelength.medium,
             )
-    unit = axis_of.attribute("units")
-    if of_the_cube is not None and _differ(unit, stated.wavelength.unit):
+
+
+def _of_coordinates(cube: DescribedCube, stored: NetcdfArray, frame: Frame) -> Iterator[Contradiction]:
+    pixels: tuple[Axis, ...] = ("x", "y") if cube.statement.pointing.scale is not None else ()
+    for axis, stated in zip(pixels, np.diag(frame.matrix) if pixels else (), strict=True):
+        name = stored.dims[cube.axes.index(axis)]
+        step = _spacing(stored.beside(name))
+        if step is None:
+            continue
+        said = f"{name}: {step:g} arcsec from one to the next"
+        scale = abs(frame.scale[pixels.index(axis)])
+        if not np.isclose(abs(step), scale, rtol=ALIKE, atol=0.0):
+            yield Contradiction(
+                "pointing.scale", "the file's pixels have another size", said, f"{scale:g} arcsec"
+            )
+        if step * stated < 0.0:
+            yield Contradiction(
+                "pointing.scale",
+                f"the file's {axis} runs the other way",
+                said,
+                f"{stated:+.3g} arcsec; a negative size, or a rotation, says which way",
+            )
+
+
+def _of_moments(
+    cube: DescribedCube, stored: NetcdfArray, first: np.datetime64, last: np.datetime64
+) -> Iterator[Contradiction]:
+    name = stored.dims[cube.axes.index("time")] if "time" in cube.axes else "time"
+    coordinate = stored.beside(name)
+    if coordinate is None or not coordinate.has_moments:
+        return
+    try:
+        moments = coordinate.moments()
+    except InputError:
+        return
+    if moments.dtype.kind != "M" or np.isnat(moments).all():
+        return
+    earliest, latest = np.nanmin(moments), np.nanmax(moments)
+    if earliest < first - WHILE or latest > last + WHILE:
         yield Contradiction(
-            "wavelength.unit", "the variable has another unit", f"units = {unit!r}", stated.wavelength.unit
+            "time", "the file has other times", f"{name}: {earliest} to {latest}", f"{first} to {last}"
         )
 
 
 def _spacing(coordinate: NetcdfArray | None) -> float | None:
-    """How far coordinates along an axis are apart, arcsec; None if they are no angles."""
+    """From one coordinate along an axis to the next, arcsec; None if they are no angles."""
     if coordinate is None or len(coordinate.shape) != 1 or coordinate.dtype.kind not in "iuf":
         return None
     unit = _unit(coordinate.attribute("units"))
     if unit is None or unit.physical_type != "angle" or coordinate.shape[0] < 2:
         return None
-    return float(np.abs(np.median(np.diff(coordinate[:].astype(np.float64)))) * unit.to(u.arcsec))
+    return float(np.median(np.diff(coordinate[:].astype(np.float64))) * unit.to(u.arcsec))
 
 
 def _card(header: fits.Header, card: str) -> str:

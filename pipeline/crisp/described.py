@@ -200,6 +200,15 @@ class DescribedCube:
         middle = vacuum_to_air(LINES[self.statement.line].rest_wavelength)
         return np.asarray(air_to_vacuum(middle + shift) - air_to_vacuum(middle))
 
+    def unit_said(self, part: Located) -> str:
+        """The unit that the file says of what stands in it; empty if it says none, or cannot be read."""
+        if not any(getattr(part, key) is not None for key in ("file", "hdu", "column", "variable")):
+            return ""
+        try:
+            return arrays.unit(self._file(part), hdu=part.hdu, column=part.column, variable=part.variable)
+        except InputError:
+            return ""
+
     def refuse(
         self, key: str, problem: str, found: object, expected: object = None, cause: Exception | None = None
     ) -> NoReturn:

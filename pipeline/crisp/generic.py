@@ -18,7 +18,7 @@ from pydantic import model_validator
 
 from pipeline.crisp import fits_files, netcdf_files
 from pipeline.crisp.axes import OF_A_CUBE, Axis, Stored
-from pipeline.crisp.contradictions import check_file, check_times
+from pipeline.crisp.contradictions import check_file, check_scans
 from pipeline.crisp.cube import Cube
 from pipeline.crisp.described import DescribedCube
 from pipeline.crisp.scan import OtherKindError, Scan
@@ -57,7 +57,7 @@ class FileStatement(CubeStatement):
     axes: tuple[Axis, ...]
     """What the array's axes are, from the one that varies slowest to the fastest (of FITS: from the last
     ``NAXISn`` to the first): ``wavelength``, ``y`` and ``x``; ``time`` and ``stokes`` where it has them."""
-    overrides: tuple[Literal["axes", "unit", "wavelength", "pointing", "time"], ...] = ()
+    overrides: tuple[Literal["axes", "unit", "wavelength", "pointing", "time", "cavity_map"], ...] = ()
     """Keys of this description that are right where the file says otherwise: a difference is refused else."""
 
     @model_validator(mode="after")
@@ -164,7 +164,7 @@ def read_scans(path: str | Path, description: Description, medium: Medium | None
     for cube, stored in _cubes(Path(path).absolute(), description):
         check_file(cube, stored)
         found = cube.scans(FORMAT, medium, first=len(scans))
-        check_times(cube, found)
+        check_scans(cube, stored, found)
         scans.extend(found)
     return tuple(scans)
 
