@@ -89,6 +89,21 @@ class TestCoordinates:
             turn = np.rad2deg(np.arctan2(scan.frame.rotation[1][0], scan.frame.rotation[0][0]))
             assert turn == pytest.approx(37.0, abs=1e-3)
 
+    @pytest.mark.parametrize("axis", [2, 3])
+    def test_mirrored_images_are_read_right(self, file, axis):
+        """The corners' coordinates run the other way along x or y."""
+
+        def change(hdus):
+            values = hdus["WCS-TAB"].data["HPLN+HPLT+WAVE+TIME"]
+            values[..., :2] = np.flip(values, axis - 5)[..., :2]
+
+        rewrite(file, change)
+        y, x = np.mgrid[:ROWS, :COLUMNS].astype(float)
+        for scan in read_scans(file):
+            expected = astropys(file, scan.index, 2, y, x)[:2]
+            np.testing.assert_allclose(scan.frame.coordinates(x, y), expected, rtol=0, atol=1e-4)
+            assert np.linalg.det(scan.frame.matrix) < 0
+
     def test_wavelengths_are_astropys_brought_to_vacuum(self, file):
         for scan in read_scans(file):
             wave = astropys(file, scan.index, np.arange(POINTS), 3, 4)[2]

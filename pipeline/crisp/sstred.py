@@ -244,7 +244,10 @@ def _describe(hdus: fits.HDUList, file: Path, medium: Medium | None) -> tuple[Sc
 
 
 def _table(hdus: fits.HDUList, sizes: tuple[int, int, int, int], where: str) -> _Coordinates:
-    """Read the coordinate table: `sizes` are those of x, y, tuning and scan."""
+    """Read the coordinate table: `sizes` are those of x, y, tuning and scan.
+
+    wcslib reads such tables, too, but none whose last axes of one element were left out, as IDL does.
+    """
     header = hdus[0].header
     rotated = [name for name in header["PC*_*"] if name[2:3] != name[4:5] and header[name] != 0.0]
     names, columns = (
