@@ -39,6 +39,7 @@ from scipy import ndimage
 from zarr.codecs import BloscCodec
 from zarr.core.sync import sync
 
+from pipeline.compiled import compiled
 from pipeline.crisp import LINES, Scan
 from pipeline.crisp.cube import Cube
 from pipeline.errors import FlareFieldError
@@ -76,8 +77,8 @@ STEP = 2.0**-13
 UNIT = 2.0**-12
 """Of a scan's `level`, to which its images are rounded: up to 16 times the level they are held."""
 SAMPLE = 256  # pixels of the field's middle from which the noise is taken
+LARGEST = np.float32(np.iinfo(np.uint16).max)  # in that unit
 STRIP = 32  # rows of images that stay in the processor's cache
-ROWS = 16  # and of spectra
 CERTAIN = 0.02  # pixels, to which displacements are found
 SEARCHED = 256  # pixels of the field's middle by which scans are brought onto one another
 LEVEL = 64  # pixels of the field's middle from which a scan's level is taken
@@ -212,18 +213,13 @@ class BandImages:
         rows, columns : slice
             Where the block is.
         """
-        out = self._images[line][:, rows, columns]
-        scale = np.float32(1.0 / (self._levels[line] * UNIT))
-        for top in range(0, len(block), ROWS):
-            spectra = np.ascontiguousarray(np.moveaxis(block[top : top + ROWS], -1, 0))
-            brightest = spectra.max(axis=0)
-            usable = (spectra.min(axis=0) > 0) & (brightest < self._saturation[line])
-            for index, chosen in enumerate(self._chosen[line]):
-                mean = np.add.reduce(spectra[chosen], axis=0)
-                mean *= scale / np.float32(chosen.stop - chosen.start)
-                out[index, top : top + ROWS] = _whole(mean, usable)
-            brightest *= scale
-            out[-1, top : top + ROWS] = _whole(brightest, usable)
+        _collect(
+            block,
+            np.array([(chosen.start, chosen.stop) for chosen in self._chosen[line]]),
+            np.float32(1.0 / (self._levels[line] * UNIT)),
+            np.float32(self._saturation[line]),
+            self._images[line][:, rows, columns],
+        )
 
     def brightest(self, line: str, block: Image, rows: slice, columns: slice) -> None:
         """Take a block's brightest intensities from other numbers than its images."""
@@ -247,10 +243,46 @@ class BandImages:
             images.bring_to_disk(folder)
 
 
+@compiled
+def _collect(
+    block: Image, bands: NDArray[np.intp], scale: np.float32, saturation: np.float32, out: NDArray[np.uint16]
+) -> None:
+    """Means of spectra (y, x, wavelength) over bands, and their largest numbers, as whole numbers."""
+    rows, columns, points = block.shape
+    images = np.empty((points, columns), np.float32)
+    usable = np.empty(columns, np.bool_)
+    values = np.empty((len(out), columns), np.float32)
+    for y in range(rows):
+        for x in range(columns):
+            for point in range(points):
+                images[point, x] = block[y, x, point]
+        usable[:] = True
+        values[:] = np.float32(0.0)
+        for point in range(points):
+            for x in range(columns):
+                value = images[point, x]
+                # Comparisons with what is not a number are false.
+                usable[x] &= (value > 0) & (value < saturation)
+                values[-1, x] = max(values[-1, x], value)
+        for band in range(len(bands)):
+            first, last = bands[band]
+            for point in range(first, last):
+                for x in range(columns):
+                    values[band, x] += images[point, x]
+            for x in range(columns):
+                values[band, x] *= scale / np.float32(last - first)
+        for x in range(columns):
+            values[-1, x] *= scale
+        for band in range(len(out)):
+            for x in range(columns):
+                held = usable[x] and values[band, x] < LARGEST
+                out[band, y, x] = np.uint16(values[band, x] + np.float32(0.5)) if held else np.uint16(0)
+
+
 def _whole(values: Image, usable: Mask) -> NDArray[np.uint16]:
     """Round to whole numbers, overwriting what is given; zero, for what is not known, where too large."""
     # Comparisons with what is not a number are false.
-    held = usable & (values < np.float32(np.iinfo(np.uint16).max))
+    held = usable & (values < LARGEST)
     values += np.float32(0.5)
     np.copyto(values, np.float32(0.0), where=~held)
     return values.astype(np.uint16)

@@ -22,7 +22,6 @@ from pipeline.registration import (
     AGREEMENT,
     LARGEST,
     LARGEST_DETAIL,
-    LARGEST_SEARCH,
     NORMAL,
     SMALLEST_DETAIL,
     Image,
@@ -37,6 +36,9 @@ from pipeline.registration import (
 from pipeline.turning import turning
 
 Array = NDArray[np.float64]
+
+LARGEST_SEARCH = 256
+"""Pixels of the field's middle in which large jumps are searched."""
 
 STRONG = 1.7
 """Times as strong as usual: structures from here on are hardly granules."""

@@ -112,9 +112,7 @@ class MovedScan:
     def block(self, rows: slice, columns: slice) -> Image:
         """One block of its intensities (rows, columns, wavelength); NaN outside of its field."""
         if self.stays:
-            block = read_block(self.cube, rows, columns)
-            block[~self.own_field[rows, columns]] = np.nan
-            return block
+            return read_block(self.cube, self.own_field, rows, columns)
         saturation, spoilt = self.scan.saturation, self.found.spoilt
         return resample(self.cube, self.own_field, self.move, rows, columns, saturation, spoilt)
 

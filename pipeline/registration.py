@@ -22,8 +22,8 @@ from scipy import ndimage
 from skimage.registration import phase_cross_correlation
 
 from pipeline.crisp.cube import Cube
+from pipeline.splines import MARGIN, displace, fill, spectra_of
 from pipeline.turning import (
-    MARGIN,
     STRIP,
     Motion,
     nearest_good,
@@ -50,8 +50,8 @@ CONFIDENT = 0.6
 AGREEMENT = 1.0  # pixels within which two estimates agree
 NORMAL = 1.4826  # standard deviation of a normal distribution over its median absolute deviation
 LARGEST = 384  # pixels: more of a large field adds time, not accuracy
-LARGEST_SEARCH = 256  # of these, the search in whole pixels needs no more than
-LARGEST_BLOCK = 96
+LARGEST_SEARCH = 160  # of these, the search in whole pixels needs no more than
+LARGEST_BLOCK = 96  # and a block on its own, which cannot see further than half its width
 FINE_BLOCKS = 96  # fields at least so wide are checked on 3 x 3 blocks, smaller ones on 2 x 2
 FILLED = 0.4  # a block counts if at least this share of it lies in the field
 OVERLAP = 0.5  # share of the field that a shift must leave in common
@@ -327,23 +327,24 @@ def move_flags(flags: Flags, shift: Shift) -> Flags:
     return _moved_part(flags, (round(shift.y), round(shift.x)), *whole)
 
 
-def read_block(cube: Cube, rows: slice, columns: slice) -> Image:
+def read_block(cube: Cube, field: Mask, rows: slice, columns: slice) -> Image:
     """Read one block of a scan, spectrum by spectrum as the store holds it.
 
     Parameters
     ----------
     cube : ndarray, shape (wavelength, y, x)
         The scan, perhaps memory-mapped; only the block is read.
+    field : ndarray of bool, shape (y, x)
+        Its field of view.
     rows, columns : slice
         The block.
 
     Returns
     -------
     ndarray of float32, shape (rows, columns, wavelength)
-        A copy.
+        A copy; NaN outside of the field.
     """
-    block: Image = np.moveaxis(cube[:, rows, columns], 0, -1).astype(np.float32, order="C")
-    return block
+    return spectra_of(cube[:, rows, columns].astype(np.float32, order="C"), field[rows, columns])
 
 
 def move_values(values: NDArray[np.floating[Any]], shift: Shift) -> NDArray[np.float64]:
@@ -446,35 +447,31 @@ def _resample_into(
         boxes.append(slice(int(wanted[there[0]]), int(wanted[there[-1]]) + 1))
         pads.append((int(there[0]), len(wanted) - 1 - int(there[-1])))
     inside = np.pad(field[tuple(boxes)], pads)
-    # Rows of images, row by row of the frame: see `_spline_shift`.
-    lines: Image = np.moveaxis(cube[:, *boxes], 0, 1).astype(np.float32, order="C")
+    images: Image = cube[:, *boxes].astype(np.float32, order="C")
     if any(map(any, pads)):
-        lines = np.pad(lines, (pads[0], (0, 0), pads[1]), mode="edge")
-    spectra = lines.swapaxes(1, 2)
+        images = np.pad(images, ((0, 0), *pads), mode="edge")
     if not inside.all():
-        spectra[~inside] = spectra[nearest_good(inside)]
+        fill(images, np.nonzero(~inside), nearest_good(inside))
     middle = (slice(MARGIN, inside.shape[0] - MARGIN), slice(MARGIN, inside.shape[1] - MARGIN))
     kept: dict[int, tuple[Mask, Image]] = {}
     place = spoilt[:, 1:] + [pad[0] - box.start for pad, box in zip(pads, boxes, strict=True)]
     here = ((place >= 0) & (place < inside.shape)).all(axis=1)
     # What is not finite is neither.
-    if here.any() or not (lines.min() > 0 and lines.max() < saturation):
-        bad = ~((spectra > 0) & (spectra < saturation))
-        bad[place[here, 0], place[here, 1], spoilt[here, 0]] = True
+    if here.any() or not (images.min() > 0 and images.max() < saturation):
+        bad = ~((images > 0) & (images < saturation))
+        bad[spoilt[here, 0], place[here, 0], place[here, 1]] = True
         known, nearest = inside, None
-        for index in np.flatnonzero(bad.any(axis=(0, 1))).tolist():
-            good = ~bad[..., index]
-            kept[index] = (~good[middle], spectra[..., index][middle][~good[middle]])
+        for index in np.flatnonzero(bad.any(axis=(1, 2))).tolist():
+            image, good = images[index], ~bad[index]
+            kept[index] = (~good[middle], image[middle][~good[middle]])
             if good.any():
                 if nearest is None or not np.array_equal(good, known):  # mostly as at the wavelength before
                     known, nearest = good, nearest_good(good)
-                spectra[~good, index] = spectra[..., index][nearest]
-    moved = block[part]
-    _spline_shift(lines, (shift.y - whole[0], shift.x - whole[1]), moved)
+                image[~good] = image[nearest]
+    corner = (part[0].start, part[1].start)
+    displace(images, (shift.y - whole[0], shift.x - whole[1]), inside[middle], block, corner)
     for index, (where, values) in kept.items():
-        moved[where, index] = values
-    if not inside[middle].all():
-        moved[~inside[middle]] = np.nan
+        block[part][where & inside[middle], index] = values[inside[middle][where]]
 
 
 def _moved_part(flags: Flags, steps: tuple[int, int], rows: slice, columns: slice) -> Flags:
@@ -643,64 +640,3 @@ def _centre(box: tuple[slice, ...], largest: int) -> tuple[slice, slice]:
         for span in box
     )
     return rows, columns
-
-
-def _spline_shift(lines: Image, displacement: tuple[float, float], moved: Image) -> None:
-    """Move images by half a pixel at most along both axes by cubic B-splines, and take off the margin.
-
-    Two recursions along each axis make the splines' coefficients (Unser 1999, doi:10.1109/79.799930), four of
-    which are then added up. Both go along the first axis, whole rows of all images at a time, several times
-    as fast as filtering image by image; between the two axes the numbers change places, which turns images
-    into spectra as well. The bits are the same whatever the block's place in memory.
-
-    Parameters
-    ----------
-    lines : ndarray of float32, shape (y, wavelength, x)
-        Overwritten.
-    displacement : tuple of float
-        Along y and x, pixels.
-    moved : ndarray of float32, shape (y, x, wavelength)
-        Where the result goes, smaller by `MARGIN` at every edge.
-    """
-    rows, points, columns = len(lines) - 2 * MARGIN, lines.shape[1], lines.shape[2]
-    _spline_coefficients(lines)
-    spectra = np.empty((columns, rows, points), dtype=np.float32)
-    _spline_values(lines, displacement[0], spectra.transpose(1, 2, 0))
-    _spline_coefficients(spectra)
-    _spline_values(spectra, displacement[1], moved.swapaxes(0, 1))
-
-
-POLE = np.float32(np.sqrt(3.0) - 2.0)
-"""Of the recursions that make cubic B-splines' coefficients."""
-
-
-def _spline_coefficients(values: Image) -> None:
-    """Replace values by their splines' coefficients along the first axis, but for a factor of -6 `POLE`."""
-    product = np.empty_like(values[0])
-    values[0] /= 1 - POLE
-    for index in range(1, len(values)):
-        values[index] += np.multiply(values[index - 1], POLE, out=product)
-    values[-1] /= 1 - POLE
-    for index in range(len(values) - 2, -1, -1):
-        values[index] += np.multiply(values[index + 1], POLE, out=product)
-
-
-def _spline_values(coefficients: Image, displacement: float, values: Image) -> None:
-    """Write what splines are worth beside their knots along the first axis, without its margins."""
-    (first, weight), *others = _spline_weights(displacement)
-    total, product = np.empty_like(coefficients[0]), np.empty_like(coefficients[0])
-    for index, out in enumerate(values, start=MARGIN):
-        np.multiply(coefficients[index + first], weight, out=total)
-        for step, other in others:
-            total += np.multiply(coefficients[index + step], other, out=product)
-        out[:] = total
-
-
-def _spline_weights(displacement: float) -> list[tuple[int, np.float32]]:
-    """Steps to the coefficients that count at a point, and their weights."""
-    knots = np.arange(-2, 3)
-    distance = np.abs(knots + displacement)
-    near = (4.0 - 6.0 * distance**2 + 3.0 * distance**3) / 6.0
-    far = np.maximum(2.0 - distance, 0.0) ** 3 / 6.0
-    weights = -6.0 * float(POLE) * np.where(distance <= 1.0, near, far)
-    return [(int(step), np.float32(weight)) for step, weight in zip(knots, weights, strict=True) if weight]

@@ -14,13 +14,11 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from pipeline.crisp.cube import Cube
+from pipeline.splines import MARGIN
 
 Array = NDArray[np.float64]
 Image = NDArray[np.float32]
 Mask = NDArray[np.bool_]
-
-MARGIN = 16
-"""Pixels around a block that cubic splines need: what lies further weighs less than 1e-8."""
 
 STRIP = 256
 """Rows that are resampled at a time: what is in memory for it beside the block itself."""
