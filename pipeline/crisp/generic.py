@@ -40,7 +40,7 @@ cubes:
     time: {key: DATE-AVG}        # or values, or start and step, or hdu or variable
     pointing: {reference_value: [-729.8, -313.4], scale: 0.098, rotation: 0.0}   # arcsec, degrees; or header
     unit: DN                     # or such as W m-2 Hz-1 sr-1
-    # overrides: [unit]          # where the file says otherwise of unit, axes, wavelength, pointing or time
+    # overrides: [unit]          # where the file is wrong: unit, axes, wavelength, cavity_map, pointing, time
 """
 """A description."""
 
