@@ -253,7 +253,8 @@ class _Noise:
             good = field & np.isfinite(part) & (part > 0)
             if not good.any() or np.ptp(part[good]) == 0.0:
                 return None
-        between = part[1:-1] - 0.5 * (part[:-2] + part[2:])
+        with np.errstate(invalid="ignore"):  # infinities, which are not good
+            between = part[1:-1] - 0.5 * (part[:-2] + part[2:])
         known = good[1:-1] & good[:-2] & good[2:]
         values = between[known] if known.any() else part[good]
         # A third of the variance of the difference is that of the two neighbours' mean.
@@ -391,7 +392,10 @@ def _spikes(sharp: Sequence[_Sharp], shape: tuple[int, int]) -> NDArray[np.intp]
 
 def _stands_out(excess: Image, share: float, own: Image, around: Image, noise: _Noise) -> Mask:
     """Whether an excess is more than noise, and sharper than what the telescope can make."""
-    return np.asarray((excess > SIGNIFICANT * noise.at(around)) & (excess > share * np.abs(own - around)))
+    # Of a pixel around which nothing is known nothing is said.
+    with np.errstate(invalid="ignore"):
+        more = excess > SIGNIFICANT * noise.at(around)
+        return np.asarray(more & (excess > share * np.abs(own - around)))
 
 
 def _candidates(image: Numbers, saturation: float, least: float, unusable: Mask | None) -> NDArray[np.intp]:
@@ -490,7 +494,7 @@ class _Places:
         """
         own = sign * image.ravel()[self.own].astype(np.float32)
         values = sign * image.ravel()[self.beside].astype(np.float32)
-        known = self.known & ~np.isnan(values)
+        known = self.known & np.isfinite(values)
         before, after, second_before, second_after = np.moveaxis(np.where(known, values, np.inf), 1, 0)
         brighter = np.maximum(before, after)
         ends = np.minimum(
@@ -505,7 +509,7 @@ class _Places:
         """Intensities, and the median of what is known of the ring two pixels away."""
         ring, known = _neighbours(self.field, self.own, RING[:, 0, None], RING[:, 1, None])
         values = image.ravel()[ring].astype(np.float32)
-        known &= ~np.isnan(values)
+        known &= np.isfinite(values)
         values = np.sort(np.where(known, values, np.float32(np.inf)), axis=0)
         count = np.count_nonzero(known, axis=0)[None]
         lower, upper = (np.take_along_axis(values, half // 2, axis=0)[0] for half in (count - 1, count))

@@ -310,6 +310,20 @@ class TestPixels:
         assert not found.dead.any()
         assert len(found.spikes) == 0
 
+    @pytest.mark.filterwarnings("error")
+    def test_whatever_the_shape_and_the_numbers(self):
+        """Frames of a few pixels, ragged fields, NaN and infinities: nothing is found outside the field."""
+        rng = np.random.default_rng(6)
+        for _ in range(400):
+            shape = tuple(rng.integers(1, (6, 8, 8)))
+            cube = rng.integers(-5, 3000, shape).astype(rng.choice([">i2", "<u2", ">f4", ">f8"]))
+            if cube.dtype.kind == "f":
+                for value in (np.nan, np.inf, -np.inf):
+                    cube[rng.random(shape) < 0.1] = value
+            field = rng.random(shape[1:]) < rng.choice([0.3, 0.8, 1.0])
+            found = survey(cube, field, rng.choice([np.inf, 2900.0]))
+            assert not (found.defects & (Defect.SPIKE | Defect.DEAD_PIXEL))[~field].any()
+
     def test_a_scan_of_nothing(self):
         for value in (0.0, np.nan, 7.0):
             found = survey(np.full((5, *SHAPE), value, np.float32), WHOLE)
