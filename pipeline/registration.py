@@ -22,7 +22,7 @@ from scipy import ndimage
 from skimage.registration import phase_cross_correlation
 
 from pipeline.crisp.cube import Cube
-from pipeline.splines import MARGIN, displace, fill, spectra_of
+from pipeline.resampling import MARGIN, displace, fill, spectra_of
 from pipeline.turning import (
     STRIP,
     Motion,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from pipeline.crisp.cube import Cube
-from pipeline.splines import MARGIN
+from pipeline.resampling import MARGIN
 
 Array = NDArray[np.float64]
 Image = NDArray[np.float32]
