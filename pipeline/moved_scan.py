@@ -18,8 +18,8 @@ from pipeline.registration import (
     Shift,
     field_of_view,
     find_shift,
+    move_field,
     move_flags,
-    move_mask,
     move_values,
     read_block,
     resample,
@@ -88,7 +88,7 @@ class MovedScan:
     @property
     def field(self) -> Mask:
         """Its field of view (y, x)."""
-        return move_mask(self.own_field, self.move)
+        return self.own_field if self.stays else move_field(self.own_field, self.move)
 
     @property
     def defects(self) -> NDArray[np.uint8]:

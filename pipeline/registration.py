@@ -27,7 +27,9 @@ from pipeline.turning import (
     STRIP,
     Motion,
     nearest_good,
+    surrounded,
     turned_block,
+    turned_field,
     turned_flags,
     turned_mask,
     turning,
@@ -60,6 +62,10 @@ LARGEST_DETAIL = 3.0  # pixels: above, the lines differ (ribbons, limb darkening
 TAPER = 8.0  # pixels over which the common field fades out
 UPSAMPLING = 100
 COARSE = 10  # upsampling of the first guess
+
+NEGLIGIBLE = 0.02
+"""Pixels to which displacements are found. To extrapolate over so little changes a granule by a part in a
+thousand."""
 
 NOTHING = np.empty((0, 3), dtype=np.intp)
 
@@ -288,6 +294,38 @@ def _combined(found: list[_Estimate]) -> Shift:
     return Shift(float(y), float(x), confidence)
 
 
+def move_field(field: Mask, shift: Shift) -> Mask:
+    """Move a field of view with its frame; False comes in at the edges.
+
+    A pixel is in it if all four by four are that surround the point it comes from, so that none is
+    extrapolated; along an axis along which the field is moved by whole pixels (to `NEGLIGIBLE`), if that one
+    pixel is.
+
+    Parameters
+    ----------
+    field : ndarray of bool, shape (y, x)
+        In Ca II's frame.
+    shift : Shift
+        The shift onto H-alpha.
+
+    Returns
+    -------
+    ndarray of bool, shape (y, x)
+        In H-alpha's frame.
+    """
+    if shift.turn:
+        return turned_field(field, shift.of_frame(field.shape))
+    return move_flags(_supported(field, shift), shift)
+
+
+def _supported(field: Mask, shift: Shift) -> Mask:
+    """Pixels of a field that, and whose neighbours, lie around a point after this shift: see `move_field`."""
+    beyond = (along - round(along) for along in (shift.y, shift.x))
+    # What comes from before a pixel lies between it and the one before.
+    reach = ((2, 1) if part > NEGLIGIBLE else (1, 2) if part < -NEGLIGIBLE else (0, 0) for part in beyond)
+    return surrounded(field, *reach)
+
+
 def move_mask(mask: Mask, shift: Shift) -> Mask:
     """Move a mask with its frame, to the nearest pixel; False comes in at the edges.
 
@@ -408,7 +446,7 @@ def resample(
     Returns
     -------
     ndarray of float32, shape (rows, columns, wavelength)
-        NaN outside of the moved field.
+        NaN outside of the moved field (`move_field`).
     """
     if shift.turn:
         motion = shift.of_frame(field.shape)
@@ -469,9 +507,10 @@ def _resample_into(
                     known, nearest = good, nearest_good(good)
                 image[~good] = image[nearest]
     corner = (part[0].start, part[1].start)
-    displace(images, (shift.y - whole[0], shift.x - whole[1]), inside[middle], block, corner)
+    supported = _supported(inside, shift)[middle]
+    displace(images, (shift.y - whole[0], shift.x - whole[1]), supported, block, corner)
     for index, (where, values) in kept.items():
-        block[part][where & inside[middle], index] = values[inside[middle][where]]
+        block[part][where & supported, index] = values[supported[where]]
 
 
 def _moved_part(flags: Flags, steps: tuple[int, int], rows: slice, columns: slice) -> Flags:

@@ -139,6 +139,35 @@ def turned_mask(mask: Mask, motion: Motion) -> Mask:
     return np.asarray(motion.image(mask, 0), dtype=np.bool_)
 
 
+def surrounded(field: Mask, along_y: tuple[int, int], along_x: tuple[int, int]) -> Mask:
+    """Pixels around which all are in the field; beyond the frame none is.
+
+    Parameters
+    ----------
+    field : ndarray of bool, shape (y, x)
+    along_y, along_x : tuple of int
+        How many before and after the pixel are asked for, along each axis.
+    """
+    for axis, (before, after) in enumerate((along_y, along_x)):
+        known = np.pad(field.swapaxes(0, axis), ((before, after), (0, 0)))
+        steps = range(before + after + 1)
+        whole = np.logical_and.reduce([known[step : step + field.shape[axis]] for step in steps])
+        field = whole.swapaxes(0, axis)
+    return field
+
+
+def turned_field(field: Mask, motion: Motion) -> Mask:
+    """Move a field of view with its frame: a pixel is in it if all around the point it comes from are.
+
+    Parameters
+    ----------
+    field : ndarray of bool, shape (y, x)
+    motion : Motion
+        Of frames of this shape.
+    """
+    return turned_mask(surrounded(field, (2, 2), (2, 2)), motion)
+
+
 def turned_flags(flags: NDArray[Any], motion: Motion) -> NDArray[Any]:
     """Move flags with their frame, each to the pixel nearest to where it belongs: none is lost in between.
 
@@ -195,7 +224,7 @@ def _turn_into(
     inside = field[box]
     if not inside.any():
         return
-    seen = motion.image(inside, 0, low, part)
+    seen = motion.image(surrounded(inside, (2, 2), (2, 2)), 0, low, part)
     if not seen.any():
         return
     outside = None if inside.all() else (~inside, nearest_good(inside))

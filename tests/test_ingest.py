@@ -40,7 +40,7 @@ from pipeline.invert import invert
 from pipeline.observation import CONTRACT, chunks_and_shards, fits_headers, open_observation, validate
 from pipeline.pairing import Pair, check_alike, pair_scans
 from pipeline.provenance import sha256_file
-from pipeline.registration import Shift, move_mask, resample
+from pipeline.registration import Shift, move_field, resample
 from pipeline.results import flagged, open_map
 from pipeline.storage import Directory, lock
 from tests.fchroma_files import (
@@ -199,7 +199,7 @@ class TestContent:
     def test_valid_is_the_overlap(self, series, observation):
         dataset = open_observation(observation[0])
         for time, truth in enumerate(series[1]):
-            moved = move_mask(truth.field_ca8542, observation[1].shifts[time])
+            moved = move_field(truth.field_ca8542, observation[1].shifts[time])
             valid = dataset.valid.isel(time=time).values
             np.testing.assert_array_equal(valid, truth.field_halpha & moved)
             for line in ("halpha", "ca8542"):

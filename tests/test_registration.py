@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from pipeline.registration import (
     band_images,
     field_of_view,
     find_shift,
-    move_mask,
+    move_field,
     resample,
 )
 from tests.fchroma_files import (
@@ -242,13 +243,13 @@ class TestResampling:
         shift = Shift(1.5, -2.4, 1.0)
         padded = np.where(field, cube, pad)
         result = images_moved(padded, field, shift, *WHOLE)
-        np.testing.assert_array_equal(np.isfinite(result).all(axis=0), move_mask(field, shift))
+        np.testing.assert_array_equal(np.isfinite(result).all(axis=0), move_field(field, shift))
         # the pad's value decides nothing
         np.testing.assert_array_equal(result, images_moved(np.where(field, cube, 5.0), field, shift, *WHOLE))
-        # and near the edge the result is the scene, to what half a pixel of extrapolation costs
+        # and up to the edge the result is the scene, since nothing is extrapolated
         expected = np.stack([ndimage.shift(image, (1.5, -2.4), order=3) for image in cube])
-        inside = ndimage.binary_erosion(move_mask(field, shift))
-        assert np.abs(result - expected)[:, inside].max() < 60.0
+        inside = move_field(field, shift)
+        assert np.abs(result - expected)[:, inside].max() < 20.0
         deep = ndimage.binary_erosion(inside, iterations=4)
         assert np.abs(result - expected)[:, deep].max() < 1.0
 
@@ -270,7 +271,7 @@ class TestResampling:
         np.testing.assert_array_equal(result[[0, 2]], clean[[0, 2]])
         elsewhere = np.ones((60, 70), bool)
         elsewhere[33, 34] = False
-        elsewhere &= move_mask(field, shift)
+        elsewhere &= move_field(field, shift)
         assert np.isfinite(result[1][elsewhere]).all()
         assert np.abs(result - clean)[1][elsewhere].max() < 60.0
         elsewhere[26:41, 27:42] = False
@@ -280,10 +281,10 @@ class TestResampling:
         shift = Shift(0.5, 0.5, 1.0)
         assert np.isnan(images_moved(cube, np.zeros((60, 70), bool), shift, *WHOLE)).all()
         zeros = images_moved(np.zeros_like(cube), np.ones((60, 70), bool), shift, *WHOLE)
-        np.testing.assert_array_equal(zeros[:, move_mask(np.ones((60, 70), bool), shift)], 0.0)
+        np.testing.assert_array_equal(zeros[:, move_field(np.ones((60, 70), bool), shift)], 0.0)
 
-    @pytest.mark.parametrize("shift", [(2.0, -3.0), (5.6, -5.6), (0.4, 0.3)])
-    def test_valid_is_the_overlap_to_within_a_pixel(self, shift):
+    @pytest.mark.parametrize("shift", [(2.0, -3.0), (5.6, -5.6), (0.4, 0.3), (-1.3, 4.0)])
+    def test_valid_is_where_nothing_is_extrapolated(self, shift):
         rows, columns = np.mgrid[:80, :90].astype(float)
         angle = np.deg2rad(25.0)
 
@@ -293,7 +294,18 @@ class TestResampling:
                 np.abs(-np.sin(angle) * x + np.cos(angle) * y) <= 25
             )
 
-        moved = move_mask(inside(rows, columns), Shift(*shift, 1.0))
+        field = inside(rows, columns)
+        moved = move_field(field, Shift(*shift, 1.0))
         exact = inside(rows - shift[0], columns - shift[1])
-        assert not (moved & ~ndimage.binary_dilation(exact)).any()
-        assert not (ndimage.binary_erosion(exact) & ~moved).any()
+        assert not (moved & ~exact).any()
+        assert not (ndimage.binary_erosion(exact, iterations=4) & ~moved).any()
+        # The four by four pixels around a point, or the one that it is on along an axis, are in the field.
+        for y, x in np.argwhere(np.ones_like(field)):
+            around = []
+            for place, along in zip((y, x), shift, strict=True):
+                first = math.floor(place - along)
+                taps = [first] if first == place - along else range(first - 1, first + 3)
+                around.append(taps)
+            ends = [(min(taps), max(taps)) for taps in around]
+            there = all(low >= 0 and high < size for (low, high), size in zip(ends, (80, 90), strict=True))
+            assert moved[y, x] == (there and field[np.ix_(*around)].all())

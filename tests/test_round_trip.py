@@ -12,6 +12,7 @@ from pathlib import Path
 import astropy.units as u
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from pipeline.crisp.cube import PER_ANGSTROM
 from pipeline.crisp.scan import cosine_of_pointing
@@ -21,7 +22,7 @@ from pipeline.grids.store import BUNDLED_GRID, open_grid, split
 from pipeline.ingest import IngestReport, ingest
 from pipeline.invert import invert
 from pipeline.observation import open_observation
-from pipeline.registration import move_mask
+from pipeline.registration import move_field
 from pipeline.results import open_map
 from pipeline.training_set import CRISP_WAVELENGTHS, response_matrix
 from tests.fchroma_files import CADENCE, START, displace, smooth_noise
@@ -78,7 +79,7 @@ def test_the_scene_comes_back(series, ingested, name):
     assert report.shifts
     for number, shift in enumerate(report.shifts):
         assert np.abs(np.subtract((shift.y, shift.x), SHIFTS[number])).max() < 0.1
-        valid = series.field["halpha"][number] & move_mask(series.field["ca8542"][number], shift)
+        valid = series.field["halpha"][number] & move_field(series.field["ca8542"][number], shift)
         np.testing.assert_array_equal(dataset.valid.values[number], valid)
         for line in AXES:
             stored = np.moveaxis(dataset[line].values[number], -1, 0)[:, valid] / count
@@ -87,6 +88,8 @@ def test_the_scene_comes_back(series, ingested, name):
             # interpolation averages neighbours' noise: less than one at any shift
             assert np.sqrt(np.mean(deviation**2)) < 1.1
             assert abs(np.mean(deviation)) < 0.05
+            rim = (valid & ~ndimage.binary_erosion(valid))[valid]
+            assert np.sqrt(np.mean(deviation[:, rim] ** 2)) < 1.1
             if line == "halpha":
                 expected = series.noisy[line][number][:, valid]
                 np.testing.assert_allclose(stored, expected, rtol=1e-5, atol=0.1)
@@ -154,7 +157,7 @@ def test_lines_in_frames_of_their_own(tmp_path, series):
     cut[y[there], x[there]] = True
     for number, shift in enumerate(report.shifts):
         assert np.abs(np.subtract((shift.y, shift.x), SHIFTS[number])).max() < 0.1
-        valid = series.field["halpha"][number] & move_mask(series.field["ca8542"][number] & cut, shift)
+        valid = series.field["halpha"][number] & move_field(series.field["ca8542"][number] & cut, shift)
         np.testing.assert_array_equal(dataset.valid.values[number], valid)
         stored = np.moveaxis(dataset.ca8542.values[number], -1, 0)[:, valid] / COUNT
         truth = series.truth["ca8542"][number][:, valid]
@@ -221,12 +224,12 @@ def test_an_upflow_is_a_blueshift_is_a_positive_velocity(tmp_path, client):
         velocity = open_map(tmp_path / f"{name}-map.zarr").velocity.isel(time=0, quantile=0)
         velocity = velocity.sel(height=0.9, method="nearest").values
         velocities[name] = velocity[:, :16].ravel() - velocity[:, 16:].ravel()
-    told = velocities["told"][np.isfinite(velocities["told"])]
-    assert told.size > 150
+    told, untold = (velocities[name][np.isfinite(velocities[name])] for name in ("told", "not told"))
+    assert told.size > 80
     assert np.mean(told > 0) > 0.95
     # 4 km/s lie between the two; the grid's prior takes some of it back
     assert 2.0 < np.median(told) < 5.0
-    assert np.mean(velocities["not told"] < 0) > 0.6
+    assert np.mean(untold < 0) > 0.6
 
 
 def same_bits(path, other):
