@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from astropy.modeling.models import BlackBody
 
-from pipeline.crisp.cube import PER_ANGSTROM, PlacedCube, ScaledCube, intensity_scale
+from pipeline.crisp.cube import PER_ANGSTROM, PlacedCube, ScaledCube, as_intensities, intensity_scale
 from pipeline.errors import InputError
 
 SHAPE = (5, 7, 6)
@@ -73,9 +73,44 @@ def test_it_is_an_array_for_numpy(numbers):
 
 def test_blank_becomes_nan(numbers):
     numbers[1, 2, 3] = -32768
-    cube = ScaledCube(numbers, np.ones(5), np.zeros(5), -32768)
+    cube = ScaledCube(numbers, np.ones(5), np.zeros(5), [(-32768, 0.0)])
     assert np.isnan(cube[1, 2, 3])
     assert np.argwhere(np.isnan(cube[:])).tolist() == [[1, 2, 3]]
+
+
+def test_a_pad_of_scaled_integers_is_the_nearest_of_them(numbers):
+    """-3.27 of steps of 0.5 from 100 is the integer -207, and nothing else."""
+    numbers[1, 2, 3] = -207
+    expected = np.where(numbers == -207, np.nan, 0.5 * numbers + 100.0)
+    cube = as_intensities(numbers, np.ones(5), 0.5, 100.0, None, padding=(-3.27, 0.25))
+    np.testing.assert_array_equal(cube[:], expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "step", "zero"),
+    [
+        (">i4", 1.0, 2**31),
+        ("<i4", 0.125, 2**28),
+        (">i4", -1.0, 0),
+        (">i8", 1.0, -(2**40)),
+        (">f8", 1.0, 2**31),
+    ],
+)
+def test_an_offset_costs_no_digits(kind, step, zero):
+    """Counts of up to 30,000, stored as numbers far from them: exact, as whole numbers and eighths are."""
+    counts = np.random.default_rng(5).integers(0, 30_000, SHAPE)
+    stored = (counts - int(zero / step)).astype(kind)
+    cube = as_intensities(stored, np.ones(5), step, float(zero), None)
+    np.testing.assert_array_equal(cube[:], step * counts)
+    np.testing.assert_array_equal(cube[2, 1:3], step * counts[2, 1:3])
+    assert cube[:].dtype == np.float32
+
+
+def test_short_integers_far_from_zero_are_rounded_once():
+    """Single precision has steps of 1 at 10,000,000, and nothing is lost before."""
+    counts = np.random.default_rng(5).integers(-32_768, 32_768, SHAPE).astype(">i2")
+    cube = as_intensities(counts, np.ones(5), 0.25, 1e7, None)
+    np.testing.assert_array_equal(cube[:], (counts / 4.0 + 1e7).astype(np.float32))
 
 
 @pytest.mark.parametrize("corner", [(0, 0), (2, 1), (-3, 2), (4, -2), (-2, -5), (20, 0), (-7, 1)])

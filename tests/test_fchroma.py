@@ -93,6 +93,24 @@ def test_unscaled_integers_are_saturated_at_their_largest(file, cube, zero, kind
     np.testing.assert_array_equal(open_intensity(scan)[:], cube + zero)
 
 
+@pytest.mark.parametrize("kind", ["i1", "u2", "i4", "u4", "i8"])
+def test_integers_of_any_size_are_those_that_astropy_wrote(file, cube, kind):
+    """Unsigned ones it writes as signed ones with BZERO, i1 as unsigned ones."""
+    numbers = (cube % 100 if kind == "i1" else cube).astype(kind)
+    rewrite(file, lambda hdus: setattr(hdus[0], "data", numbers))
+    assert ("BZERO" in fits.getheader(file)) == (kind in ("i1", "u2", "u4"))
+    (scan,) = read_scans(file)
+    np.testing.assert_array_equal(open_intensity(scan)[:], numbers)
+    assert scan.saturation == float(np.iinfo(kind).max)
+
+
+def test_unsigned_integers_of_64_bits_are_refused_for_what_they_are(file, cube):
+    rewrite(file, lambda hdus: setattr(hdus[0], "data", cube.astype("u8")))
+    with pytest.raises(InputError, match="double precision cannot undo") as caught:
+        read_scans(file)
+    assert "9223372036854775808: unsigned integers" in caught.value.found
+
+
 @pytest.mark.parametrize("card", ["BSCALE", "BZERO", "NWIN"])
 @pytest.mark.parametrize("value", ["x", "6563 A", True])
 def test_cards_that_are_no_numbers_are_named(file, card, value):

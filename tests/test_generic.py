@@ -411,14 +411,17 @@ class TestIntensities:
         np.testing.assert_array_equal(found, expected.astype(np.float32))
         assert scan.saturation == np.inf
 
-    def test_unsigned_integers(self, tmp_path, cube):
+    @pytest.mark.parametrize("compressed", [False, True])
+    @pytest.mark.parametrize("kind", ["u2", "u4"])
+    def test_unsigned_integers(self, tmp_path, cube, kind, compressed):
         """FITS writes them as signed ones with an offset."""
         path = tmp_path / "a.fits"
-        numbers = cube.astype("u2") + 40_000
-        fits.PrimaryHDU(numbers).writeto(path)
+        numbers = cube.astype(kind) + 40_000
+        image = fits.CompImageHDU(numbers) if compressed else fits.ImageHDU(numbers)
+        fits.HDUList([fits.PrimaryHDU(), image]).writeto(path)
         scan, found = self.cube_of(path)
         np.testing.assert_array_equal(found, numbers[1, 0])
-        assert scan.saturation == 65535
+        assert scan.saturation == np.iinfo(kind).max
 
     def test_padding_and_saturation(self, file, cube):
         pad = int(cube[1, 0, 2, 3, 4])
@@ -426,6 +429,35 @@ class TestIntensities:
         np.testing.assert_array_equal(found, np.where(cube[1, 0] == pad, np.nan, cube[1, 0]))
         assert (scan.padding, scan.saturation) == ("nan", 2500.0)
         assert self.cube_of(file, padding="constant")[0].padding == "constant"
+
+    @pytest.mark.parametrize("container", ["u2", "u4", "scaled", "packed", "float"])
+    def test_padding_is_stated_in_the_unit_whatever_the_file_has(self, tmp_path, cube, container):
+        """A pad of 300.2 DN, or of 0 in unsigned integers, which FITS has as -32768 or -2147483648."""
+        path, pad = tmp_path / "a.cube", 0.0 if container.startswith("u") else 300.2
+        numbers = np.where(cube % 7 == 0, pad, 10.0 * np.rint(cube / 10.0) + 0.2)
+        inside = numbers[1, 0] != pad
+        if container == "packed":
+            dataset = xr.Dataset({"intensity": (tuple(SIZES), numbers)})
+            dataset.intensity.encoding = {
+                "scale_factor": 0.3,
+                "add_offset": 0.1,
+                "dtype": "i2",
+                "_FillValue": -1,
+            }
+            dataset.to_netcdf(path, engine="scipy")
+        elif container == "scaled":
+            image = fits.PrimaryHDU(numbers.copy())
+            image.scale("int16", bscale=0.3, bzero=0.1)
+            image.writeto(path)
+        else:
+            kind = "f4" if container == "float" else container
+            numbers = numbers.astype(kind)
+            inside &= numbers[1, 0] != numbers.dtype.type(pad)
+            fits.PrimaryHDU(numbers).writeto(path)
+        _, found = self.cube_of(path, padding=pad, variable="intensity")
+        np.testing.assert_array_equal(np.isfinite(found), inside)
+        apart = 0.151 if container in ("packed", "scaled") else 0.0
+        np.testing.assert_allclose(found[:][inside], numbers[1, 0][inside], rtol=0, atol=apart)
 
     def test_netcdf_scaled_as_cf_says(self, tmp_path, cube):
         path = tmp_path / "a.nc"

@@ -392,6 +392,31 @@ def test_unusable_files(file, change, kind, words):
     assert caught.value.remedy
 
 
+@pytest.mark.parametrize(("unit", "kind"), [("dn", ">i4"), (PHYSICAL, ">i4"), (PHYSICAL, ">i2")])
+def test_scaled_integers_of_any_size_are_astropys(tmp_path, cube, unit, kind):
+    """Integers with BZERO far from the intensities: what astropy makes of the file."""
+    path = write(tmp_path / "a.fits", cube, unit=unit)
+    step = 1.0 if unit == "dn" else 2e-12
+    offset = 2**31 if kind == ">i4" else 30_000
+    stored = np.random.default_rng(3).integers(0, 30_000, cube.shape) - offset
+
+    def change(hdus):
+        hdus[0].data = stored.astype(kind)
+        hdus[0].header["BSCALE"], hdus[0].header["BZERO"] = step, step * offset
+
+    rewrite(path, change)
+    with fits.open(path) as hdus:
+        expected = hdus[0].data.astype(np.float64)[:, 0]
+    for scan in read_scans(path):
+        factor = np.ones((POINTS, 1, 1))
+        if unit != "dn":
+            axis = np.array(scan.wavelength)[:, None, None] * u.Angstrom
+            factor *= (1.0 * u.Unit(unit)).to_value(PER_ANGSTROM, u.spectral_density(axis))
+        away = np.abs(open_intensity(scan)[:] - factor * expected[scan.index])
+        # to single precision, or a hundredth of what one more is
+        assert np.all(away < 1e-7 * factor * expected[scan.index] + 0.01 * factor * step)
+
+
 @pytest.mark.parametrize("lost", [0.0, 0.02, 0.1, 0.2, 0.3, 0.6, 0.9])
 def test_truncated_file(file, lost):
     os.truncate(file, int(file.stat().st_size * (1.0 - lost)) - 2880)

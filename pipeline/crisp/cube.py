@@ -82,8 +82,9 @@ class ScaledCube(_Indexed):
         Intensity of a step of one, at each wavelength.
     offset : ndarray, shape (wavelength,)
         Intensity of zero, at each wavelength.
-    blank : float, optional
-        The number that stands for no intensity (FITS ``BLANK``); it becomes NaN.
+    absent : sequence of tuple of float
+        Numbers that stand for no intensity (FITS ``BLANK``, a pad), each with what a number may differ from
+        it to be the same; they become NaN.
     full : tuple of float, optional
         The number from which on the detector is saturated, and the intensity that all such become.
     """
@@ -93,13 +94,17 @@ class ScaledCube(_Indexed):
         stored: Cube,
         scale: NDArray[np.float64],
         offset: NDArray[np.float64],
-        blank: float | None = None,
+        absent: Sequence[tuple[float, float]] = (),
         full: tuple[float, float] | None = None,
     ) -> None:
         self._stored = stored
-        self._scale = scale.astype(np.float32)
-        self._offset = offset.astype(np.float32)
-        self._blank = blank
+        # Single precision has all integers of 16 bits, and keeps them apart beside an offset of their size.
+        short = stored.dtype.itemsize <= (4 if stored.dtype.kind == "f" else 2)
+        enough = short and np.all(np.abs(offset) <= 2.0**16 * np.abs(scale))
+        self._precision = np.dtype(np.float32 if enough else np.float64)
+        self._scale = scale.astype(self._precision)
+        self._offset = offset.astype(self._precision)
+        self._absent = tuple(absent)
         self._full = full
 
     @property
@@ -114,11 +119,13 @@ class ScaledCube(_Indexed):
         if scale.ndim:
             axes = (..., *([None] * (stored.ndim - 1)))
             scale, offset = scale[axes], offset[axes]
-        values = stored.astype(np.float32) * scale + offset
+        with np.errstate(over="ignore"):  # what single precision cannot hold is infinite, and unusable
+            values = (stored.astype(self._precision) * scale + offset).astype(np.float32, copy=False)
         if self._full is not None:
             values = np.where(stored >= self._full[0], np.float32(self._full[1]), values)
-        if self._blank is not None:
-            values = np.where(stored == self._blank, np.float32(np.nan), values)
+        for number, apart in self._absent:
+            there = stored == number if apart == 0.0 else np.abs(stored - number) < apart
+            values = np.where(there, np.float32(np.nan), values)
         return np.asarray(values)
 
 
@@ -205,6 +212,7 @@ def as_intensities(
     zero: float,
     blank: float | None,
     full: tuple[float, float] | None = None,
+    padding: tuple[float, float] | None = None,
 ) -> Cube:
     """Make intensities of the numbers in a file; numbers that are intensities already stay as they are.
 
@@ -218,10 +226,16 @@ def as_intensities(
         The file's own scaling (`pipeline.crisp.fits_files.scaling`).
     full
         As `ScaledCube` has it.
+    padding : tuple of float, optional
+        A number that stands for no intensity, in the file's unit, and what others may differ from it to be
+        the same.
     """
-    if (step, zero, blank) == (1.0, 0.0, None) and np.all(factors == 1.0):
+    if (step, zero, blank, padding) == (1.0, 0.0, None, None) and np.all(factors == 1.0):
         return stored
-    return ScaledCube(stored, step * factors, zero * factors, blank, full)
+    absent = [] if blank is None else [(float(blank), 0.0)]
+    if padding is not None and step != 0.0:
+        absent.append(((padding[0] - zero) / step, padding[1] / abs(step)))
+    return ScaledCube(stored, step * factors, zero * factors, absent, full)
 
 
 def intensity_scale(

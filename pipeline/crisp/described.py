@@ -17,9 +17,9 @@ from astropy.utils.exceptions import AstropyWarning
 from astropy.wcs import WCS
 from numpy.typing import ArrayLike, NDArray
 
-from pipeline.crisp import arrays, fits_files, quiet_sun
+from pipeline.crisp import arrays, fits_files, netcdf_files, quiet_sun
 from pipeline.crisp.axes import Axis, ScanOfArray, Stored
-from pipeline.crisp.cube import PER_ANGSTROM, Cube, ScaledCube, as_intensities, intensity_scale
+from pipeline.crisp.cube import PER_ANGSTROM, Cube, as_intensities, intensity_scale
 from pipeline.crisp.instrument import Prefilter
 from pipeline.crisp.scan import LINES, NEAR, Frame, Scan, vacuum_axis
 from pipeline.crisp.statements import CONTINUUM, CubeStatement, Located, Times
@@ -30,6 +30,7 @@ Moments = NDArray[np.datetime64]
 
 TIME_OF_DAY = re.compile(r"\d{1,2}:\d{2}(:\d{2}(\.\d*)?)?")
 LEAST_TRANSMISSION = 0.01  # relative to the line's centre: what is left of less is noise
+SINGLE = 2.0**-23  # numbers that single precision cannot tell apart, relative
 LONGEST = 3.2e9  # s, a century: no count of seconds within an observation is larger
 
 
@@ -180,15 +181,25 @@ class DescribedCube:
         _, order = self._wavelengths()
         cube: Cube = ScanOfArray(stored, self.axes, {"time": index, "stokes": stokes.index("I")}, order)
         step, zero, blank = self._scaling()
-        if isinstance(self.statement.padding, float):
-            ones = np.ones(len(order))
-            cube = ScaledCube(cube, ones, 0.0 * ones, self.statement.padding)
         vacuum = np.array(scan.wavelength)
         factors = self._intensity_scale(vacuum)[1] / self._prefilter(vacuum)
         full = None
-        if np.isfinite(scan.saturation) and step > 0.0:
+        scaled = (step, zero) != (1.0, 0.0) or not np.all(factors == 1.0)
+        if np.isfinite(scan.saturation) and step > 0.0 and scaled:
             full = ((self._saturation() - zero) / step, scan.saturation)
-        return as_intensities(cube, factors, step, zero, blank, full)
+        padding = None
+        if isinstance(self.statement.padding, float):
+            padding = (self.statement.padding, self._as_near(stored, step))
+        return as_intensities(cube, factors, step, zero, blank, full, padding)
+
+    def _as_near(self, stored: Stored, step: float) -> float:
+        """What numbers may differ from a stated one to be the same: half a step, where they are integers."""
+        if isinstance(stored, netcdf_files.NetcdfArray):
+            step = stored.step
+        elif stored.dtype.kind == "f":
+            step = 0.0
+        assert isinstance(self.statement.padding, float)
+        return max(0.5 * abs(step), SINGLE * abs(self.statement.padding))
 
     def wavelength_shift(self, index: int) -> NDArray[np.float64] | None:
         """What has to be added to the wavelengths in vacuum at each pixel (y, x), Angstrom."""

@@ -21,6 +21,8 @@ from pipeline.errors import InputError
 SUFFIXES = (".fits", ".fit", ".fts")
 SIGNATURE = b"SIMPLE  ="
 BLOCK = 2880
+EXACT = 2.0**53
+"""Up to here double precision has all integers."""
 
 FETCH_AGAIN = "fetch the file again, or leave it out"
 
@@ -225,10 +227,21 @@ def scaling(header: fits.Header, where: object) -> tuple[float, float, int | Non
     Raises
     ------
     InputError
-        One of them is no number.
+        One of them is no number, or takes the last digits from integers of 64 bits.
     """
     blank = whole_number(header, "BLANK", where) if header["BITPIX"] > 0 and "BLANK" in header else None
-    return number(header, "BSCALE", where, 1.0), number(header, "BZERO", where, 0.0), blank
+    step, zero = number(header, "BSCALE", where, 1.0), number(header, "BZERO", where, 0.0)
+    if header["BITPIX"] == 64 and abs(zero) > EXACT * abs(step):
+        raise InputError(
+            "integers of 64 bits with an offset that double precision cannot undo",
+            where=where,
+            found=f"BITPIX = 64, BZERO = {header['BZERO']}: unsigned integers"
+            if zero == 2.0**63
+            else f"BITPIX = 64, BSCALE = {step:g}, BZERO = {zero:g}",
+            expected="integers of 32 bits or fewer, signed ones, or floats",
+            remedy="write the array again as one of these",
+        )
+    return step, zero, blank
 
 
 def saturation(header: fits.Header, where: object) -> float:

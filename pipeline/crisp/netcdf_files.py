@@ -130,6 +130,14 @@ class NetcdfArray:
         dtype: np.dtype[Any] = self._variable.dtype
         return dtype
 
+    @property
+    def step(self) -> float:
+        """Of numbers that the file has as integers: what one more is; 0 of floats."""
+        packing = self._variable.encoding
+        if np.dtype(packing.get("dtype", self.dtype)).kind not in "iu":
+            return 0.0
+        return float(np.squeeze(packing.get("scale_factor", 1.0)))
+
     def __getitem__(self, key: Any, /) -> NDArray[Any]:  # noqa: ANN401
         try:
             return np.asarray(self._variable[key])

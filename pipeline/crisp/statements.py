@@ -234,8 +234,8 @@ class CubeStatement(Statement):
     stokes: tuple[Literal["I", "Q", "U", "V"], ...] | None = None
     """The Stokes parameters that the cube has, in its order; intensity alone if left out."""
     padding: Literal["none", "nan", "constant"] | FiniteFloat | None = None
-    """What surrounds the field: nothing, NaN, one value at each wavelength, or this number (as the file has
-    it, wherever it stands); left out, the field is searched for."""
+    """What surrounds the field: nothing, NaN, one value at each wavelength, or this number (in `unit`,
+    wherever it stands); left out, the field is searched for."""
     saturation: FiniteFloat | None = None
     """Intensity at which the detector saturates, in `unit`; left out, the largest that integers can hold."""
     cavity_map: CavityMap | None = None
