@@ -175,7 +175,7 @@ def _show(report: DemoReport) -> None:
         "ratio: median error over that of a constant answer, the region's median truth\n"
         "corr.: correlation of median and truth; %: share of true values in that interval\n"
         f"Ca II's displacement found to {shift:.2f} pixels, the valid field to "
-        f"{float(comparison['valid_error'].max()):.1f} pixels\n"
+        f"{float(comparison['valid_error'].max()):.1f} pixels (at its edge two are not to be extrapolated)\n"
         f"{novel:.1f} % of the ribbons' pixels flagged novel\n"
         f"{report.page} shows it all ({report.seconds:.0f} s)",
         highlight=False,
