@@ -505,7 +505,7 @@ def _write(
         writing.result()
     # Also where it holds nothing: a part that has gone can then be told from one that was never written.
     array_in(group, "valid").with_config({"write_empty_chunks": True})[task.time] = overlap
-    array_in(group, "defects")[task.time] = found
+    array_in(group, "defects").with_config({"write_empty_chunks": True})[task.time] = found
     if images is not None:
         images.leave_out(~overlap | (found != 0))
     for one in (halpha, ca8542):
@@ -524,7 +524,7 @@ def _write(
             values = one.wavelength_shift()
             if one is ca8542 and other is not None:
                 values = (1.0 - share) * values + share * other.wavelength_shift()
-            array_in(group, name)[task.time] = values
+            array_in(group, name).with_config({"write_empty_chunks": True})[task.time] = values
 
 
 def _total(position: Shift, shift: Shift) -> Shift:

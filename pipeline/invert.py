@@ -495,14 +495,14 @@ def _settle(
     with fetched_model(model_path) as folder:
         network, weights = load_model(folder), model_hash(folder)
     dataset = open_observation(observation)
-    see_that_it_is_whole(observation)
+    identity = observation_hash(observation)  # before it is looked at: what is lost from now on is noticed
+    see_that_it_is_whole(dataset, observation)
     if calibration_error is None:
         calibration_error = dataset.attrs.get("relative_calibration_uncertainty")
     _check_observation(dataset, network, observation, calibration_error)
     if tile < 1:
         raise MisuseError("a tile must hold pixels", where="tile", found=tile)
     grid = TileGrid.square((dataset.sizes["time"], dataset.sizes["y"], dataset.sizes["x"]), tile)
-    identity = observation_hash(observation)
     selection = select(dataset, identity, region=region, times=times, skip=skip, skip_from=skip_from)
     if selection.skip is not None and selection.skip.earlier == str(target):
         raise MisuseError(

@@ -48,12 +48,16 @@ pixels of the first time that is aligned, and the pointing, by its own header, o
 every file says of itself is in the ``headers`` attribute of the line's variable, once for each file, and
 ``header_of_time`` says which of them a time came from; the function `fits_headers` reads both. Intensities
 that were calibrated (`pipeline.calibration`) have a ``scale_factor``, by which xarray multiplies as it reads.
+
+The group ``written``, which has no arrays, lists in its attribute ``absent`` the chunks that were never
+written because they hold nothing: any other one that is not there has been lost. What xarray saves of an
+observation has no such group; of its chunks less can be told (`see_that_it_is_whole`).
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +77,7 @@ from pipeline.defects import Defect
 from pipeline.errors import MisuseError, StoreError
 from pipeline.pairing import Pair
 from pipeline.registration import STAYS, Shift
-from pipeline.storage import Place, array_in, place
+from pipeline.storage import array_in, place
 
 KIND = "observation"
 SCHEMA = 1
@@ -84,6 +88,9 @@ CHUNK = 64
 """Pixels of a chunk along y and x."""
 
 HEADER_END = "\nEND\n"
+
+WRITTEN = "written"
+"""The group that tells chunks that were lost from those that were never written."""
 
 # Units and dimensions that every observation has; what is not listed is an addition.
 CONTRACT: Mapping[str, tuple[tuple[str, ...], str | None]] = {
@@ -112,6 +119,12 @@ OPTIONAL: Mapping[str, tuple[tuple[tuple[str, ...], ...], str]] = {
     NAME: ((("time", "y", "x"),), "1"),
 }
 """Units and dimensions of what an observation may have, and what is then used."""
+
+TIMES = ("time", "time_halpha", "time_ca8542")
+KNOWN = (*TIMES, "y", "x", "longitude", "latitude", "wavelength_halpha", "wavelength_ca8542")
+"""Coordinates that every pixel has. (`mu` is not a number where a frame's middle is off the disc.)"""
+EPOCH = np.datetime64(0, "ns")
+"""What the time of a chunk reads as that is not there."""
 
 
 def chunks_and_shards(shape: tuple[int, int], points: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -431,9 +444,11 @@ def finish(
     """
     group = zarr.open_group(place(path).zarr, mode="r+")
     for name, values in of_times.items():
-        array = array_in(group, name)
+        array = array_in(group, name).with_config({"write_empty_chunks": True})
         array[:] = np.asarray(values, dtype=array.dtype)
     group.attrs.update(attrs)
+    absent = [key for key, _, _ in _missing(group, place(path).sizes())]
+    group.create_group(WRITTEN, attributes={"absent": absent}, overwrite=True)
     with warnings.catch_warnings():
         # Not yet in Zarr's specification; xarray reads it, and every reader may ignore it.
         warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
@@ -482,41 +497,44 @@ def open_observation(path: str | Path, *, chunks: Any = None) -> xr.Dataset:  # 
         )
     try:
         dataset: xr.Dataset = xr.open_zarr(store.zarr, chunks=chunks)
-    except (OSError, ValueError, KeyError, TypeError) as failure:
-        # which of these a damaged store raises depends on the file that is damaged
-        raise StoreError(
-            "the observation is damaged",
-            where=path,
-            found=f"{type(failure).__name__}: {failure}",
-            remedy="make it again with `flarefield ingest --overwrite`",
-        ) from failure
+    except Exception as failure:  # which one a damaged file raises is up to its codec
+        raise _damaged(path, f"{type(failure).__name__}: {failure}") from failure
     validate(dataset, path)
     return dataset
 
 
-def see_that_it_is_whole(path: str | Path) -> None:
+def see_that_it_is_whole(dataset: xr.Dataset, path: str | Path) -> None:
     """Refuse an observation that has lost chunks: they would be read as if nothing had been observed.
 
-    Chunks of intensities may be missing where no pixel is valid, and chunks of `valid` if they are no shards:
-    whoever saves a part of an observation with xarray writes none of those that hold nothing.
+    Of what `pipeline.ingest` made, any chunk but those that it says were never written must be there. Whoever
+    saves a part of an observation with xarray writes no chunks that hold nothing; of such a store, chunks of
+    intensities may be missing where no pixel is valid, chunks of `valid` if they are no shards, and all of
+    what is not needed to place and time a pixel.
 
     Parameters
     ----------
+    dataset : xarray.Dataset
+        The observation, opened. Its coordinates, and what else it has no more of than those, are read.
     path : str or Path
-        The observation store, or its URL.
+        Its store, or its URL.
 
     Raises
     ------
     StoreError
-        Some are not there.
+        Chunks are not there, or coordinates cannot be read or are not known.
     """
     store = place(path)
     group = zarr.open_group(store.zarr, mode="r")
-    valid = array_in(group, "valid")
-    lost = [key for key, _ in _missing(store, "valid", valid)] if valid.shards else []
-    for name in LINES:
-        missing = _missing(store, name, array_in(group, name))
-        lost.extend(key for key, region in missing if np.any(valid[region[:3]]))
+    missing = list(_missing(group, store.sizes()))
+    written = group.get(WRITTEN)
+    if written is not None:
+        absent: Any = written.attrs["absent"]
+        absent = frozenset(absent)
+        lost = [key for key, _, _ in missing if key not in absent]
+    else:
+        valid = array_in(group, "valid")
+        lost = [key for key, name, _ in missing if name == "valid" and valid.shards]
+        lost += [key for key, name, region in missing if name in LINES and np.any(valid[region[:3]])]
     if lost:
         raise StoreError(
             f"{len(lost)} parts of the observation are not there",
@@ -524,17 +542,40 @@ def see_that_it_is_whole(path: str | Path) -> None:
             found=f"no {lost[0]}" + (f", and {len(lost) - 1} more" if len(lost) > 1 else ""),
             remedy="put them back, or make it again with `flarefield ingest --overwrite`",
         )
+    unknown = []
+    for name, variable in dataset.variables.items():
+        if {"time", "y", "x"} <= set(variable.dims):
+            continue
+        try:
+            values = dataset[name].load()
+        except Exception as failure:  # which one a damaged file raises is up to its codec
+            raise _damaged(path, f"{name} cannot be read: {type(failure).__name__}: {failure}") from failure
+        if name in KNOWN and (values.isnull().any() or (name in TIMES and (values == EPOCH).any())):
+            unknown.append(str(name))
+    if unknown:
+        raise _damaged(path, f"nothing in {', '.join(unknown)}, at some places or at all")
 
 
-def _missing(store: Place, name: str, array: zarr.Array[Any]) -> Iterator[tuple[str, tuple[slice, ...]]]:
-    """Files of an array that are not there, and what they would hold."""
-    sizes = array.shards or array.chunks
-    there = store.sizes(name)
-    parts = (-(-whole // size) for whole, size in zip(array.shape, sizes, strict=True))
-    for index in np.ndindex(*parts):
-        if (key := "/".join((name, "c", *map(str, index)))) not in there:
-            starts = [number * size for number, size in zip(index, sizes, strict=True)]
-            yield key, tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
+def _damaged(path: str | Path, found: str) -> StoreError:
+    return StoreError(
+        "the observation is damaged",
+        where=path,
+        found=found,
+        expected="what `flarefield ingest` wrote",
+        remedy="put its files back, or make it again with `flarefield ingest --overwrite`",
+    )
+
+
+def _missing(group: zarr.Group, there: Container[str]) -> Iterator[tuple[str, str, tuple[slice, ...]]]:
+    """Chunks of a group's arrays that are not among the files that are there: file, array, place in it."""
+    for name, array in group.arrays():
+        sizes = array.shards or array.chunks
+        parts = (-(-whole // size) for whole, size in zip(array.shape, sizes, strict=True))
+        for index in np.ndindex(*parts):
+            if (key := "/".join((name, "c", *map(str, index)))) not in there:
+                starts = [number * size for number, size in zip(index, sizes, strict=True)]
+                region = (slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
+                yield key, name, tuple(region)
 
 
 def validate(dataset: xr.Dataset, where: object = None) -> None:

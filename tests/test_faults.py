@@ -15,7 +15,8 @@ from toy_observation import toy_observation, write_store
 import pipeline.tiles as tiles
 from pipeline.check import check_map
 from pipeline.cluster import SCHEDULER_SETTINGS, WORKER_SETTINGS, AddressConfig
-from pipeline.errors import ClusterError, MisuseError, StoreError
+from pipeline.defects import Defect
+from pipeline.errors import ClusterError, FlareFieldError, MisuseError, StoreError
 from pipeline.invert import invert, plan_inversion
 from pipeline.observation import open_observation
 from pipeline.results import Flag, flagged, open_map
@@ -304,6 +305,78 @@ def test_an_observation_that_has_lost_data_is_not_inverted(tmp_path, observation
             work(copy, tmp_path / "map.zarr", cluster=client, **settings)
         assert refusal.value.found == f"no {name}"
     assert not (tmp_path / "map.zarr").exists()
+
+
+@pytest.mark.parametrize(
+    ("chunk", "first", "last"),
+    [("halpha/c/0/3/3/0", 2, 16), ("defects/c/0/2/0", 2, 14), ("ca8542/c/0/1/1/0", 2, 9)],
+)
+def test_data_that_are_away_for_a_while_spoil_nothing_silently(
+    tmp_path, settings, client, monkeypatch, chunk, first, last
+):
+    """They are back before the run looks at the observation once more."""
+    dataset = toy_observation(times=1)
+    dataset["defects"] = ("time", "y", "x"), np.full((1, 20, 18), int(Defect.SPIKE), "u1")
+    chunks = {"halpha": (1, 5, 5, 15), "ca8542": (1, 5, 5, 25), "defects": (1, 5, 5)}
+    observation = tmp_path / "o.zarr"
+    write_store(dataset, observation, encoding={name: {"chunks": size} for name, size in chunks.items()})
+    away = tmp_path / "away"
+
+    def move(number):
+        if number == first:
+            (observation / chunk).rename(away)
+        elif number == last:
+            away.rename(observation / chunk)
+
+    real = tiles.write_tile
+    monkeypatch.setattr(tiles, "write_tile", disturbed.counted(real, move))
+    output = tmp_path / "map.zarr"
+    with pytest.raises(StoreError, match="observation has changed") as refusal:
+        invert(observation, output, cluster=client, window=1, **settings)
+    assert refusal.value.found == f"no {chunk}"
+    monkeypatch.setattr(tiles, "write_tile", real)
+    away.rename(observation / chunk)
+    assert 0 < invert(observation, output, cluster=client, **settings).resumed < len(GRID)
+    expected = tmp_path / "expected.zarr"
+    invert(observation, expected, cluster=client, **settings)
+    assert sound(output, contents(expected))
+
+
+def with_coordinates_lost(observation, copy, name, how):
+    """A copy that xarray has saved, of which a coordinate's only chunk is gone or is no chunk any more."""
+    shutil.copytree(observation, copy)
+    file = copy / name / ("c/0/0" if name == "longitude" else "c/0")
+    file.unlink() if how == "gone" else file.write_bytes(b"not a chunk")
+    return copy
+
+
+@pytest.mark.parametrize("how", ["gone", "junk"])
+@pytest.mark.parametrize("name", ["x", "longitude", "wavelength_halpha", "time_ca8542", "time", "mu"])
+def test_coordinates_that_were_lost_are_refused_also_where_nothing_says_what_was_written(
+    tmp_path, observation, settings, client, name, how
+):
+    dataset = toy_observation(times=2)
+    for time in ("time", "time_halpha", "time_ca8542"):
+        dataset[time].encoding = {"units": "microseconds since 1970-01-01", "dtype": "int64"}
+    write_store(dataset, tmp_path / "whole.zarr")
+    copy = with_coordinates_lost(tmp_path / "whole.zarr", tmp_path / "o.zarr", name, how)
+    with pytest.raises(FlareFieldError, match=r"damaged|mu is not") as refusal:
+        invert(copy, tmp_path / "map.zarr", cluster=client, **settings)
+    assert refusal.value.where == str(copy)
+    assert name in f"{refusal.value.problem} {refusal.value.found}" or how == "junk"
+    assert refusal.value.remedy
+    assert not (tmp_path / "map.zarr").exists()
+
+
+def test_a_part_that_xarray_saved_is_whole(tmp_path, settings, client):
+    """xarray leaves out what equals the fill value: here the first time, and flags that are not set."""
+    dataset = toy_observation(times=2)
+    dataset["defects"] = ("time", "y", "x"), np.zeros((2, 20, 18), "u1")
+    dataset["poor_seeing"] = "time", np.zeros(2, dtype=bool)
+    write_store(dataset.isel(time=[0]), tmp_path / "o.zarr")
+    assert not (tmp_path / "o.zarr/time/c").exists()
+    assert not (tmp_path / "o.zarr/defects/c").exists()
+    assert not invert(tmp_path / "o.zarr", tmp_path / "map.zarr", cluster=client, **settings).failed
 
 
 def test_a_chunk_that_cannot_be_decoded_costs_its_tile_and_no_other(

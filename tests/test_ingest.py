@@ -72,6 +72,29 @@ def series(tmp_path_factory):
     return folder, truths
 
 
+def test_every_chunk_that_goes_is_missed(observation, tmp_path, fake_model, client):
+    """Of each variable one chunk in turn; what xarray has saved of it may lack those that hold nothing."""
+    copy, output = tmp_path / "o.zarr", tmp_path / "map.zarr"
+    shutil.copytree(observation[0], copy)
+    settings = {"model": fake_model, "cluster": client, "draws": 4}
+    names = [name for name in sorted(os.listdir(copy)) if (copy / name / "c").exists()]
+    assert {*names} >= {*CONTRACT, "defects", "poor_seeing", "change_between_lines"}
+    for name in names:
+        chunk = next(file for file in sorted((copy / name / "c").rglob("*")) if file.is_file())
+        content = chunk.read_bytes()
+        chunk.unlink()
+        with pytest.raises(StoreError, match=r"not there|damaged") as refusal:
+            invert(copy, output, **settings)
+        assert name in refusal.value.found
+        chunk.write_bytes(content)
+    saved = tmp_path / "saved.zarr"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
+        open_observation(copy).isel(time=[1]).drop_encoding().to_zarr(saved, zarr_format=3)
+    assert not (saved / "poor_seeing" / "c").exists()
+    assert not invert(saved, output, **settings).failed
+
+
 @pytest.fixture(scope="module")
 def observation(series, tmp_path_factory):
     path = tmp_path_factory.mktemp("observation") / "obs.zarr"
