@@ -213,6 +213,13 @@ def test_other_poles_are_refused_where_they_matter(file, cards):
         assert separation(scan.frame.coordinates(x, y), sky).max() < 0.051
 
 
+def test_time_of_day_beside_the_date(file):
+    rewrite(file, lambda hdus: hdus[0].header.update({"DATE-AVG": "2014-09-06", "TIME-AVG": "15:27:24.25"}))
+    (scan,) = read_scans(file)
+    assert scan.time == np.datetime64("2014-09-06T15:27:24.25")
+    assert header_contradictions(scan) == ()
+
+
 def test_time_scale_is_honoured(file):
     rewrite(file, lambda hdus: hdus[0].header.set("TIMESYS", "TAI"))
     # TAI was 35 s ahead of UTC in September 2014
@@ -233,6 +240,9 @@ def test_time_scale_is_honoured(file):
         (lambda h: h[0].header.remove("DATE-AVG"), InputError, "time is missing"),
         (lambda h: h[0].header.set("DATE-AVG", "yesterday"), InputError, "time cannot be read"),
         (lambda h: h[0].header.set("TIMESYS", "MARS"), InputError, "time cannot be read"),
+        (lambda h: h[0].header.set("DATE-AVG", "2014-09-06"), InputError, "date without a time of day"),
+        (lambda h: h[0].header.set("DATE-AVG", "0014-09-06T15:27:24"), InputError, "time cannot be read"),
+        (lambda h: h[0].header.set("DATE-AVG", "2914-09-06T15:27:24"), InputError, "time cannot be read"),
         (lambda h: h[0].header.remove("CRVAL1"), InputError, "pointing is missing"),
         (lambda h: h[0].header.set("CTYPE1", "RA---TAN"), InputError, "pointing is missing"),
         (lambda h: h[0].header.set("CTYPE3", "FREQ"), InputError, "not one of wavelengths"),

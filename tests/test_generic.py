@@ -300,6 +300,89 @@ class TestTimes:
                 self.scans(file, **time)
             assert "cubes.0.time" in str(caught.value)
 
+    def times(self, file, /, **time):
+        return [scan.time for scan in read_scans(file, describe(file.parent, statement(time=time)))]
+
+    def test_midnight(self, file, tmp_path):
+        """10 s before midnight and 20 s after it: half a minute, however the date is stated."""
+        (tmp_path / "times.txt").write_text("23:59:50\n00:00:20.0\n")
+        for dates in ("2014.09.06", ["2014.09.06"] * 2, ["2014.09.06", "2014.09.07"]):
+            name = f"{len(set(dates))}_{len(dates)}.sav"
+            write_idl(tmp_path / name, {"time": ["23:59:50", "00:00:20"], "date": dates})
+            expected = np.datetime64("2014-09-06T23:59:50") + np.arange(2) * np.timedelta64(30, "s")
+            np.testing.assert_array_equal(self.times(file, file=name), expected)
+        stated = {"date": "2014-09-06", "offset": 0.5}
+        expected = expected + np.timedelta64(500, "ms")
+        np.testing.assert_array_equal(self.times(file, file="times.txt", **stated), expected)
+        np.testing.assert_array_equal(self.times(file, values=["23:59:50", "0:00:20"], **stated), expected)
+        rewrite(file, lambda hdus: hdus[0].header.update({"START": "23:59:58", "STOP": "00:00:08"}))
+        (scan,) = self.scans(file, key=["START", "STOP"], date="2014-09-06")
+        assert scan.time == np.datetime64("2014-09-07T00:00:03")
+        assert scan.end - scan.begin == np.timedelta64(10, "s")
+
+    @pytest.mark.parametrize(
+        "values",
+        [
+            ["15:27:24", "15:27:23"],
+            ["15:27:24", "15:27:24"],
+            ["15:27:24", "03:27:24"],  # half a day, and no more
+            ["2014-09-06T23:59:50", "2014-09-06T00:00:20"],
+        ],
+    )
+    def test_times_that_do_not_increase(self, file, values):
+        with pytest.raises(InputError, match="times do not increase") as caught:
+            self.times(file, values=values, date="2022-06-05")
+        assert "cubes.0.time" in str(caught.value)
+
+    @pytest.mark.parametrize("scale", ["utc", "tai"])
+    @pytest.mark.parametrize("engine", ["scipy", "h5netcdf"])
+    def test_time_scale_of_netcdf(self, file, tmp_path, scale, engine):
+        """Times of CF conventions in TAI: as astropy has them in UTC."""
+        written = START.astype("datetime64[ns]") + np.array([123_456_789, 30_000_000_000], "timedelta64[ns]")
+        units = (
+            "nanoseconds since 2014-09-06T15:27:24" if engine == "h5netcdf" else "seconds since 2014-09-06"
+        )
+        dataset = xr.Dataset({"when": ("n", written)})
+        kind = "i8" if engine == "h5netcdf" else "f8"
+        dataset.to_netcdf(
+            tmp_path / "a.nc", engine=engine, encoding={"when": {"units": units, "dtype": kind}}
+        )
+        found = self.times(file, file="a.nc", variable="when", scale=scale)
+        expected = Time(written, scale=scale).utc.datetime64
+        away = np.abs(np.array(found) - expected)
+        assert away.max() <= np.timedelta64(10, "ns")
+        assert (written[0] - found[0] > np.timedelta64(34, "s")) == (scale == "tai")
+
+    @pytest.mark.parametrize("card", ["DATE-OBS", "DATE_OBS"])
+    def test_a_date_beside_a_time_of_day(self, file, card):
+        """DATE-OBS and TIME-OBS, as headers of the last century have them; a date alone is no time."""
+        cards = {card: "2014-09-06", card.replace("DATE", "TIME"): "15:27:24.5"}
+        rewrite(file, lambda hdus: hdus[0].header.update(cards))
+        (scan,) = self.scans(file, key=card)
+        assert scan.time == START + np.timedelta64(500, "ms")
+        rewrite(file, lambda hdus: hdus[0].header.remove(card.replace("DATE", "TIME")))
+        for time in ({"key": card}, {"values": ["2014-09-06"]}, {"start": "2014-09-06", "step": 1.0}):
+            with pytest.raises(InputError, match="no date and time of day") as caught:
+                self.scans(file, **time)
+            assert "cubes.0.time" in str(caught.value)
+
+    @pytest.mark.parametrize("day", ["0014-09-06", "1677-09-06", "2262-09-06", "2914-09-06"])
+    def test_years_that_numbers_cannot_hold(self, file, tmp_path, day):
+        """64 bits of nanoseconds from 1970 end in 1677 and 2262, and begin anew."""
+        xr.Dataset({"t": ("n", [0.0, 9.0], {"units": f"seconds since {day}"})}).to_netcdf(
+            tmp_path / "a.nc", engine="scipy"
+        )
+        for time in (
+            {"values": [f"{day}T15:27:24", f"{day}T15:27:25"]},
+            {"start": f"{day}T15:27:24", "step": 1.0},
+            {"file": "a.nc", "variable": "t"},
+            {"start": "2014-09-06T15:27:24", "step": 1e10},
+            {"start": "2014-09-06T15:27:24", "step": 1.0, "offset": 1e10},
+        ):
+            with pytest.raises(InputError, match=r"no date and time|do not fit|cannot be decoded") as caught:
+                self.times(file, **time)
+            assert "cubes.0.time" in str(caught.value)
+
 
 class TestPointing:
     @pytest.mark.parametrize("sign", [1.0, -1.0])

@@ -106,6 +106,15 @@ def test_scans(file, cube, tmp_path):
     assert yaml.safe_load(sidecar)["line"] == "halpha"
 
 
+def test_a_night_in_the_arctic(file, statement):
+    """Times of day of one date run on into the next."""
+    times = {"time": ["23:59:31.0", "23:59:59.9", "00:00:29.0"], "date": "2022.06.05"}
+    write_idl(file.parent / "night.sav", times)
+    state(file, {**statement, "time": {"file": "night.sav"}})
+    seconds = np.diff([scan.time for scan in read_scans(file)]) / np.timedelta64(1, "s")
+    np.testing.assert_allclose(seconds, [28.9, 29.1])
+
+
 def test_intensities_are_mapped_not_read(file):
     owner = open_intensity(read_scans(file)[1])._stored
     while isinstance(owner, np.ndarray):

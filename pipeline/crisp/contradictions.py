@@ -284,7 +284,7 @@ def _of_dates(cube: DescribedCube, first: np.datetime64, last: np.datetime64) ->
     for header in cube.headers:
         for card in DATES:
             try:
-                moment = fits_files.utc(_card(header, card), "utc", cube.file, card)
+                moment = fits_files.utc(fits_files.dated(header, card), "utc", cube.file, card)
             except InputError:
                 continue
             if not first - DAY <= moment <= last + DAY:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from pipeline.errors import InputError, MisuseError
 
 Moments = NDArray[np.datetime64]
 
-TIME_OF_DAY = re.compile(r"\d{1,2}:\d{2}(:\d{2}(\.\d*)?)?")
+DAY, HALF_A_DAY = np.timedelta64(1, "D"), np.timedelta64(12, "h")
 LEAST_TRANSMISSION = 0.01  # relative to the line's centre: what is left of less is noise
 SINGLE = 2.0**-23  # numbers that single precision cannot tell apart, relative
 LONGEST = 3.2e9  # s, a century: no count of seconds within an observation is larger
@@ -379,19 +378,20 @@ class DescribedCube:
         stated, scans = self.statement.time, self.size("time")
         half = None if stated.duration is None else _seconds(stated.duration / 2.0)
         if stated.key is not None and not isinstance(stated.key, str):
-            first, last = (self._card(key) for key in stated.key)
+            first, last = self._moments("time.key", [self._card(key) for key in stated.key])
             moments = np.array([first + (last - first) // 2])
             half = (last - first) // 2 if half is None else half
             if last < first:
                 self.refuse("time.key", "the scan ends before it begins", f"{first}, {last}")
         elif stated.key is not None:
-            moments = np.array([self._card(stated.key)])
+            moments = self._moments("time.key", [self._card(stated.key)])
         elif stated.values is not None:
             moments = self._moments("time.values", stated.values)
         elif stated.start is not None and stated.step is not None:
             moments = self._moments("time.start", [stated.start]) + _seconds(stated.step * np.arange(scans))
         else:
             moments = self._moments_of_file(stated)
+        moments = moments + _seconds(stated.offset)
         if moments.shape != (scans,) or np.isnat(moments).any():
             self.refuse(
                 "time",
@@ -399,38 +399,64 @@ class DescribedCube:
                 f"{' x '.join(map(str, moments.shape))} times, {np.isnat(moments).sum()} of them undefined",
                 f"{scans}: one for each scan",
             )
-        moments = moments + _seconds(stated.offset)
+        falls = np.flatnonzero(np.diff(moments) <= np.timedelta64(0))
+        if falls.size and stated.step is None:
+            self.refuse(
+                "time",
+                "the times do not increase",
+                f"{moments[falls[0] + 1]} after {moments[falls[0]]}",
+                "those of the scans, one after the other",
+            )
         if half is None:
             return [(None, moment, None) for moment in moments]
         return [(moment - half, moment, moment + half) for moment in moments]
 
-    def _card(self, key: str) -> np.datetime64:
+    def _card(self, key: str) -> str:
         header = next((header for header in self.headers if key in header), None)
         if header is None:
             self.refuse("time.key", "no such card", "a FITS file" if self.headers else "no FITS header", key)
         scale = str(header.get("TIMESYS", self.statement.time.scale)).strip()
         if scale.lower() != self.statement.time.scale:
             self.refuse("time.scale", "the header has another time scale", f"TIMESYS = {scale!r}")
-        return self._moment("time.key", str(header[key]), key)
+        return fits_files.dated(header, key)
 
-    def _moments(self, key: str, texts: Sequence[str]) -> Moments:
-        return np.array([self._moment(key, text, key) for text in texts], dtype="datetime64[ns]")
+    def _moments(self, key: str, texts: Sequence[str], days: Sequence[str] | None = None) -> Moments:
+        """Moments of texts: dates and times, or times of day, of the stated date or of `days`, one each.
 
-    def _moment(self, key: str, text: str, card: str) -> np.datetime64:
-        day, separator, time_of_day = text.strip().replace(" ", "T").partition("T")
-        if not separator and self.statement.time.date is not None:
-            day, time_of_day = self.statement.time.date, day
+        Times of day of one date that fall by more than half a day are those of the day after, from there on.
+        """
+        texts = [text.strip().replace(" ", "T") for text in texts]
+        of_day = [fits_files.TIME_OF_DAY.fullmatch(text) is not None for text in texts]
+        if days is None and self.statement.time.date is not None:
+            days = [self.statement.time.date] * len(texts)
+        if days is not None:
+            texts = [
+                f"{day.strip()}T{text}" if short else text
+                for day, text, short in zip(days, texts, of_day, strict=True)
+            ]
+        moments = np.array([self._moment(key, text) for text in texts], dtype="datetime64[ns]")
+        if all(of_day) and len(set(days or ())) == 1:
+            moments = moments + DAY * np.cumsum(np.diff(moments, prepend=moments[:1]) < -HALF_A_DAY)
+        return moments
+
+    def _moment(self, key: str, text: str) -> np.datetime64:
+        day, _, time_of_day = text.partition("T")
+        if not time_of_day:
+            self.refuse(key, "no date and time of day", repr(text), "such as 2014-09-06T15:27:24.3")
         # The pipelines of the SST write dates with points.
-        moment = f"{day.replace('.', '-').replace('/', '-')}T{time_of_day}" if time_of_day else day
+        moment = f"{day.replace('.', '-').replace('/', '-')}T{time_of_day}"
         try:
-            return fits_files.utc(moment, self.statement.time.scale, self.file, card)
+            return fits_files.utc(moment, self.statement.time.scale, self.file, key)
         except InputError as failure:
             self.refuse(key, "no date and time", repr(text), failure.expected, failure)
 
     def _moments_of_file(self, stated: Times) -> Moments:
         values = self._read("time", stated, "time")
         if values.dtype.kind == "M":
-            return np.asarray(values.astype("datetime64[ns]"))
+            known = ~np.isnat(values)
+            moments = np.full(values.shape, np.datetime64("NaT", "ns"))
+            moments[known] = self._moments("time", np.datetime_as_string(values[known]).tolist())
+            return moments
         if values.dtype.kind in "iuf":
             if stated.since is None:
                 self.refuse(
@@ -439,16 +465,19 @@ class DescribedCube:
             seconds = values.astype(np.float64) * u.Unit(stated.unit).to(u.s)
             if not np.all(np.abs(seconds) < LONGEST):
                 self.refuse("time", "the times are no times", f"{np.abs(seconds).max():g} s after `since`")
-            return np.asarray(self._moments("time.since", [stated.since]) + _seconds(seconds))
+            # They may count from a day, which begins at midnight.
+            since = stated.since if "T" in stated.since.replace(" ", "T") else f"{stated.since}T00:00:00"
+            return np.asarray(self._moments("time.since", [since]) + _seconds(seconds))
         if values.ndim != 1:
             self.refuse("time", "the times are no list", f"{values.shape}")
         texts = [text.decode("ascii", "replace") if isinstance(text, bytes) else str(text) for text in values]
-        return self._moments("time", texts if stated.date is not None else self._dated(stated, texts))
+        return self._moments("time", texts, self._days(stated, texts))
 
-    def _dated(self, stated: Times, texts: list[str]) -> list[str]:
-        """Times of day with the dates that the SST's pipelines keep beside them, in the variable ``date``."""
-        if not any(TIME_OF_DAY.fullmatch(text.strip()) for text in texts):
-            return texts
+    def _days(self, stated: Times, texts: list[str]) -> list[str] | None:
+        """Dates of times of day, which the SST's pipelines keep beside them, in the variable ``date``."""
+        of_day = (fits_files.TIME_OF_DAY.fullmatch(text.strip()) for text in texts)
+        if stated.date is not None or not any(of_day):
+            return None
         if "date" not in arrays.variables(self._file(stated)):
             self.refuse("time.date", "the times have no date", repr(texts[0]), "date: such as 2014-09-06")
         dates = np.asarray(arrays.open_array(self._file(stated), variable="date")[...])
@@ -456,7 +485,7 @@ class DescribedCube:
         days = days * len(texts) if len(days) == 1 else days
         if len(days) != len(texts):
             self.refuse("time", "dates and times do not fit", f"{len(days)} dates, {len(texts)} times")
-        return [f"{day}T{text}" for day, text in zip(days, texts, strict=True)]
+        return days
 
     def _frames(self) -> list[Frame]:
         stated, scans = self.statement.pointing, self.size("time")
@@ -539,6 +568,6 @@ def _brightest(saturation: float, factors: NDArray[np.float64]) -> float:
 
 
 def _seconds(seconds: ArrayLike) -> Any:  # noqa: ANN401
-    """A time span, or several, to the nanosecond; undefined where it is longer than that allows for."""
-    with np.errstate(invalid="ignore"):
-        return np.rint(np.asarray(seconds) * 1e9).astype("timedelta64[ns]")
+    """A time span, or several, to the nanosecond; undefined where it is longer than an observation."""
+    spans = np.asarray(seconds, dtype=np.float64)
+    return np.rint(np.where(np.abs(spans) < LONGEST, spans, np.nan) * 1e9).astype("timedelta64[ns]")

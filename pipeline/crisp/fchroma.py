@@ -385,13 +385,12 @@ def _times(hdus: fits.HDUList, count: int, file: Path) -> list[np.datetime64]:
             remedy="add them, or leave the file out",
         )
     scale = str(header.get("TIMESYS", "UTC"))
-    start = fits_files.utc(str(header[since]), scale, file, since)
+    start = fits_files.moment(header, since, scale, file)
     return list(start + np.rint(seconds * 1e9).astype("timedelta64[ns]"))
 
 
 def _time(header: fits.Header, file: Path) -> np.datetime64:
-    text = str(header.get("DATE-AVG", "")).strip()
-    if not text:
+    if not str(header.get("DATE-AVG", "")).strip():
         raise InputError(
             "the scan's time is missing",
             where=file,
@@ -399,7 +398,7 @@ def _time(header: fits.Header, file: Path) -> np.datetime64:
             expected="DATE-AVG, the mean time of the scan",
             remedy="add the card, or leave the file out",
         )
-    return fits_files.utc(text, str(header.get("TIMESYS", "UTC")), file, "DATE-AVG")
+    return fits_files.moment(header, "DATE-AVG", str(header.get("TIMESYS", "UTC")), file)
 
 
 def _frame(header: fits.Header, file: Path) -> Frame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,11 @@ SIGNATURE = b"SIMPLE  ="
 BLOCK = 2880
 EXACT = 2.0**53
 """Up to here double precision has all integers."""
+
+YEARS = (1800, 2150)
+"""Times within a century of these fit 64 bits of nanoseconds."""
+DATE = re.compile(r"[+-]?\d+[-./]\d{1,2}[-./]\d{1,2}")
+TIME_OF_DAY = re.compile(r"\d{1,2}:\d{2}(:\d{2}(\.\d*)?)?")
 
 FETCH_AGAIN = "fetch the file again, or leave it out"
 
@@ -270,7 +276,7 @@ def saturation(header: fits.Header, where: object) -> float:
 
 
 def utc(text: str, scale: str, where: object, card: str) -> np.datetime64:
-    """A moment that a header states, in UTC, to the nanosecond.
+    """A moment that a header states, in UTC, to the nanosecond; of a date alone, its midnight.
 
     Parameters
     ----------
@@ -286,16 +292,77 @@ def utc(text: str, scale: str, where: object, card: str) -> np.datetime64:
     Raises
     ------
     InputError
-        It is no time, or the scale is not known.
+        It is no time, of another age, or the scale is not known.
     """
+    written = re.sub(r"T(\d:)", r"T0\1", text.strip().removesuffix("Z"))
     try:
-        moment = Time(text.strip().removesuffix("Z"), format="fits", scale=scale.strip().lower())
-        return np.datetime64(moment.utc.datetime64, "ns")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "ERFA function")  # of years far from ours
+            moment = Time(written, format="fits", scale=scale.strip().lower()).utc
+            year = int(moment.ymdhms["year"])
+            if not YEARS[0] <= year < YEARS[1]:
+                raise ValueError(f"the year {year}")
+            return np.datetime64(moment.datetime64, "ns")
     except (ValueError, ScaleValueError) as failure:
         raise InputError(
             "the scan's time cannot be read",
             where=where,
             found=f"{card} = {text!r}, time scale {scale.upper()}",
-            expected="a date and time such as 2014-09-06T16:55:57.057, UTC",
+            expected=f"a date and time such as 2014-09-06T16:55:57.057, UTC, from {YEARS[0]} to {YEARS[1]}",
             remedy="mend the card, or leave the file out",
         ) from failure
+
+
+def dated(header: fits.Header, card: str) -> str:
+    """What a card says of a moment: date and time, or a date with what its twin says of the time of day.
+
+    Old headers have ``DATE-OBS = '2014-09-06'`` beside ``TIME-OBS = '16:55:57.057'``.
+
+    Parameters
+    ----------
+    header : astropy.io.fits.Header
+        The header.
+    card : str
+        The card's name.
+
+    Returns
+    -------
+    str
+        Empty if there is no such card.
+    """
+    text = str(header.get(card) or "").strip()
+    twin = str(header.get(card.replace("DATE", "TIME", 1)) or "").strip() if "DATE" in card else ""
+    return f"{text}T{twin}" if DATE.fullmatch(text) and TIME_OF_DAY.fullmatch(twin) else text
+
+
+def moment(header: fits.Header, card: str, scale: str, where: object) -> np.datetime64:
+    """The moment that a card states, which a date alone is not, in UTC.
+
+    Parameters
+    ----------
+    header : astropy.io.fits.Header
+        The header.
+    card : str
+        The card's name.
+    scale : str
+        The time scale (``TIMESYS``).
+    where : object
+        The file, for the error.
+
+    Raises
+    ------
+    InputError
+        It states none, or a date without a time of day (see `dated`).
+    """
+    text = dated(header, card)
+    found = utc(text, scale, where, card)
+    if DATE.fullmatch(text):
+        twin = card.replace("DATE", "TIME", 1)
+        raise InputError(
+            "a date without a time of day",
+            where=where,
+            found=f"{card} = {text!r}" + (f", and no time of day in {twin}" if twin != card else ""),
+            expected="a date and time such as 2014-09-06T16:55:57.057",
+            remedy="mend the card, or leave the file out",
+        )
+    return found

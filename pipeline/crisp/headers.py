@@ -116,7 +116,7 @@ def _about_times(header: fits.Header, scan: Scan) -> Iterator[str]:
     end = scan.time if scan.end is None else scan.end
     moments: dict[str, np.datetime64] = {}
     for name in (*EARLIER, "DATE-AVG", *LATER):
-        if text := str(header.get(name) or "").strip():
+        if text := fits_files.dated(header, name):
             try:
                 moment = fits_files.utc(text, scale, scan.path, name)
                 # A date alone is a day.

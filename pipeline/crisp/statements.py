@@ -155,11 +155,12 @@ class Times(Located):
     """Card of the cube's FITS header that holds date and time; of two, the first and the last exposure, the
     middle is taken."""
     since: Moment | None = None
-    """Date and time from which the numbers in a file count, where they are no dates and times themselves."""
+    """Date and time (of a date alone, its midnight) from which the numbers in a file count, where they are no
+    dates and times themselves."""
     unit: TimeUnit = "s"
     """Unit of those numbers."""
     date: Moment | None = None
-    """The date, where a file holds times of day only."""
+    """The date of the first of them, where a file holds times of day only."""
     scale: Literal["utc", "tai"] = "utc"
     """Time scale."""
     offset: FiniteFloat = 0.0
