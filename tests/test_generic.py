@@ -695,6 +695,11 @@ class TestContradictions:
             ({**PLACE, "CRVAL1": -715.0}, {}, "pointing.reference_value", "points elsewhere"),
             ({**PLACE, "CRPIX2": 203.5}, {}, "pointing.reference_value", "points elsewhere"),
             ({**PLACE, **DEGREES, "CRVAL2": 0.0}, {}, "pointing.reference_value", "points elsewhere"),
+            ({"WAVELNTH": 8542}, {}, "line", "another wavelength"),
+            ({"WAVELNTH": "854.2", "WAVEUNIT": "nm"}, {}, "line", "another wavelength"),
+            ({"WAVELNTH": 8.542e-7, "WAVEUNIT": 0}, {}, "line", "another wavelength"),
+            ({"WDESC1": "Ca II 8542"}, {}, "line", "another line"),
+            ({"FILTER": "8542.1"}, {}, "line", "another line"),
             ({"DATE-BEG": "2013-09-06T15:27:20"}, {}, "time", "another date"),
             ({"DATE-OBS": "2014-09-08"}, {}, "time", "another date"),
             ({"CTYPE3": "WAVE"}, {}, "wavelength.medium", "in vacuum"),
@@ -723,6 +728,7 @@ class TestContradictions:
                 "in air",
             ),
             ({"axis": {"long_name": "wavelength (vacuum)"}}, {}, "wavelength.medium", "in vacuum"),
+            ({"long_name": "intensity, Ca II 8542"}, {}, "line", "another line"),
             (
                 {"axis": {"units": "nm"}},
                 {"wavelength": {"variable": "wavelength", "unit": "Angstrom", "medium": "air"}},
@@ -753,6 +759,10 @@ class TestContradictions:
             ({"CDELT1": 100.0, "CDELT2": 100.0, "CUNIT1": "mas", "CUNIT2": "mas"}, {}),
             ({"CDELT1": 72.0, "CDELT2": 72.0, "CUNIT1": "km", "CUNIT2": "km"}, {}),
             ({"CDELT1": 1.0, "CDELT2": 1.0}, {}),
+            ({"WAVELNTH": 6562.8, "WDESC1": "H I 6563", "FILTER": "broad, 6563 and 8542"}, {}),
+            ({"WAVELNTH": 656.3}, {}),
+            ({"WAVELNTH": 0.65646, "WAVEUNIT": "um"}, {}),
+            ({"WAVELNTH": "H-alpha", "FILTER": 4}, {}),
             ({"DATE-OBS": "2014-09-06", "DATE-BEG": "06/09/14", "DATE": "2020-01-01T00:00:00"}, {}),
         ],
     )  # fmt: skip
@@ -885,6 +895,27 @@ def test_several_cubes_in_one_file_and_other_formats_beside(tmp_path, cube):
     for scan in described:
         expected = cube[scan.index % 2, 0] + 5 * (scan.index // 2)
         np.testing.assert_array_equal(open_intensity(scan), expected)
+
+
+@pytest.mark.parametrize("kind", ["fits", "netcdf"])
+def test_no_array_is_of_two_lines(tmp_path, cube, kind):
+    """With `files` left out each cube is looked for in every file."""
+    stated = {line: statement(line=line, variable="intensity") for line in AXES}
+    for line, axis in AXES.items():
+        stated[line]["wavelength"] = {"values": axis[:15].tolist(), "unit": "Angstrom", "medium": "vacuum"}
+        if kind == "fits":
+            fits.PrimaryHDU(cube).writeto(tmp_path / line)
+        else:
+            xr.Dataset({"intensity": (tuple(SIZES), cube)}).to_netcdf(tmp_path / line, engine="h5netcdf")
+    description = describe(tmp_path, *stated.values())
+    for line in AXES:
+        with pytest.raises(InputError, match="two cubes of the description take the same array") as caught:
+            read_scans(tmp_path / line, description)
+        assert "by cubes.0 (halpha) and cubes.1 (ca8542)" in caught.value.found
+        assert "`cubes.1.files`" in caught.value.remedy
+    description = describe(tmp_path, *({**stated[line], "files": f"{line}*"} for line in AXES))
+    for line in AXES:
+        assert [scan.line for scan in read_scans(tmp_path / line, description)] == [line] * 2
 
 
 def test_a_description_of_other_files(file, tmp_path):

@@ -21,8 +21,9 @@ from pipeline.crisp import fits_files
 from pipeline.crisp.axes import Axis, Stored
 from pipeline.crisp.cube import COUNTS, DN
 from pipeline.crisp.described import DescribedCube
+from pipeline.crisp.headers import FILTER, other_line, wavelength_stated
 from pipeline.crisp.netcdf_files import NetcdfArray
-from pipeline.crisp.scan import Frame, Scan
+from pipeline.crisp.scan import LINES, Frame, Scan
 from pipeline.crisp.statements import CONTINUUM
 from pipeline.errors import InputError
 
@@ -45,6 +46,8 @@ DIMENSIONS: dict[Axis, tuple[str, ...]] = {
 }
 """How the names of NetCDF's dimensions end, after the last underscore."""
 MEDIUM_OF_TYPE = {"WAVE": "vacuum", "AWAV": "air"}
+NAMES = ("standard_name", "long_name")
+LINE_CARDS = ("WDESC1", "EXTNAME", "FILTER", "FILTER1", "WAVEBAND")
 DATES = ("DATE-OBS", "DATE-BEG", "DATE-AVG", "DATE-END")
 DAY = np.timedelta64(1, "D")
 WHILE = np.timedelta64(5, "m")  # time scales, and what part of a scan its time is, make less than that
@@ -62,7 +65,7 @@ class Contradiction(NamedTuple):
 
 
 def check_file(cube: DescribedCube, stored: Stored) -> None:
-    """Hold unit, axes and wavelengths of a file against what is stated of it.
+    """Hold line, unit, axes and wavelengths of a file against what is stated of it.
 
     Parameters
     ----------
@@ -139,7 +142,25 @@ def _of_header(cube: DescribedCube, header: fits.Header) -> Iterator[Contradicti
         found = next((name for name, starts in TYPES.items() if letters.startswith(starts)), axis)
         if found != axis:
             yield Contradiction("axes", "the header has other axes", f"{card} = {kind!r}", _listed(cube))
+    yield from _of_line(cube, header)
     yield from _of_wavelengths(cube, header)
+
+
+def _of_line(cube: DescribedCube, header: fits.Header) -> Iterator[Contradiction]:
+    """Cards that name another line, or its wavelength."""
+    line = cube.statement.line
+    for card in LINE_CARDS:
+        if other_line(_card(header, card), line):
+            said = f"{card} = {header[card]!r}"
+            yield Contradiction("line", "the header names another line", said, line)
+    try:
+        number = float(_card(header, "WAVELNTH"))
+        stated = wavelength_stated(header, number, cube.file)
+    except (ValueError, InputError):
+        return
+    if abs(stated - LINES[line].rest_wavelength) > FILTER:
+        said = f"WAVELNTH = {header['WAVELNTH']!r}"
+        yield Contradiction("line", "the header has another wavelength", said, line)
 
 
 def _of_wavelengths(cube: DescribedCube, header: fits.Header) -> Iterator[Contradiction]:
@@ -298,6 +319,9 @@ def _of_netcdf(cube: DescribedCube, stored: NetcdfArray) -> Iterator[Contradicti
     unit = stored.attribute("units")
     if _differ(unit, stated.unit):
         yield Contradiction("unit", "the variable has another unit", f"units = {unit!r}", repr(stated.unit))
+    for said in (f"variable: {stored.name}", *(f"{key} = {stored.attribute(key)!r}" for key in NAMES)):
+        if other_line(said, stated.line):
+            yield Contradiction("line", "the variable is of another line", said, stated.line)
     for axis, name in zip(cube.axes, stored.dims, strict=True):
         last = re.split("[^a-z]", name.lower())[-1]
         found = next((kind for kind, names in DIMENSIONS.items() if last in names), axis)
@@ -308,7 +332,7 @@ def _of_netcdf(cube: DescribedCube, stored: NetcdfArray) -> Iterator[Contradicti
     axis_of = stored.beside(of_the_cube or dimension, absolute=of_the_cube is not None)
     if axis_of is None:
         return
-    for attribute in ("standard_name", "long_name"):
+    for attribute in NAMES:
         text = axis_of.attribute(attribute)
         medium = re.search(r"(?:\b|_)(air|vacuum)(?:\b|_)", text.lower())
         if medium is not None and medium[1] != stated.wavelength.medium:

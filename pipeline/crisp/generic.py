@@ -40,7 +40,7 @@ cubes:
     time: {key: DATE-AVG}        # or values, or start and step, or hdu or variable
     pointing: {reference_value: [-729.8, -313.4], scale: 0.098, rotation: 0.0}   # arcsec, degrees; or header
     unit: DN                     # or such as W m-2 Hz-1 sr-1
-    # overrides: [unit]          # where the file is wrong: unit, axes, wavelength, cavity_map, pointing, time
+    # overrides: [unit]          # where the file is wrong: axes, line, wavelength, time, pointing, cavity_map
 """
 """A description."""
 
@@ -49,7 +49,7 @@ class FileStatement(CubeStatement):
     """A cube of scans of one line, and where files hold it."""
 
     files: str = "*"
-    """Pattern of the names of the files that hold it."""
+    """Pattern of the names of the files that hold it; no array belongs to two cubes."""
     hdu: str | int | None = None
     """Of FITS files: name or number of the HDU; the first that holds anything if left out."""
     variable: str | None = None
@@ -57,7 +57,9 @@ class FileStatement(CubeStatement):
     axes: tuple[Axis, ...]
     """What the array's axes are, from the one that varies slowest to the fastest (of FITS: from the last
     ``NAXISn`` to the first): ``wavelength``, ``y`` and ``x``; ``time`` and ``stokes`` where it has them."""
-    overrides: tuple[Literal["axes", "unit", "wavelength", "pointing", "time", "cavity_map"], ...] = ()
+    overrides: tuple[
+        Literal["axes", "unit", "line", "wavelength", "pointing", "time", "cavity_map"], ...
+    ] = ()
     """Keys of this description that are right where the file says otherwise: a difference is refused else."""
 
     @model_validator(mode="after")
@@ -218,6 +220,7 @@ def _again(scan: Scan) -> tuple[DescribedCube, Stored, int]:
 def _cubes(file: Path, description: Description) -> list[tuple[DescribedCube, Stored]]:
     """The cubes that a description has in a file, each with its array."""
     found = []
+    taken: dict[str, str] = {}
     for number, statement in enumerate(description.cubes):
         if not fnmatch(file.name, statement.files):
             continue
@@ -226,8 +229,9 @@ def _cubes(file: Path, description: Description) -> list[tuple[DescribedCube, St
         stored: Stored
         if _is_netcdf(file):
             stored, headers = _of_netcdf(file, statement, key, description.path), []
+            place = f"the variable {statement.variable}"
         else:
-            stored, *headers = _of_fits(file, statement)
+            place, stored, *headers = _of_fits(file, statement)
         cube = DescribedCube(
             file,
             description.path,
@@ -239,6 +243,14 @@ def _cubes(file: Path, description: Description) -> list[tuple[DescribedCube, St
             tuple(headers),
             statement.overrides,
         )
+        name = f"cubes.{number} ({statement.line})"
+        if (other := taken.setdefault(place, name)) != name:
+            cube.refuse(
+                "files",
+                "two cubes of the description take the same array",
+                f"{place}, by {other} and {name}",
+                "each its own: other patterns in `files`, another HDU or variable",
+            )
         if len(stored.shape) != len(statement.axes):
             cube.refuse("axes", "the array has other axes", _axes(stored), list(statement.axes))
         if stored.dtype.kind not in "iuf" or 0 in stored.shape:
@@ -254,7 +266,8 @@ def _axes(stored: Stored) -> str:
     return f"{sizes} {getattr(stored, 'dims', '')}".strip()
 
 
-def _of_fits(file: Path, statement: FileStatement) -> tuple[Stored, fits.Header, fits.Header]:
+def _of_fits(file: Path, statement: FileStatement) -> tuple[str, Stored, fits.Header, fits.Header]:
+    """Where the cube is, its array, the header of its HDU, and the primary one."""
     with fits_files.opened(file) as hdus:
         hdu = fits_files.find_hdu(hdus, statement.hdu, file)
         if not hdu.is_image or not hdu.shape:
@@ -270,7 +283,7 @@ def _of_fits(file: Path, statement: FileStatement) -> tuple[Stored, fits.Header,
             stored: Stored = CompressedImage(file, hdus.index(hdu), hdu.shape, hdu.section.dtype)
         else:
             stored = hdu.data
-        return stored, header, hdus[0].header
+        return f"HDU {hdus.index(hdu)}", stored, header, hdus[0].header
 
 
 def _of_netcdf(file: Path, statement: FileStatement, key: str, description: Path) -> Stored:

@@ -57,6 +57,46 @@ def header_contradictions(scan: Scan) -> tuple[str, ...]:
         return (*_about_lines(header, scan), *_about_times(header, scan))
 
 
+def other_line(text: str, line: str) -> str | None:
+    """The number of a line that a text names, such as 8542, if it is not the scan's own; None if it is none.
+
+    Parameters
+    ----------
+    text : str
+        Such as ``"Ca_II_8542"``.
+    line : str
+        The scan's line, a key of `LINE_NUMBERS`.
+    """
+    if LINE_NUMBERS[line] in text:
+        return None
+    return next((number for number in LINE_NUMBERS.values() if number in text), None)
+
+
+def wavelength_stated(header: fits.Header, number: float, where: object) -> float:
+    """What ``WAVELNTH`` says, in Angstrom.
+
+    Parameters
+    ----------
+    header : astropy.io.fits.Header
+        The header: ``WAVEUNIT``, a unit or a power of ten of metres; where it is not there, the magnitude
+        says it.
+    number : float
+        The card's number.
+    where : object
+        The file, for the error.
+
+    Raises
+    ------
+    InputError
+        The unit is neither.
+    """
+    unit = header.get("WAVEUNIT")
+    if isinstance(unit, str):
+        return number * _angstrom(unit)
+    exponent = fits_files.number(header, "WAVEUNIT", where, -9 if number < NANOMETRES else -10)
+    return float(number * 10.0 ** min(exponent + 10.0, 10.0))
+
+
 def _about_lines(header: fits.Header, scan: Scan) -> Iterator[str]:
     """Cards that say another line or other wavelengths than the scan has."""
     own = LINE_NUMBERS[scan.line]
@@ -66,19 +106,12 @@ def _about_lines(header: fits.Header, scan: Scan) -> Iterator[str]:
     names = (f"WDESC{place}", *(("EXTNAME", "FILTER1", "WAVEBAND") if lines <= 1 else ()))
     for name in names:
         text = str(header.get(name, ""))
-        if others := [other for other in LINE_NUMBERS.values() if other in text and other != own]:
-            yield f"{name} = {text.strip()!r} names {others[0]}, the wavelengths are around {own}"
+        if other := other_line(text, scan.line):
+            yield f"{name} = {text.strip()!r} names {other}, the wavelengths are around {own}"
     axis = vacuum_to_air(scan.wavelength) if scan.medium == "air" else np.asarray(scan.wavelength)
     if lines <= 1 and "WAVELNTH" in header:
-        stated = fits_files.number(header, "WAVELNTH", scan.path)
-        unit = header.get("WAVEUNIT")
-        if isinstance(unit, str):
-            angstrom = _angstrom(unit)
-        else:
-            # A power of ten of metres; where it is not said, the magnitude says it.
-            exponent = fits_files.number(header, "WAVEUNIT", scan.path, -9 if stated < NANOMETRES else -10)
-            angstrom = 10.0 ** min(exponent + 10.0, 10.0)
-        if not abs(stated * angstrom - axis.mean()) < FILTER:
+        stated = wavelength_stated(header, fits_files.number(header, "WAVELNTH", scan.path), scan.path)
+        if not abs(stated - axis.mean()) < FILTER:
             yield f"WAVELNTH = {header['WAVELNTH']}, the wavelengths are around {own}"
     if lines <= 1 and "WWIDTH1" in header:
         width = fits_files.whole_number(header, "WWIDTH1", scan.path)

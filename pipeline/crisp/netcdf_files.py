@@ -115,6 +115,11 @@ class NetcdfArray:
         self._variable = dataset.variables[last]
 
     @property
+    def name(self) -> str:
+        """As it was asked for."""
+        return self._name
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Size along each dimension."""
         return self._variable.shape
