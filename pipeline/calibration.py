@@ -410,7 +410,8 @@ def calibrate(dataset: xr.Dataset, times: Sequence[int] | None = None) -> QuietS
     dataset : xarray.Dataset
         An observation with both lines, ``valid``, ``mu`` and the pixels' coordinates.
     times : sequence of int, optional
-        Indices of the times to look at; by default `LARGEST_SAMPLE`, evenly spread.
+        Indices of the times to look at; by default `LARGEST_SAMPLE` of those whose place on the disc is
+        known, evenly spread.
 
     Returns
     -------
@@ -422,9 +423,8 @@ def calibrate(dataset: xr.Dataset, times: Sequence[int] | None = None) -> QuietS
         There is too little quiet Sun in the field, its place on the disc is unknown, the wavelengths do not
         reach the wings, or they are off by more than `SHIFT_LIMIT`.
     """
-    count = dataset.sizes["time"]
     if times is None:
-        times = np.unique(np.linspace(0, count - 1, min(count, LARGEST_SAMPLE)).round().astype(int)).tolist()
+        times = _spread(dataset, range(dataset.sizes["time"]))
     pixel = float(np.sqrt(np.prod([abs(float(dataset[axis].diff(axis).mean())) for axis in ("y", "x")])))
     looked_at = {int(time): _Field(dataset, time, pixel) for time in times}
     # A scan that clouds or the seeing have spoilt has no quiet pixels.
@@ -480,7 +480,17 @@ def calibrate(dataset: xr.Dataset, times: Sequence[int] | None = None) -> QuietS
     )
 
 
-def calibrate_store(path: str | Path, name: object = None) -> QuietSunCalibration:
+def _spread(dataset: xr.Dataset, among: Sequence[int]) -> list[int]:
+    """`LARGEST_SAMPLE` of some times, evenly spread, leaving out those off the disc if there are others."""
+    on_disc = np.isfinite(dataset["mu"].to_numpy()[list(among)])
+    usable = np.asarray(among)[on_disc] if on_disc.any() else np.asarray(among)
+    chosen = np.linspace(0, usable.size - 1, min(usable.size, LARGEST_SAMPLE)).round().astype(int)
+    return [int(time) for time in usable[np.unique(chosen)]]
+
+
+def calibrate_store(
+    path: str | Path, name: object = None, *, among: Sequence[int] | None = None
+) -> QuietSunCalibration:
     """Calibrate an observation store that need not be finished: only its arrays have to be there.
 
     Parameters
@@ -489,6 +499,8 @@ def calibrate_store(path: str | Path, name: object = None) -> QuietSunCalibratio
         The store, or its URL.
     name : object, optional
         What errors call it; by default its path.
+    among : sequence of int, optional
+        Times of which some are looked at; all if left out.
 
     Returns
     -------
@@ -501,7 +513,7 @@ def calibrate_store(path: str | Path, name: object = None) -> QuietSunCalibratio
     """
     dataset: xr.Dataset = xr.open_zarr(place(path).zarr, chunks=None, consolidated=False)
     try:
-        return calibrate(dataset)
+        return calibrate(dataset, None if among is None else _spread(dataset, among))
     except InputError as refusal:
         raise InputError(
             refusal.problem,

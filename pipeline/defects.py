@@ -30,7 +30,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
-from pipeline.crisp.cube import Cube
+from pipeline.crisp import Scan
+from pipeline.crisp.cube import Cube, stored_numbers
+from pipeline.crisp.wavelengths import LIGHT_SPEED
 from pipeline.registration import NORMAL, Image, Mask, band_images, middle_box
 
 SIGNIFICANT = 8.0
@@ -44,10 +46,18 @@ ISOLATED = 0.3
 ALWAYS = 0.8
 """Share of the wavelengths at which a bad pixel of the detector is sharp."""
 
+FAR = 40.0
+"""km/s from the line's rest: no mean profile of a field is moved so far."""
+SHALLOW = 0.9
+"""Of the brightest part of a mean profile: what is less deep may be noise."""
+
 SAMPLE = 128  # pixels of the field's middle from which the noise is taken
 MIDDLE = 512  # and from which the contrast is
 LARGE = 33  # pixels: what is larger than this, granulation is not
 SEGMENT = 1 << 16  # pixels that are gone through at a time: they stay in the processor's cache
+
+NO_INTENSITIES = "no image at any wavelength: nothing but zeros, values that are not finite, or one value"
+"""What is said of a scan that holds nothing."""
 
 RING = np.array([(y, x) for y in range(-2, 3) for x in range(-2, 3) if max(abs(y), abs(x)) == 2])
 Numbers = NDArray[Any]
@@ -62,7 +72,7 @@ class Defect(IntFlag):
     DEAD_PIXEL = 2
     """One value at all wavelengths, or far brighter or darker than its neighbours at most of them."""
     WAVELENGTH_MISSING = 4
-    """The scan has no image at some wavelength."""
+    """The scan has no image at some wavelength, or at none."""
 
 
 @dataclass(frozen=True)
@@ -79,15 +89,20 @@ class Survey:
         Wavelengths at which there is no image: one value everywhere, none, or the image before once more.
     unusable : int
         Pixels of the field that are not finite, not positive or saturated at some other wavelength.
-    wavelengths : int
-        Wavelengths of the scan.
+    profile : ndarray of float, shape (wavelength,)
+        Mean of the field's intensities, of some hundred rows and columns; infinite where there is no image.
     """
 
     spikes: NDArray[np.intp]
     dead: Mask
     missing: tuple[int, ...]
     unusable: int
-    wavelengths: int
+    profile: NDArray[np.float64]
+
+    @property
+    def empty(self) -> bool:
+        """Whether the scan has no image at all."""
+        return len(self.missing) == len(self.profile)
 
     @property
     def defects(self) -> NDArray[np.uint8]:
@@ -102,7 +117,7 @@ class Survey:
     def spoilt(self) -> NDArray[np.intp]:
         """Wavelength, y, x of every number that says nothing of the Sun, shape (n, 3), but missing images."""
         y, x = np.nonzero(self.dead)
-        at = np.arange(self.wavelengths)
+        at = np.arange(len(self.profile))
         dead = np.column_stack([np.repeat(at, y.size), np.tile(y, at.size), np.tile(x, at.size)])
         return np.concatenate([self.spikes, dead.astype(np.intp)])
 
@@ -114,7 +129,9 @@ class Survey:
         offset : array_like, shape (wavelength,)
             Wavelengths from the line's rest, Angstrom.
         """
-        if self.missing:
+        if self.empty:
+            yield NO_INTENSITIES
+        elif self.missing:
             named = ", ".join(f"{np.asarray(offset)[index]:+.3f}" for index in self.missing)
             yield (
                 f"no image at {named} Angstrom from the line's rest: one value everywhere, none, or a copy "
@@ -153,28 +170,28 @@ def survey(cube: Cube, field: Mask, saturation: float = np.inf) -> Survey:
     dark: _Places | None = None
     sharp: list[_Sharp] = []
     missing: list[int] = []
-    first: Numbers | None = None
     last: Numbers | None = None
+    held = _Held(cube, box)
+    profile = np.full(len(cube), np.inf)
+    some = tuple(slice(None, None, max(size // SAMPLE, 1)) for size in field.shape)
     for index, values in enumerate(cube):
         image = _native(values)
         noise = _Noise.of(image, field, box)
-        if noise is None or (
-            last is not None
-            and np.array_equal(image[box], last[box], equal_nan=image.dtype.kind == "f")
-            and np.array_equal(image, last, equal_nan=image.dtype.kind == "f")
-        ):
+        if noise is None or held.repeats(index, image):
             missing.append(index)
             continue
         least = noise.level * SIGNIFICANT
-        if first is None:
-            first = image
+        seen = image[some][field[some] & np.isfinite(image[some])]
+        if seen.size:
+            profile[index] = seen.mean(dtype=np.float64)
+        if last is None:
             dark = search.places(_negative(image), least)
             dark = dark.at(dark.inside & (dark.excess(image, sign=-1)[0] > least))
             dark_often = np.zeros(dark.own.size, dtype=np.uint16)
         elif constant is None:
-            constant = np.flatnonzero(field & (image == first))
-        else:
-            constant = constant[image.ravel()[constant] == first.ravel()[constant]]
+            constant = held.as_at_first(index, image, np.flatnonzero(field))
+        elif constant.size:
+            constant = held.as_at_first(index, image, constant)
         found = _Sharp.of(index, image, search.places(image, least, saturation, unusable), noise)
         often.ravel()[found.places.own[found.single & found.places.inside]] += 1
         assert dark is not None
@@ -197,8 +214,37 @@ def survey(cube: Cube, field: Mask, saturation: float = np.inf) -> Survey:
         dead,
         tuple(missing),
         int(np.count_nonzero(unusable & field)),
-        len(cube),
+        profile,
     )
+
+
+def line_far_from_rest(profile: NDArray[np.floating], scan: Scan) -> Iterator[str]:
+    """Say where a mean profile is darkest, if that is far from the line's rest wavelength.
+
+    The quiet Sun's lines lie within some km/s of it. Wavelengths in air that were taken for vacuum, or the
+    other way round, put H-alpha 83 km/s off.
+
+    Parameters
+    ----------
+    profile : ndarray, shape (wavelength,)
+        Of the field (`Survey.profile`).
+    scan : Scan
+        What it is of.
+
+    Yields
+    ------
+    str
+    """
+    darkest = int(profile.argmin())
+    rest = scan.window.rest_wavelength
+    speed = (scan.wavelength[darkest] - rest) / rest * LIGHT_SPEED
+    # A profile that is darkest at an end, or nearly as bright there, shows no line.
+    brightest = profile.max(where=np.isfinite(profile), initial=0.0)
+    if 0 < darkest < profile.size - 1 and profile[darkest] < SHALLOW * brightest and abs(speed) > FAR:
+        yield (
+            f"the mean profile is darkest {speed:+.0f} km/s from the line's rest: see whether its "
+            f"wavelengths are in {scan.medium} as stated (air and vacuum are 83 km/s apart)"
+        )
 
 
 def granulation_contrast(cube: Cube, wavelength: ArrayLike, rest_wavelength: float, field: Mask) -> float:
@@ -234,6 +280,62 @@ def granulation_contrast(cube: Cube, wavelength: ArrayLike, rest_wavelength: flo
     weight = ndimage.uniform_filter(good.astype(np.float32), LARGE, mode="constant")
     mean = ndimage.uniform_filter(np.where(good, image, np.float32(0.0)), LARGE, mode="constant")
     return NORMAL * _deviation(image[good] * weight[good] / mean[good])
+
+
+def uncorrected_wavelengths(shift: NDArray[np.floating] | None, field: Mask) -> Iterator[str]:
+    """Say in how many pixels of a field it is not known what their wavelengths are.
+
+    Parameters
+    ----------
+    shift : ndarray, shape (y, x), or None
+        What has to be added to them (`pipeline.crisp.open_wavelength_shift`).
+    field : ndarray of bool, shape (y, x)
+
+    Yields
+    ------
+    str
+    """
+    if shift is not None and (count := int(np.count_nonzero(field & ~np.isfinite(shift)))):
+        yield f"{count} pixels in the field have no wavelength correction"
+
+
+class _Held:
+    """A file's own numbers, image by image as they are gone through: each is compared with earlier ones."""
+
+    def __init__(self, cube: Cube, box: tuple[slice, slice]) -> None:
+        self._cube, self._box = stored_numbers(cube), box
+        self._converted = self._cube is not cube
+        self._part: Numbers | None = None
+        self._last: Numbers | int = 0
+        self._first: Numbers | None = None
+
+    def repeats(self, index: int, image: Numbers) -> bool:
+        """Whether an image is the one before once more; if it is not, the next is compared with it."""
+        part = np.asarray(self._cube[index, *self._box]) if self._converted else image[self._box]
+        last = self._last
+        if self._part is not None and _equal(part, self._part):
+            before = self._numbers(last) if isinstance(last, int) else last
+            if _equal(self._numbers(index) if self._converted else image, before):
+                return True
+        self._part = part
+        self._last = index if self._converted else image
+        if self._first is None:
+            self._first = self._numbers(index) if self._converted else image
+        return False
+
+    def as_at_first(self, index: int, image: Numbers, pixels: NDArray[np.intp]) -> NDArray[np.intp]:
+        """Which pixels of an image, by their places in it flattened, have the numbers of the first one."""
+        assert self._first is not None
+        numbers = self._numbers(index) if self._converted else image
+        same: Mask = numbers.ravel()[pixels] == self._first.ravel()[pixels]
+        return pixels[same]
+
+    def _numbers(self, index: int) -> Numbers:
+        return np.asarray(self._cube[index])
+
+
+def _equal(one: Numbers, other: Numbers) -> bool:
+    return np.array_equal(one, other, equal_nan=one.dtype.kind == "f")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 import zarr
 from distributed import Client
+from numpy.typing import ArrayLike
 from zarr.core.sync import sync
 
 from pipeline import changes
@@ -43,6 +45,7 @@ from pipeline.cluster import ClusterConfig, opened, see_that_workers_find
 from pipeline.common_time import Other, between, other_scans, share_of_other
 from pipeline.crisp import LINES, Medium, Scan, find_scans
 from pipeline.crisp.headers import header_contradictions
+from pipeline.defects import NO_INTENSITIES
 from pipeline.driver import Outcome, run_bounded
 from pipeline.errors import FlareFieldError, InputError, MisuseError, StoreError
 from pipeline.journal import Journal
@@ -58,7 +61,7 @@ from pipeline.storage import Place, array_in, is_url, log_at, out_of_space, plac
 
 logger = logging.getLogger("flarefield")
 
-KERNEL = 9
+KERNEL = 10
 """Version of what an observation's numbers depend on in this package; raised whenever they change."""
 
 
@@ -151,6 +154,9 @@ class IngestReport:
         Where each time lies, if the series was aligned along time.
     interpolated : tuple of bool
         Whether Ca II is interpolated to H-alpha's time, at each time; empty if that was not asked for.
+    blank : tuple of int
+        Times of which no pixel shows both lines, by their numbers: a scan holds no intensities, or the fields
+        have nothing in common.
     """
 
     path: Path | str
@@ -165,6 +171,7 @@ class IngestReport:
     complete_before: bool = False
     positions: tuple[Position, ...] = ()
     interpolated: tuple[bool, ...] = ()
+    blank: tuple[int, ...] = ()
 
     def summary(self) -> str:
         """Say it in a few lines."""
@@ -174,13 +181,19 @@ class IngestReport:
         lines = [f"{self.path}: {len(self.pairs)} x {rows} x {columns} pixels (time, y, x), {span} UTC"]
         if self.complete_before:
             lines.append("  complete already, made from the same files: nothing to do")
-        if self.shifts:
-            applied = [shift for shift in self.shifts if shift.applied]
-            text = f"  Ca II moved onto H-alpha in {len(applied)} of {len(self.shifts)} scans"
+        if self.blank:
+            lines.append(
+                f"  at {len(self.blank)} of {len(self.pairs)} times no pixel shows both lines (`valid`), the "
+                "log says why"
+            )
+        shifts = [shift for time, shift in enumerate(self.shifts) if time not in self.blank]
+        if shifts:
+            applied = [shift for shift in shifts if shift.applied]
+            text = f"  Ca II moved onto H-alpha in {len(applied)} of {len(shifts)} scans"
             if applied:
                 y, x = np.median([(shift.y, shift.x) for shift in applied], axis=0)
                 text += f", by ({y:+.2f}, {x:+.2f}) pixels (y, x) in the median"
-            if len(applied) < len(self.shifts):
+            if len(applied) < len(shifts):
                 text += "; elsewhere its displacement is not certain (`shift_confidence`) and it stays"
             lines.append(text)
         if self.positions:
@@ -200,7 +213,10 @@ class IngestReport:
                 f"  Ca II interpolated to H-alpha's time in {sum(self.interpolated)} of "
                 f"{len(self.interpolated)} scans"
             )
-            if not all(self.interpolated):
+            others = [pair for pair, done in zip(self.pairs, self.interpolated, strict=True) if not done]
+            if same := sum(pair.ca8542.time == pair.halpha.time for pair in others):
+                lines[-1] += f"; {same} were taken at that time"
+            if same < len(others):
                 lines[-1] += "; elsewhere it keeps its own (`ca8542_interpolated`), the log says why"
         if self.changed is not None:
             lines.append(
@@ -402,8 +418,6 @@ def ingest_pair(task: PairTask) -> dict[str, Any] | FlareFieldError:
             # What an earlier attempt left behind would be read and merged, whatever state it is in.
             sync(group.store.delete_dir(folder))
         halpha, ca8542 = (MovedScan.opened(pair, line) for line in LINES)
-        if pair.placed:
-            _check_overlap(halpha.own_field & ca8542.own_field, pair)
         shift = ca8542.displacement(halpha)
         halpha, ca8542 = halpha.moved(task.position), ca8542.moved(_total(task.position, shift))
         other, other_shift = None, STAYS
@@ -418,7 +432,8 @@ def ingest_pair(task: PairTask) -> dict[str, Any] | FlareFieldError:
                 (halpha.scan, ca8542.scan),
                 {one.scan.line: changes.level(one.cube, one.own_field) for one in (halpha, ca8542)},
             )
-        _write(task, group, halpha, ca8542, other if interpolated else None, images)
+        overlap = _write(task, group, halpha, ca8542, other if interpolated else None, images)
+        blank = None if overlap.any() else _why_blank(halpha, ca8542)
         for folder in _folders(task.time):
             store.bring_to_disk(folder)
         if images is not None and task.images is not None:
@@ -440,7 +455,13 @@ def ingest_pair(task: PairTask) -> dict[str, Any] | FlareFieldError:
         "interpolated": interpolated,
         "other_confidence": other_shift.confidence,
         "contrast": contrasts,
-        "found": [*halpha.sentences, *ca8542.sentences, *(other.sentences if other is not None else [])],
+        "blank": blank,
+        "found": [
+            *([] if blank is None else [blank]),
+            *halpha.sentences,
+            *ca8542.sentences,
+            *(other.sentences if other is not None else []),
+        ],
         "stored": _stored(store, _folders(task.time)),
         "images": _images_stored(task.images, task.time),
         "sha256": {path: sha256_source(path) for path in task.unhashed},
@@ -470,14 +491,15 @@ def _write(
     ca8542: MovedScan,
     other: MovedScan | None,
     images: BandImages | None,
-) -> None:
-    """Write one time; between Ca II's two scans, if there is another one."""
+) -> Mask:
+    """Write one time; between Ca II's two scans, if there is another one. Return where it is valid."""
     writers = {line: ShardWriter(array_in(group, line)) for line in LINES}
     scans = (halpha, ca8542) if other is None else (halpha, ca8542, other)
-    overlap = np.logical_and.reduce([one.field for one in scans])
-    found = np.where(overlap, np.bitwise_or.reduce([one.defects for one in scans]), np.uint8(0))
+    overlap: Mask = np.logical_and.reduce([one.field for one in scans])
+    # Where one line has nothing at all, the other one's field says which pixels lack it.
+    seen = np.logical_and.reduce([np.ones_like(overlap), *(one.field for one in scans if not one.empty)])
+    found = np.where(seen, np.bitwise_or.reduce([one.defects for one in scans]), np.uint8(0))
     share = 0.0 if other is None else share_of_other(task.pair, other.scan)
-    usable = dict.fromkeys(LINES, False)
     rows, columns = halpha.scan.shape
     # A block is compressed and written while the next one is made: no more of them are in memory.
     with ThreadPoolExecutor(1) as background:
@@ -492,8 +514,6 @@ def _write(
                 block = scan.block(y, x)
                 if images is not None:
                     images.add(line, block, y, x)
-                if not usable[line]:
-                    usable[line] = bool(np.any((block > 0) & (block < np.inf)))
                 if scan is ca8542 and other is not None:
                     block = between(block, other.block(y, x), share, scan.scan.saturation)
                     if images is not None:
@@ -509,22 +529,13 @@ def _write(
     if images is not None:
         images.leave_out(~overlap | (found != 0))
     for one in (halpha, ca8542):
-        if not usable[one.scan.line]:
-            raise InputError(
-                "the scan holds no intensities",
-                where=one.scan.name,
-                found="nothing but zeros, values that are not finite, or one constant value",
-                expected="positive intensities",
-                remedy="fetch the file again, or leave the scan out",
-            )
-    _check_overlap(overlap, task.pair)
-    for one in (halpha, ca8542):
         # Where any scan of the series has such a map.
         if (name := f"wavelength_shift_{one.scan.line}") in group:
             values = one.wavelength_shift()
             if one is ca8542 and other is not None:
                 values = (1.0 - share) * values + share * other.wavelength_shift()
             array_in(group, name).with_config({"write_empty_chunks": True})[task.time] = values
+    return overlap
 
 
 def _total(position: Shift, shift: Shift) -> Shift:
@@ -532,15 +543,16 @@ def _total(position: Shift, shift: Shift) -> Shift:
     return position.after(shift) if shift.applied else position
 
 
-def _check_overlap(overlap: Mask, pair: Pair) -> None:
-    if not overlap.any():
-        y, x = pair.placement
-        raise InputError(
-            "the fields of the two lines have no pixel in common",
-            where=pair.halpha.name,
-            found=f"as {pair.ca8542.name}, which begins at ({y}, {x}) pixels (y, x) by the headers",
-            remedy="leave both scans out, or mend the pointing in their headers",
-        )
+def _why_blank(halpha: MovedScan, ca8542: MovedScan) -> str:
+    """Say why no pixel of a time shows both lines."""
+    empty = [one.scan.name for one in (halpha, ca8542) if one.empty]
+    if empty:
+        return f"{' and '.join(empty)}: {NO_INTENSITIES}"
+    y, x = ca8542.corner
+    return (
+        f"{halpha.scan.name}: no pixel in common with the field of {ca8542.scan.name}, which begins at "
+        f"({y}, {x}) pixels (y, x) by the headers"
+    )
 
 
 def _make(output: Place, series: _Series, wishes: _Wishes, cluster: Cluster, call: str) -> IngestReport:
@@ -572,13 +584,16 @@ def _make(output: Place, series: _Series, wishes: _Wishes, cluster: Cluster, cal
         )
         _write_pairs(waiting, len(pairs), cluster, journal, done)
         records = [done[time] for time in range(len(pairs))]
+        blank = {time: record["blank"] for time, record in enumerate(records) if record["blank"] is not None}
+        if len(blank) == len(pairs):
+            raise _nothing(list(blank.values()), output)
         shifts = tuple(
             Shift(record["shift_y"], record["shift_x"], record["confidence"]) for record in records
         )
-        _say_not_moved(pairs, shifts, places)
+        _say_not_moved(pairs, shifts, places, blank)
         interpolated = [bool(record["interpolated"]) for record in records]
         if others is not None:
-            _say_not_interpolated(pairs, others, records)
+            _say_not_interpolated(pairs, others, records, blank)
         contrasts = np.array([record["contrast"] for record in records], dtype=np.float64)
         poor = [bool((both < wishes.min_contrast).any()) for both in contrasts]
         # A scan of Ca II may serve two times.
@@ -590,6 +605,8 @@ def _make(output: Place, series: _Series, wishes: _Wishes, cluster: Cluster, cal
             for pair, both, bad in zip(pairs, contrasts, poor, strict=True)
             if bad
         ]
+        of_positions = {} if places is None else _of_positions(pairs, places)
+        found += _off_the_disc(pairs, of_positions.get("mu") or zarr.open_array(store.zarr, path="mu")[:])
         for sentence in found:
             logger.warning("%s", sentence)
         scans = (pairs[0].halpha, pairs[0].ca8542)
@@ -597,7 +614,8 @@ def _make(output: Place, series: _Series, wishes: _Wishes, cluster: Cluster, cal
         applied = write_calibration(store.location, scans)
         calibration = None
         if "quiet-sun" in (wishes.calibrate, wishes.wavelength_zero):
-            calibration = calibrate_store(store.location, output)
+            lit = [time for time in range(len(pairs)) if time not in blank]
+            calibration = calibrate_store(store.location, output, among=lit)
             applied = write_calibration(
                 store.location,
                 scans,
@@ -614,7 +632,7 @@ def _make(output: Place, series: _Series, wishes: _Wishes, cluster: Cluster, cal
                 other.scan if common else None
                 for other, common in zip(others or (), interpolated, strict=False)
             ]
-            weights = _weights(pairs, shifts, places, used)
+            weights = _weights(pairs, shifts, places, used, blank)
             changed = _compare(store, images, journal, cluster, weights, places is not None, scales)
         _finish(
             store,
@@ -626,7 +644,7 @@ def _make(output: Place, series: _Series, wishes: _Wishes, cluster: Cluster, cal
                 "header_contradiction": [
                     any(scan.path in odd for scan in several) for several in series.scans
                 ],
-                **({} if places is None else _of_positions(pairs, places)),
+                **of_positions,
                 "ca8542_interpolated": interpolated,
                 "time_ca8542": [
                     microseconds(pair.halpha.time if common else pair.ca8542.time)
@@ -659,6 +677,7 @@ def _make(output: Place, series: _Series, wishes: _Wishes, cluster: Cluster, cal
         resumed,
         positions=places or (),
         interpolated=tuple(interpolated) if others is not None else (),
+        blank=tuple(blank),
     )
 
 
@@ -687,10 +706,28 @@ def _write_pairs(
         raise _failed(failures, times)
 
 
-def _say_not_moved(pairs: Sequence[Pair], shifts: Sequence[Shift], places: Sequence[Position] | None) -> None:
-    """Log which scans are not moved, and why."""
-    for pair, shift in zip(pairs, shifts, strict=True):
-        if not shift.applied:
+def _nothing(reasons: Sequence[str], output: Place) -> InputError:
+    listed = list(reasons[:LISTED])
+    if len(reasons) > LISTED:
+        listed.append(f"and {len(reasons) - LISTED} more")
+    return InputError(
+        "no time of the series has pixels that show both lines",
+        where=output,
+        found="\n    ".join(["", *listed]),
+        expected="positive intensities in both lines, in fields that overlap",
+        remedy="fetch the files again, or mend the pointing in their headers",
+    )
+
+
+def _say_not_moved(
+    pairs: Sequence[Pair],
+    shifts: Sequence[Shift],
+    places: Sequence[Position] | None,
+    blank: Container[int],
+) -> None:
+    """Log which scans are not moved, and why; of blank times it is said already that they are."""
+    for time, (pair, shift) in enumerate(zip(pairs, shifts, strict=True)):
+        if not shift.applied and time not in blank:
             logger.warning(
                 "%s: Ca II seems displaced by (%+.2f, %+.2f) pixels, but with a confidence of only %.2f; "
                 "not moved",
@@ -699,8 +736,8 @@ def _say_not_moved(pairs: Sequence[Pair], shifts: Sequence[Shift], places: Seque
                 shift.x,
                 shift.confidence,
             )
-    for pair, position in zip(pairs, places or (), strict=False):
-        if not position.known:
+    for time, (pair, position) in enumerate(zip(pairs, places or (), strict=False)):
+        if not position.known and time not in blank:
             logger.warning(
                 "%s: its displacement along time is not known (%s); not moved",
                 pair.halpha.name,
@@ -757,6 +794,17 @@ def _of_positions(pairs: tuple[Pair, ...], places: tuple[Position, ...]) -> dict
         "pointing_latitude": [latitude for _, latitude, _ in pointing],
         "mu": [mu for _, _, mu in pointing],
     }
+
+
+def _off_the_disc(pairs: Sequence[Pair], mu: ArrayLike) -> list[str]:
+    """Say at how many times mu is not defined, if there are any."""
+    off = np.flatnonzero(np.isnan(np.asarray(mu, dtype=np.float64)))
+    if not off.size:
+        return []
+    return [
+        f"{pairs[off[0]].halpha.name}: the frame's middle is off the disc, where mu is not defined, at "
+        f"{off.size} of {len(pairs)} times, of which this is the first: they have no answer in a map"
+    ]
 
 
 def _alignment_record(largest_jump: float, places: Sequence[Position]) -> dict[str, Any]:
@@ -834,34 +882,48 @@ def _weights(
     shifts: tuple[Shift, ...],
     places: tuple[Position, ...] | None,
     others: Sequence[Scan | None],
+    blank: Container[int],
 ) -> dict[int, dict[str, list[Weights]]]:
-    """What is to be compared at each time; `others` are the scans with which Ca II was interpolated."""
-    times = {line: np.array([getattr(pair, line).time for pair in pairs]) for line in LINES}
-    known = np.array([place.known for place in places] if places else [True] * len(pairs))
-    comparable = {"halpha": known, "ca8542": known & [shift.applied for shift in shifts]}
-    found: dict[int, dict[str, list[Weights]]] = {time: {} for time in range(len(pairs))}
-    for time, of_lines in found.items():
+    """What is to be compared at each time; `others` are the scans with which Ca II was interpolated.
+
+    Blank times are left out, as if there had been no scans.
+    """
+    lit = [time for time in range(len(pairs)) if time not in blank]
+    times = {line: np.array([getattr(pairs[time], line).time for time in lit]) for line in LINES}
+    known = np.array([places[time].known if places else True for time in lit])
+    comparable = {"halpha": known, "ca8542": known & [shifts[time].applied for time in lit]}
+    found: dict[int, dict[str, list[Weights]]] = {time: {} for time in lit}
+    for number, (time, of_lines) in enumerate(found.items()):
+        several: dict[str, list[Weights]] = {}
         if others and (second := others[time]) is not None:
             ends = sorted((pairs[time].ca8542.time, second.time))
-            of_lines["ca8542"] = changes.departure_weights(
-                times["ca8542"], time, times["halpha"][time], (ends[0], ends[1]), comparable["ca8542"]
+            several["ca8542"] = changes.departure_weights(
+                times["ca8542"],
+                number,
+                times["halpha"][number],
+                (ends[0], ends[1]),
+                comparable["ca8542"],
             )
-            continue
-        for line, other in (("halpha", "ca8542"), ("ca8542", "halpha")):
-            weights = changes.lag_weights(times[line], time, times[other][time], comparable[line])
-            if weights is not None:
-                of_lines[line] = [weights]
-    return {
-        time: {line: several for line, several in of_lines.items() if several}
-        for time, of_lines in found.items()
-    }
+        else:
+            for line, other in (("halpha", "ca8542"), ("ca8542", "halpha")):
+                weights = changes.lag_weights(times[line], number, times[other][number], comparable[line])
+                several[line] = [] if weights is None else [weights]
+        for line, these in several.items():
+            if these:
+                of_lines[line] = [{lit[one]: weight for one, weight in each.items()} for each in these]
+    return found
 
 
 def _say_not_interpolated(
-    pairs: tuple[Pair, ...], others: Sequence[Other], records: Sequence[Mapping[str, Any]]
+    pairs: tuple[Pair, ...],
+    others: Sequence[Other],
+    records: Sequence[Mapping[str, Any]],
+    blank: Container[int],
 ) -> None:
     """Log at which times Ca II keeps its own time although another was asked for, and why."""
-    for pair, other, record in zip(pairs, others, records, strict=True):
+    for time, (pair, other, record) in enumerate(zip(pairs, others, records, strict=True)):
+        if time in blank:
+            continue
         why = other.refused
         if other.scan is not None and not record["interpolated"]:
             certain = min(record["confidence"], record["other_confidence"])
@@ -895,8 +957,6 @@ def _begun(output: Place, fingerprint: dict[str, Any], pairs: tuple[Pair, ...]) 
     try:
         halpha, ca8542 = ([getattr(pair, line) for pair in pairs] for line in LINES)
         lay_out(store.location, halpha, ca8542, {}, aligned=fingerprint["largest_jump"] is not None)
-        if any(np.isnan(zarr.open_array(store.zarr, path="mu", mode="r")[:])):
-            logger.warning("%s: the frame's middle is off the disc at some times; mu is not defined", output)
     except BaseException:
         journal.close()
         raise
@@ -1058,7 +1118,8 @@ def _check_same(output: Place, series: _Series, wishes: _Wishes, cluster: Cluste
                     "the file cannot be read", where=outcome.task, found=outcome.error
                 ) from outcome.error
             given.append(outcome.result)
-        unknown = len(given) - len(set(given) & set(recorded))
+        # Files of the same content, such as lists of times, count each.
+        unknown = (Counter(given) - Counter(recorded)).total()
         if unknown:
             differs = f"{unknown} of the {len(given)} files are not those that it was made from"
     if differs:

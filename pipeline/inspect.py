@@ -28,9 +28,15 @@ from pipeline.crisp import (
 from pipeline.crisp.headers import header_contradictions
 from pipeline.crisp.scan import LONG_NAMES, cosine_of_pointing
 from pipeline.crisp.wavelengths import LIGHT_SPEED, vacuum_to_air
-from pipeline.defects import granulation_contrast, survey
+from pipeline.defects import (
+    NO_INTENSITIES,
+    granulation_contrast,
+    line_far_from_rest,
+    survey,
+    uncorrected_wavelengths,
+)
 from pipeline.errors import FlareFieldError, InputError
-from pipeline.pairing import Pair, check_alike, label, pair_scans
+from pipeline.pairing import Pair, check_alike, completed, label, pair_scans
 from pipeline.progress import Progress
 from pipeline.registration import Mask, field_of_view
 
@@ -40,8 +46,6 @@ Check: TypeAlias = Callable[[Scan, Cube, Mask], Iterable[str]]
 SAMPLE = 3  # scans of a group whose intensities are looked at, unless all are asked for
 GAP = 1.5  # of the median cadence: a longer interval is a gap
 SAME_STEP = 1e-3  # Angstrom by which the steps of a uniform axis may differ
-FAR = 40.0  # km/s: no mean profile of a field is moved so far
-SHALLOW = 0.9  # of the brightest part of a mean profile: what is less deep may be noise
 LISTED = 5  # files, gaps or scans that are named one by one
 
 
@@ -74,7 +78,9 @@ def unusable_numbers(scan: Scan, cube: Cube, field: Mask) -> Iterator[str]:
         with np.errstate(invalid="ignore"):
             kinds["zero or negative"] |= finite & (image <= 0)
             kinds["saturated"] |= finite & (image >= scan.saturation)
-    if empty:
+    if len(empty) == len(cube):
+        yield NO_INTENSITIES
+    elif empty:
         yield f"no image at {', '.join(empty)} Angstrom from the line's rest: one value everywhere, or none"
     for kind, pixels in kinds.items():
         if count := int(np.count_nonzero(pixels & field)):
@@ -82,7 +88,7 @@ def unusable_numbers(scan: Scan, cube: Cube, field: Mask) -> Iterator[str]:
 
 
 def defects(scan: Scan, cube: Cube, field: Mask) -> Iterator[str]:
-    """Say what spikes and bad pixels there are.
+    """Say what spikes and bad pixels there are, and where the line lies if that is far from its rest.
 
     Parameters
     ----------
@@ -96,41 +102,10 @@ def defects(scan: Scan, cube: Cube, field: Mask) -> Iterator[str]:
     found = survey(cube, field, scan.saturation)
     # The other sentences are those of `unusable_numbers`, which tells more of them.
     yield from replace(found, missing=(), unusable=0).sentences(())
+    yield from line_far_from_rest(found.profile, scan)
 
 
-def line_far_from_rest(scan: Scan, cube: Cube, field: Mask) -> Iterator[str]:
-    """Say where the field's mean profile is darkest, if that is far from the line's rest wavelength.
-
-    The quiet Sun's lines lie within some km/s of it. Wavelengths in air that were taken for vacuum, or the
-    other way round, put H-alpha 83 km/s off.
-
-    Parameters
-    ----------
-    scan, cube, field
-        As for `unusable_numbers`.
-
-    Yields
-    ------
-    str
-    """
-    profile = np.full(len(cube), np.inf)
-    for index, image in enumerate(cube):
-        seen = image[field & np.isfinite(image)]
-        if seen.size and seen.min() < seen.max():
-            profile[index] = seen.mean(dtype=np.float64)
-    darkest = int(profile.argmin())
-    rest = scan.window.rest_wavelength
-    speed = (scan.wavelength[darkest] - rest) / rest * LIGHT_SPEED
-    # A profile that is darkest at an end, or nearly as bright there, shows no line.
-    shown = 0 < darkest < len(cube) - 1 and profile[darkest] < SHALLOW * profile[np.isfinite(profile)].max()
-    if shown and abs(speed) > FAR:
-        yield (
-            f"the mean profile is darkest {speed:+.0f} km/s from the line's rest: see whether its "
-            f"wavelengths are in {scan.medium} as stated (air and vacuum are 83 km/s apart)"
-        )
-
-
-CHECKS: tuple[Check, ...] = (unusable_numbers, defects, line_far_from_rest)
+CHECKS: tuple[Check, ...] = (unusable_numbers, defects)
 """What is looked for in a scan's intensities."""
 
 
@@ -144,6 +119,8 @@ class Group:
         The scans.
     looked_at : tuple of Scan
         Those whose intensities were looked at.
+    empty : tuple of Scan
+        Those of them that have none.
     found : tuple of (Scan, str)
         What is wrong with them.
     field : float
@@ -156,6 +133,7 @@ class Group:
 
     scans: tuple[Scan, ...]
     looked_at: tuple[Scan, ...]
+    empty: tuple[Scan, ...]
     found: tuple[tuple[Scan, str], ...]
     field: float
     contrasts: tuple[tuple[Scan, float], ...]
@@ -234,8 +212,9 @@ def inspect(
         elif look.refusal is not None:
             refused.append(look.refusal)
     alike: dict[object, list[Scan]] = {}
-    for scan in sorted(scans, key=lambda scan: (scan.time, scan.path, scan.index)):
-        axis = tuple(np.round(scan.wavelength, 3))
+    scans.sort(key=lambda scan: (scan.time, scan.path, scan.index))
+    for scan, on_axis in zip(scans, completed(scans), strict=True):
+        axis = (tuple(np.round(on_axis.wavelength, 3)), on_axis.present)
         key = (scan.format, scan.line, axis, scan.medium, scan.shape, scan.units_of_file, scan.padding)
         alike.setdefault(key, []).append(scan)
     chosen = [
@@ -296,9 +275,7 @@ def _group(
             shift = open_wavelength_shift(scan)
             if shift is not None:
                 known = shift[field & np.isfinite(shift)]
-                if known.size < np.count_nonzero(field):
-                    count = np.count_nonzero(field) - known.size
-                    found.append((scan, f"{count} pixels in the field have no wavelength correction"))
+                found.extend((scan, sentence) for sentence in uncorrected_wavelengths(shift, field))
                 squares.append(float(np.mean(known**2)) if known.size else 0.0)
                 largest = max(largest, float(np.abs(known).max(initial=0.0)))
         except InputError as refusal:
@@ -307,6 +284,7 @@ def _group(
         Group(
             tuple(scans),
             tuple(some),
+            tuple(scan for scan, sentence in found if sentence == NO_INTENSITIES),
             tuple(found),
             float(np.mean(shares)) if shares else float("nan"),
             tuple(contrasts),
@@ -352,7 +330,7 @@ def _table(group: Group, min_contrast: float) -> Table:
     table.add_column(overflow="fold")
     rows = [
         ("files", files[0] if len(files) == 1 else f"{len(files)}: {files[0]} to {files[-1]}"),
-        ("wavelengths", _wavelengths(first)),
+        ("wavelengths", _wavelengths(group.scans)),
         ("intensities", _intensities(first)),
         ("times", _times(group.scans)),
         ("frame", _frame(first)),
@@ -367,7 +345,8 @@ def _table(group: Group, min_contrast: float) -> Table:
     return table
 
 
-def _wavelengths(scan: Scan) -> str:
+def _wavelengths(scans: Sequence[Scan]) -> str:
+    scan = scans[0]
     axis = np.array(scan.wavelength)
     steps = np.diff(axis)
     spacing = (
@@ -382,6 +361,7 @@ def _wavelengths(scan: Scan) -> str:
     }[scan.medium_stated_by]
     rest = scan.window.rest_wavelength
     middle = 0.5 * (axis[0] + axis[-1]) - rest
+    drift = float(np.ptp([other.wavelength[0] for other in scans]))
     in_file = f"in the file in {scan.medium}"
     if scan.medium == "air":
         ends = vacuum_to_air(axis[[0, -1]])
@@ -389,6 +369,7 @@ def _wavelengths(scan: Scan) -> str:
     return (
         f"{len(axis)}, {spacing}, {axis[0]:.3f} to {axis[-1]:.3f} in vacuum\n{in_file}, {said}\n"
         f"middle {middle:+.3f} Angstrom ({middle / rest * LIGHT_SPEED:+.1f} km/s) from rest, {rest}"
+        + (f"\nmoved by up to {1000 * drift:.1f} mA from scan to scan" if drift > SAME_STEP else "")
     )
 
 
@@ -523,6 +504,15 @@ def _plan(inspection: Inspection) -> Table:
         reasons.append(f"what cannot be used of the files: {len(inspection.refused)}, see above")
     if not inspection.groups:
         reasons.append("no scans")
+    empty = {(scan.path, scan.index) for group in inspection.groups for scan in group.empty}
+    blank = [pair for pair in pairs if {(one.path, one.index) for one in (pair.halpha, pair.ca8542)} & empty]
+    if pairs and len(blank) == len(pairs):
+        reasons.append("no pair of scans holds intensities in both lines")
+    elif blank:
+        named = ", ".join(np.datetime_as_string(pair.halpha.time, unit="s") for pair in blank[:LISTED])
+        more = f", and {len(blank) - LISTED} more" if len(blank) > LISTED else ""
+        text = f"{len(blank)} times without an answer, for a scan holds no intensities: {named}{more}"
+        table.add_row("blank", Text(text))
     if reasons:
         table.add_row("would refuse", Text("\n".join(reasons)))
     else:

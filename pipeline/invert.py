@@ -499,11 +499,11 @@ def _settle(
     see_that_it_is_whole(dataset, observation)
     if calibration_error is None:
         calibration_error = dataset.attrs.get("relative_calibration_uncertainty")
-    _check_observation(dataset, network, observation, calibration_error)
     if tile < 1:
         raise MisuseError("a tile must hold pixels", where="tile", found=tile)
     grid = TileGrid.square((dataset.sizes["time"], dataset.sizes["y"], dataset.sizes["x"]), tile)
     selection = select(dataset, identity, region=region, times=times, skip=skip, skip_from=skip_from)
+    _check_observation(dataset, network, observation, calibration_error, selection.times)
     if selection.skip is not None and selection.skip.earlier == str(target):
         raise MisuseError(
             "a map cannot be made from its own flags", where=target, remedy="choose another output"
@@ -612,7 +612,11 @@ def _make_store(request: _Request, call: str, store: Place) -> None:
 
 
 def _check_observation(
-    dataset: xr.Dataset, network: Network, path: str, calibration_error: float | None
+    dataset: xr.Dataset,
+    network: Network,
+    path: str,
+    calibration_error: float | None,
+    times: tuple[int, ...] | None,
 ) -> None:
     for window in network.layout.lines:
         axis = dataset[f"wavelength_{window.name}"].values
@@ -626,14 +630,24 @@ def _check_observation(
                 remedy="use scans that reach further into the wings, or a network with narrower windows",
             )
     mu = np.asarray(dataset["mu"].values if "mu" in dataset.variables else [1.0])
-    if not np.all((mu > 0) & (mu <= 1)):
+    mu = mu[list(times)] if times is not None and "mu" in dataset.variables else mu
+    on_disc = (mu > 0) & (mu <= 1)
+    if not on_disc.any() or np.isfinite(mu[~on_disc]).any():
         raise InputError(
             "the observation's mu is not the cosine of an angle on the disc",
             where=path,
-            found=mu[~((mu > 0) & (mu <= 1))][0],
+            found=mu[~on_disc][0],
             expected="above 0, at most 1",
-            remedy="leave out the scans that point off the disc, or mend their headers",
+            remedy="invert other times (--times), or mend the headers of the scans and ingest them again",
         )
+    if not on_disc.all():
+        logger.warning(
+            "at %d of %d times the field's middle is off the disc, where mu is not defined: no answer there, "
+            "flagged not_finite",
+            np.count_nonzero(~on_disc),
+            mu.size,
+        )
+    mu = mu[on_disc]
     # The novelty measure does not look at these: outside of what was trained, only this warning says so.
     conditions = network.record.get("conditions", {})
     for name, values in (("mu", mu), ("calibration_error", [calibration_error])):

@@ -9,7 +9,13 @@ from numpy.typing import NDArray
 
 from pipeline.crisp import Cube, Scan, open_intensity, open_wavelength_shift
 from pipeline.crisp.cube import PlacedCube
-from pipeline.defects import Survey, granulation_contrast, survey
+from pipeline.defects import (
+    Survey,
+    granulation_contrast,
+    line_far_from_rest,
+    survey,
+    uncorrected_wavelengths,
+)
 from pipeline.pairing import Pair
 from pipeline.registration import (
     STAYS,
@@ -40,6 +46,8 @@ class MovedScan:
         Its field of view, before it is moved.
     found : Survey
         What is wrong with it, before it is moved.
+    elsewhere : bool
+        Whether all of its field lies outside of H-alpha's frame by the headers.
     corner : tuple of int
         Where its first pixel lies in H-alpha's frame by the headers, (y, x).
     move : Shift
@@ -50,6 +58,7 @@ class MovedScan:
     cube: Cube
     own_field: Mask
     found: Survey
+    elsewhere: bool = False
     corner: tuple[int, int] = (0, 0)
     move: Shift = STAYS
 
@@ -59,12 +68,22 @@ class MovedScan:
         scan: Scan = getattr(pair, line)
         cube = open_intensity(scan)
         field = field_of_view(cube)
+        somewhere = bool(field.any())
         corner = (0, 0)
         if line == "ca8542" and pair.placed:
             corner, shape = pair.placement, pair.halpha.shape
             cube = PlacedCube(cube, shape, corner)
             field = np.asarray(PlacedCube(field[None].astype(np.float32), shape, corner)[0] == 1.0)
-        return cls(scan, cube, field, survey(cube, field, scan.saturation), corner)
+        elsewhere = somewhere and not field.any()
+        found = survey(cube, field, scan.saturation)
+        if found.empty:
+            field = np.zeros_like(field)
+        return cls(scan, cube, field, found, elsewhere, corner)
+
+    @property
+    def empty(self) -> bool:
+        """Whether it holds no intensities."""
+        return self.found.empty and not self.elsewhere
 
     def moved(self, move: Shift) -> MovedScan:
         """The same scan, moved by something else."""
@@ -72,6 +91,8 @@ class MovedScan:
 
     def displacement(self, halpha: MovedScan) -> Shift:
         """By how much the scan, as it is placed, has to be moved to lie on one of H-alpha."""
+        if not (self.own_field & halpha.own_field).any():
+            return STAYS
         return find_shift(
             halpha.cube,
             self.cube,
@@ -106,8 +127,15 @@ class MovedScan:
     @property
     def sentences(self) -> list[str]:
         """What is wrong with it, in words."""
+        if self.elsewhere:
+            return []
         offset = np.subtract(self.scan.wavelength, self.scan.window.rest_wavelength)
-        return [f"{self.scan.name}: {sentence}" for sentence in self.found.sentences(offset)]
+        sentences = [
+            *self.found.sentences(offset),
+            *line_far_from_rest(self.found.profile, self.scan),
+            *uncorrected_wavelengths(self._own_shift(), self.own_field),
+        ]
+        return [f"{self.scan.name}: {sentence}" for sentence in sentences]
 
     def block(self, rows: slice, columns: slice) -> Image:
         """One block of its intensities (rows, columns, wavelength); NaN outside of its field."""
@@ -118,9 +146,14 @@ class MovedScan:
 
     def wavelength_shift(self) -> NDArray[np.float64]:
         """What is added to its wavelengths at each pixel (y, x), Angstrom; NaN outside of its field."""
+        shift = self._own_shift()
+        values = np.where(self.own_field, 0.0 if shift is None else shift, np.nan)
+        return values if self.stays else move_values(values, self.move)
+
+    def _own_shift(self) -> NDArray[np.float64] | None:
+        """The same before it is moved, in the field and outside; None where all pixels have the axis' own."""
         shift = open_wavelength_shift(self.scan)
         if shift is not None and (self.corner != (0, 0) or shift.shape != self.own_field.shape):
             placed = PlacedCube(shift[None], self.own_field.shape, self.corner)
             shift = placed[0].astype(np.float64)
-        values = np.where(self.own_field, 0.0 if shift is None else shift, np.nan)
-        return values if self.stays else move_values(values, self.move)
+        return shift

@@ -249,7 +249,7 @@ def _lay_out_variables(group: zarr.Group, halpha: Sequence[Scan], ca8542: Sequen
         },
     )
     for scans in (halpha, ca8542):
-        if any(scan.has_wavelength_shift for scan in scans):
+        if any(scan.has_wavelength_shift or scan.drift for scan in scans):
             group.create_array(
                 f"wavelength_shift_{scans[0].line}",
                 shape=frame,
@@ -262,7 +262,8 @@ def _lay_out_variables(group: zarr.Group, halpha: Sequence[Scan], ca8542: Sequen
                 attributes={
                     "units": "Angstrom",
                     "long_name": f"what is added to the wavelengths, {LONG_NAMES[scans[0].line]}",
-                    "comment": "CRISP's cavity errors: a pixel's true wavelengths are the axis plus this",
+                    "comment": "CRISP's cavity errors, and by how much a scan's own axis lies above the "
+                    "store's: a pixel's true wavelengths are the axis plus this",
                 },
             )
 

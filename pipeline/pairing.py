@@ -27,6 +27,9 @@ missing the nearest one is within half an interval; half of that more is left to
 AS_GOOD = 1e-6  # seconds: of two choices that differ by less, the one with Ca II after H-alpha
 
 SAME_WAVELENGTH = 1e-3  # Angstrom by which the axes of a series may differ
+DRIFT = 0.02
+"""Angstrom by which a scan's wavelengths may lie above or below those of its line's others, all by the same:
+as large as CRISP's cavity errors, as which it is recorded and taken into account. More is another axis."""
 SAME_SCALE = 1e-3  # relative difference of pixel sizes, and difference of rotation matrices
 
 
@@ -55,7 +58,10 @@ class Pair:
 
 
 def completed(scans: Sequence[Scan]) -> list[Scan]:
-    """Put scans that lack wavelengths which most scans of their line have on these scans' axis.
+    """Put scans on the axis of their line's other scans.
+
+    Those lack wavelengths which most scans have, or their wavelengths have drifted: the commonest axis is the
+    line's, and of as common ones the longest, then the first.
 
     Parameters
     ----------
@@ -65,14 +71,18 @@ def completed(scans: Sequence[Scan]) -> list[Scan]:
     Returns
     -------
     list of Scan
-        In the same order. Those whose wavelengths are no part of the others' are as they were.
+        In the same order. Those whose wavelengths are neither a part of the others' nor moved from these by
+        `DRIFT` at most are as they were.
     """
     axes: dict[str, tuple[float, ...]] = {}
     for line in LINES:
         times = Counter(scan.wavelength for scan in scans if scan.line == line)
         if times:
             axes[line] = max(times, key=lambda axis: (times[axis], len(axis)))
-    return [scan.on_axis(axes[scan.line], SAME_WAVELENGTH) for scan in scans]
+    return [
+        scan.without_drift(axes[scan.line], SAME_WAVELENGTH, DRIFT).on_axis(axes[scan.line], SAME_WAVELENGTH)
+        for scan in scans
+    ]
 
 
 def pair_scans(scans: Sequence[Scan], tolerance: float) -> tuple[tuple[Pair, ...], tuple[Scan, ...]]:
@@ -208,8 +218,10 @@ def check_alike(pairs: tuple[Pair, ...], *, calibrated: bool = False) -> None:
                     "the scans of one line have different wavelengths",
                     where=scan.name,
                     found=_range(scan),
-                    expected=f"{_range(like)}, as {like.path}",
-                    remedy="ingest them separately",
+                    expected=f"{_range(like)}, as {like.path}; moved by {DRIFT} Angstrom at most",
+                    remedy="ingest them separately"
+                    if scan.path != like.path
+                    else "split the file: its scans have to be ingested separately",
                 )
             if (scan.units, scan.saturation) != (like.units, like.saturation):
                 raise InputError(

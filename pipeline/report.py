@@ -26,7 +26,7 @@ from pipeline.results import WITHOUT_ANSWER, Flag, count_flags, is_preview
 
 MEANINGS: dict[Flag, str] = {
     Flag.OUTSIDE_FIELD: "not in both lines' field of view",
-    Flag.NOT_FINITE: "an intensity is not a number",
+    Flag.NOT_FINITE: "an intensity (or a wavelength's correction, or mu) is not a number",
     Flag.NOT_POSITIVE: "an intensity is zero or negative",
     Flag.SATURATED: "an intensity is at the largest value the file can hold",
     Flag.WAVELENGTH_NOT_COVERED: "the observed wavelengths do not reach the ends of the network's windows",

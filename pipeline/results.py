@@ -57,7 +57,7 @@ class Flag(IntFlag):
     OUTSIDE_FIELD = 1
     """Not in both lines' field of view."""
     NOT_FINITE = 2
-    """An intensity is not a number."""
+    """An intensity, or a wavelength's correction, is not a number; or mu is not, off the disc."""
     NOT_POSITIVE = 4
     """An intensity is zero or negative."""
     SATURATED = 8

@@ -564,10 +564,16 @@ def _compute(
         quality |= _where(valid & ~known, Flag.NOT_FINITE)
         missed = known & ~covered(wavelength[window.name], window, moved)
         quality |= _where(valid & missed, Flag.WAVELENGTH_NOT_COVERED)
+    mu = float(observation["mu"].isel(time=tile.time)) if "mu" in observation.variables else None
+    if mu is not None and not np.isfinite(mu):
+        quality |= _where(valid, Flag.NOT_FINITE)
     for name in ("shift_applied", "series_aligned"):
         if name in observation and not bool(observation[name].isel(time=tile.time)):
             quality |= _where(valid, Flag.REGISTRATION_UNCERTAIN)
-    quality |= np.where(valid, _known_defects(observation, here), np.uint16(0))
+    # Beyond the field nothing is said of a pixel, but that a scan has no image with which there would be one.
+    quality |= _known_defects(observation, here) & np.where(
+        valid, np.uint16(0xFFFF), np.uint16(Flag.WAVELENGTH_MISSING)
+    )
 
     values = _empty(tile, len(spec.quantiles), model.layout.heights.size)
     values["quality"] = quality
@@ -592,7 +598,6 @@ def _compute(
         shift_ca8542=moves[ca8542],
     )
     lines = to_torch(normalised)
-    mu = float(observation["mu"].isel(time=tile.time)) if "mu" in observation.variables else None
     levels = sorted({*spec.quantiles, *SPREAD})
     # What was not asked for keeps its place among the pixels: that decides the last bits of the others.
     lines_asked = lines.where(torch.from_numpy(kept).to(lines.device)[:, None], torch.nan)

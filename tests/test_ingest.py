@@ -545,6 +545,76 @@ def growing(tmp_path_factory):
     return folder, truth, output, ingest([folder], output, call="a test")
 
 
+@pytest.fixture(scope="module")
+def dead_scans(tmp_path_factory):
+    """Files of five times, the observation of them, and the files with no Ca II at one, no H-alpha at one."""
+    folder = tmp_path_factory.mktemp("files")
+    write_growing(folder, 5)
+    output = tmp_path_factory.mktemp("observation") / "obs.zarr"
+    ingest([folder], output, call="")
+    change_data(next(folder.glob("ca8542_016*")), np.zeros_like)
+    change_data(next(folder.glob("halpha_034*")), lambda data: np.full_like(data, 1234))
+    return folder, open_observation(output)
+
+
+class TestDeadScans:
+    OTHERS = (0, 2, 4)
+
+    @pytest.fixture
+    def check(self, caplog):
+        def check(report, found):
+            assert report.blank == (1, 3)
+            assert "at 2 of 5 times no pixel shows both lines" in report.summary()
+            for time, line, other in ((1, "ca8542", "halpha"), (3, "halpha", "ca8542")):
+                assert np.isnan(found[line][time]).all()
+                assert not found.valid[time].any()
+                seen = np.isfinite(found[other][time]).all(f"wavelength_{other}").values
+                assert seen.mean() > 0.3
+                flags = np.where(seen, Defect.WAVELENGTH_MISSING, 0)
+                np.testing.assert_array_equal(found.defects[time], flags)
+                assert np.isnan(found.change_between_lines[time]).all()
+                (said,) = {one for one in report.found if f"{line}_0" in one}
+                assert "no image at any wavelength" in said
+                assert said in found.attrs["found"]
+                assert said in caplog.text
+            # Over the missing time the next one but one is near enough.
+            change = found.change_between_lines[list(self.OTHERS)]
+            assert np.isfinite(change).any(("y", "x")).all()
+
+        return check
+
+    def test_their_times_are_flagged_and_the_others_as_ever(
+        self, dead_scans, tmp_path, check, fake_model, client
+    ):
+        output, others = tmp_path / "obs.zarr", list(self.OTHERS)
+        report = ingest([dead_scans[0]], output, call="")
+        found = open_observation(output).load()
+        check(report, found)
+        for name in ("valid", "halpha", "ca8542", "shift_y", "shift_x", "defects"):
+            np.testing.assert_array_equal(found[name][others], dead_scans[1][name][others])
+        invert(output, tmp_path / "map.zarr", model=fake_model, cluster=client, draws=8)
+        answers = open_map(tmp_path / "map.zarr").load()
+        missing = flagged(answers, "wavelength_missing").values
+        np.testing.assert_array_equal(missing, found.defects == Defect.WAVELENGTH_MISSING)
+        assert missing.any(axis=(1, 2)).tolist() == [False, True, False, True, False]
+        assert flagged(answers, "outside_field").values[[1, 3]].all()
+        answered = np.isfinite(answers.temperature).all(("quantile", "height"))
+        np.testing.assert_array_equal(answered, found.valid)
+
+    def test_aligned_and_at_a_common_time(self, dead_scans, tmp_path, check):
+        output = tmp_path / "obs.zarr"
+        report = ingest([dead_scans[0]], output, call="", align_series=True, common_time=True)
+        found = open_observation(output).load()
+        check(report, found)
+        assert found.series_aligned.values.tolist() == [True, True, True, False, True]
+        # The scene drifts by (0.06, -0.04) pixels a second.
+        seconds = 11.54 * np.delete(np.arange(5), 3)
+        for name, speed in (("series_shift_y", 0.06), ("series_shift_x", -0.04)):
+            np.testing.assert_allclose(np.delete(found[name].values, 3), -speed * seconds, atol=0.2)
+        # Before the first time there is no Ca II, before the third a dead one.
+        assert found.ca8542_interpolated.values.tolist() == [False, False, False, False, True]
+
+
 class TestChange:
     def test_ribbons_that_brighten(self, growing):
         """The estimate is what the scene did, and it is flagged in the ribbons and nowhere else."""
@@ -747,7 +817,7 @@ class TestBadInput:
     def test_scan_without_intensities(self, pair, tmp_path, value):
         change_data(pair[1], lambda data: np.full_like(data, value))
         text = self.refuse(pair, tmp_path / "obs.zarr")
-        assert "no intensities" in text
+        assert "no image at any wavelength" in text
         assert str(pair[1]) in text
 
     def test_bad_pixels_are_kept(self, pair, tmp_path):
@@ -815,31 +885,38 @@ class TestBadInput:
         assert "TWAVE1 = '6563 A'" in text
         assert [path for path in tmp_path.iterdir() if path.suffix != ".fits"] == []
 
-    def test_one_bad_scan_of_a_series(self, tmp_path, caplog):
-        for number in range(3):
+    def test_a_series_of_nothing(self, tmp_path):
+        """All its scans are named, and once they are mended nothing is left of the attempt."""
+        for number in range(2):
             write_pair(tmp_path, shape=(40, 50), angle=None, number=number, seed=number)
-        (bad,) = tmp_path.glob("*8542_r00001.fits")
-        good = bad.read_bytes()
-        change_data(bad, np.zeros_like)
+        bad = [tmp_path / f"crisp_l2_20140906_152724_{name}.fits" for name in ("6563_r00000", "8542_r00001")]
+        good = [path.read_bytes() for path in bad]
+        for path in bad:
+            change_data(path, np.zeros_like)
         output = tmp_path / "obs.zarr"
         text = self.refuse([tmp_path], output)
-        assert str(bad) in text
-        assert "no intensities" in text
-        assert str(bad) in caplog.text
-        bad.write_bytes(good)
+        assert "no time of the series" in text
+        for path, data in zip(bad, good, strict=True):
+            assert f"{path}: no image at any wavelength" in text
+            path.write_bytes(data)
         ingest([tmp_path], output, call="")
-        assert open_observation(output).sizes["time"] == 3
+        assert open_observation(output).sizes["time"] == 2
         assert leftovers(output) == []
 
-    def test_several_bad_scans_are_all_named(self, tmp_path):
+    def test_files_that_fail_meanwhile_are_all_named(self, tmp_path, monkeypatch):
         for number in range(3):
             write_pair(tmp_path, shape=(40, 50), angle=None, number=number, seed=number)
-        for path in tmp_path.glob("*6563_r0000[12].fits"):
-            change_data(path, np.zeros_like)
+        lay_out, bad = pipeline.ingest.lay_out, sorted(tmp_path.glob("*6563_r0000[12].fits"))
+
+        def cut_off(*arguments, **settings):
+            lay_out(*arguments, **settings)
+            for path in bad:
+                os.truncate(path, 9000)
+
+        monkeypatch.setattr(pipeline.ingest, "lay_out", cut_off)
         text = self.refuse([tmp_path], tmp_path / "obs.zarr")
         assert "2 of 3 scan pairs failed" in text
-        assert "r00001" in text
-        assert "r00002" in text
+        assert all(path.name in text for path in bad)
 
     def test_output_is_something_else(self, pair, tmp_path):
         file, folder, other = tmp_path / "file.zarr", tmp_path / "folder.zarr", tmp_path / "map.zarr"
@@ -900,9 +977,10 @@ class TestInterruption:
         write = pipeline.ingest._write
 
         def full(task, *arguments):
-            write(task, *arguments)
+            valid = write(task, *arguments)
             if task.time == 1:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return valid
 
         monkeypatch.setattr("pipeline.ingest._write", full)
         with pytest.raises(StoreError, match="no space left") as caught:

@@ -388,8 +388,28 @@ def test_a_mu_that_cannot_be_is_refused(tmp_path, client, settings):
     observation = toy_observation()
     observation["mu"] = observation["mu"].copy(data=[0.5, np.nan])
     write_store(observation, tmp_path / "o.zarr")
-    with pytest.raises(InputError, match="mu"):
-        invert(tmp_path / "o.zarr", tmp_path / "map.zarr", cluster=client, **settings)
+    for times in ("1", "0,1"):
+        if times != "1":
+            observation["mu"] = observation["mu"].copy(data=[0.5, 1.5])
+            shutil.rmtree(tmp_path / "o.zarr")
+            write_store(observation, tmp_path / "o.zarr")
+        with pytest.raises(InputError, match="mu"):
+            invert(tmp_path / "o.zarr", tmp_path / "map.zarr", cluster=client, times=times, **settings)
+
+
+def test_a_time_off_the_disc_is_flagged(tmp_path, client, settings, caplog):
+    observation = toy_observation()
+    write_store(observation, tmp_path / "on.zarr")
+    invert(tmp_path / "on.zarr", tmp_path / "whole.zarr", cluster=client, **settings)
+    observation["mu"] = observation["mu"].copy(data=[float(observation["mu"][0]), np.nan])
+    write_store(observation, tmp_path / "off.zarr")
+    invert(tmp_path / "off.zarr", tmp_path / "map.zarr", cluster=client, **settings)
+    expected, found = (open_map(tmp_path / name).load() for name in ("whole.zarr", "map.zarr"))
+    np.testing.assert_array_equal(found.temperature[0], expected.temperature[0])
+    assert np.isnan(found.temperature[1]).all()
+    valid = observation["valid"].values[1]
+    np.testing.assert_array_equal(flagged(found, "not_finite").values[1] & valid, valid)
+    assert "at 1 of 2 times" in caplog.text
 
 
 # Tiles that fail

@@ -373,3 +373,23 @@ class TestIngest:
 
 def interrupted(*_arguments):
     raise KeyboardInterrupt
+
+
+def test_times_off_the_disc_and_without_intensities_are_passed_over():
+    """Of eight times two know where on the disc they are, and see it."""
+    dataset, _ = quiet_scene(times=2)
+    whole = calibrate(dataset)
+    eight = dataset.isel(time=[0, 0, 0, 0, 0, 0, 0, 1]).copy(deep=True)
+    eight["mu"] = ("time", [0.6, *[np.nan] * 6, 0.6])
+    found = calibrate(eight)
+    assert found.times == (0, 7)
+    assert found.halpha == whole.halpha
+    eight["mu"] = ("time", [0.6] * 8)
+    eight["valid"][1:7] = False
+    eight["ca8542"][1:7] = np.nan
+    found = calibrate(eight)
+    assert found.times == (0, 7)
+    assert found.ca8542 == whole.ca8542
+    eight["mu"] = ("time", [np.nan] * 8)
+    with pytest.raises(InputError, match="on the disc is not known"):
+        calibrate(eight)

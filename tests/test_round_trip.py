@@ -126,6 +126,33 @@ def test_wavelength_shifts_come_along(tmp_path, series):
         assert away.max() < worst
 
 
+def test_wavelengths_that_drift(tmp_path, series):
+    """The second scan's, by 5 mA in H-alpha, and by -3 mA in Ca II beside its cavity errors; not by 50."""
+    drift = {"halpha": 0.005, "ca8542": -0.003}
+    for line, axis in AXES.items():
+        own = vacuum_to_air(axis) + np.array([[0.0], [drift[line]]])
+        errors = np.full((2, *SHAPE), 0.02) if line == "ca8542" else None
+        cube = np.where(series.field[line][:, None], series.noisy[line] * per_frequency(line), np.nan)
+        write_sstred(tmp_path / f"{line}.fits", cube[:, None], own, seconds(len(axis), 0.0), cavity=errors)
+    ingest([tmp_path], tmp_path / "obs.zarr", call="")
+    found = open_observation(tmp_path / "obs.zarr").load()
+    for line, axis in AXES.items():
+        np.testing.assert_allclose(found[f"wavelength_{line}"], axis, rtol=0, atol=1e-6)
+        for time in (0, 1):
+            shift = found[f"wavelength_shift_{line}"].values[time][found.valid.values[time]]
+            expected = time * drift[line] + (0.02 if line == "ca8542" else 0.0)
+            np.testing.assert_allclose(shift, 1.000275 * expected, rtol=0, atol=2e-6)
+    write_sstred(
+        tmp_path / "again.fits",
+        (series.noisy["halpha"] * per_frequency("halpha"))[:, None],
+        vacuum_to_air(AXES["halpha"]) + np.array([[0.0], [0.05]]),
+        seconds(len(AXES["halpha"]), 0.0),
+    )
+    with pytest.raises(InputError, match="different wavelengths") as refusal:
+        ingest([tmp_path / "again.fits", tmp_path / "ca8542.fits"], tmp_path / "other.zarr", call="")
+    assert "split the file" in str(refusal.value)
+
+
 def test_lines_in_frames_of_their_own(tmp_path, series):
     """As SSTRED cuts them: Ca II's frame has other rows and columns, and its header says where they are."""
     top, left, rows, columns = 6, -5, 80, 112
@@ -169,17 +196,34 @@ def test_lines_in_frames_of_their_own(tmp_path, series):
         assert np.sqrt(np.mean(away**2)) < 1e-4  # Angstrom: of a gradient times a tenth of a pixel
 
 
-def test_frames_that_do_not_meet_are_refused(tmp_path, series):
-    for line, axis in AXES.items():
-        write_sstred(
-            tmp_path / f"{line}.fits",
-            (series.noisy[line] * per_frequency(line))[:, None],
-            vacuum_to_air(axis),
-            seconds(len(axis), 0.0),
-            pointing=(-729.0 if line == "halpha" else -700.0, -313.0),
-        )
-    with pytest.raises(InputError, match=r"2 of 2 scan pairs failed|no pixel in common"):
-        ingest([tmp_path], tmp_path / "obs.zarr", call="")
+def test_frames_that_do_not_meet(tmp_path, series):
+    """A time at which the lines see different parts of the Sun is blank; a series of these is refused."""
+    away = np.array([(0.0, 0.0), (29.0, 0.0)])
+    for first in (0, 1):
+        for line, axis in AXES.items():
+            inside = series.field[line][:, None]
+            (tmp_path / f"{line}.fits").unlink(missing_ok=True)
+            write_sstred(
+                tmp_path / f"{line}.fits",
+                np.where(inside, series.noisy[line] * per_frequency(line), np.nan)[:, None],
+                vacuum_to_air(axis),
+                seconds(len(axis), 0.0),
+                pointing=np.array([-729.0, -313.0]) + away[[first, 1]] * (line == "ca8542"),
+            )
+        if first == 0:
+            report = ingest([tmp_path], tmp_path / "obs.zarr", call="")
+            found = open_observation(tmp_path / "obs.zarr").load()
+            assert report.blank == (1,)
+            assert [sentence for sentence in report.found if "no pixel in common" in sentence]
+            assert not [sentence for sentence in report.found if "no image" in sentence]
+            assert found.valid[0].any()
+            assert not found.valid[1].any()
+            assert not found.defects[1].any()
+            np.testing.assert_array_equal(np.isfinite(found.halpha[1, ..., 0]), series.field["halpha"][1])
+        else:
+            with pytest.raises(InputError, match="no time of the series") as refusal:
+                ingest([tmp_path], tmp_path / "other.zarr", call="")
+            assert "no pixel in common" in str(refusal.value)
 
 
 def test_an_upflow_is_a_blueshift_is_a_positive_velocity(tmp_path, client):

@@ -184,7 +184,7 @@ def open_intensity(scan: Scan) -> Cube:
 
 
 def open_wavelength_shift(scan: Scan) -> NDArray[np.float64] | None:
-    """What has to be added to a scan's wavelengths at each pixel: CRISP's cavity errors, if a file has any.
+    """What has to be added to a scan's wavelengths at each pixel: CRISP's cavity errors, and its own drift.
 
     Parameters
     ----------
@@ -201,7 +201,10 @@ def open_wavelength_shift(scan: Scan) -> NDArray[np.float64] | None:
     InputError
         The file has changed or gone since it was described.
     """
-    return OPENERS[scan.format].open_wavelength_shift(scan.as_filed) if scan.has_wavelength_shift else None
+    shift = OPENERS[scan.format].open_wavelength_shift(scan.as_filed) if scan.has_wavelength_shift else None
+    if scan.drift == 0.0:
+        return shift
+    return np.full(scan.shape, scan.drift) if shift is None else shift + scan.drift
 
 
 def find_scans(

@@ -58,6 +58,11 @@ class _Indexed(ABC):
         """Single precision."""
         return np.dtype(np.float32)
 
+    @property
+    @abstractmethod
+    def stored(self) -> Cube:
+        """The same cube of the file's own numbers."""
+
     def __len__(self) -> int:
         return self.shape[0]
 
@@ -112,6 +117,11 @@ class ScaledCube(_Indexed):
         """Wavelengths, and pixels along y and x."""
         return self._stored.shape
 
+    @property
+    def stored(self) -> Cube:
+        """The numbers in the file."""
+        return stored_numbers(self._stored)
+
     def __getitem__(self, key: Any, /) -> NDArray[np.float32]:  # noqa: ANN401
         stored = np.asarray(self._stored[key])
         along = key[0] if isinstance(key, tuple) else key
@@ -150,6 +160,12 @@ class PlacedCube(_Indexed):
         """Wavelengths, and pixels along y and x."""
         return (len(self._cube), *self._frame)
 
+    @property
+    def stored(self) -> Cube:
+        """The file's own numbers, placed alike."""
+        stored = stored_numbers(self._cube)
+        return self if stored is self._cube else PlacedCube(stored, self._frame, self._corner)
+
     def __getitem__(self, key: Any, /) -> NDArray[np.float32]:  # noqa: ANN401
         along, *rest = key if isinstance(key, tuple) else (key,)
         if len(rest) == 1 and isinstance(rest[0], np.ndarray) and rest[0].ndim == 2:
@@ -187,13 +203,20 @@ class IncompleteCube(_Indexed):
     """
 
     def __init__(self, cube: Cube, present: Sequence[int], wavelengths: int) -> None:
-        self._cube, self._own = cube, {place: own for own, place in enumerate(present)}
+        self._cube, self._present = cube, tuple(present)
+        self._own = {place: own for own, place in enumerate(present)}
         self._wavelengths = wavelengths
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Wavelengths, and pixels along y and x."""
         return (self._wavelengths, *self._cube.shape[1:])
+
+    @property
+    def stored(self) -> Cube:
+        """The file's own numbers where there are images."""
+        stored = stored_numbers(self._cube)
+        return self if stored is self._cube else IncompleteCube(stored, self._present, self._wavelengths)
 
     def __getitem__(self, key: Any, /) -> NDArray[np.float32]:  # noqa: ANN401
         along, *rest = key if isinstance(key, tuple) else (key,)
@@ -203,6 +226,23 @@ class IncompleteCube(_Indexed):
         own = self._own.get(int(places))
         image = np.asarray(self._cube[(own or 0, *rest)], dtype=np.float32)
         return image if own is not None else np.full_like(image, np.nan)
+
+
+def stored_numbers(cube: Cube) -> Cube:
+    """The numbers that a file holds, in place of intensities made of them.
+
+    Images that are equal in a file are so no more once each is multiplied by a factor of its own.
+
+    Parameters
+    ----------
+    cube : Cube, shape (wavelength, y, x)
+
+    Returns
+    -------
+    Cube, shape (wavelength, y, x)
+        The same one where the numbers are the intensities.
+    """
+    return cube.stored if isinstance(cube, _Indexed) else cube
 
 
 def as_intensities(

@@ -261,6 +261,8 @@ class Scan:
         Other files that say something of the scan: its wavelengths, times or pointing.
     present : tuple of int, optional
         Indices of `wavelength` of which the file has images; None if it has them all.
+    drift : float
+        Angstrom by which the file's own wavelengths are above `wavelength`, all alike.
 
     Raises
     ------
@@ -287,6 +289,7 @@ class Scan:
     has_wavelength_shift: bool = False
     sidecars: tuple[str, ...] = ()
     present: tuple[int, ...] | None = None
+    drift: float = 0.0
 
     def __post_init__(self) -> None:
         _check_axis(np.asarray(self.wavelength), self.path)
@@ -317,9 +320,35 @@ class Scan:
     @property
     def as_filed(self) -> Scan:
         """The scan with no other wavelengths than the file's."""
-        if self.present is None:
+        if self.present is None and self.drift == 0.0:
             return self
-        return replace(self, wavelength=tuple(self.wavelength[index] for index in self.present), present=None)
+        present = range(len(self.wavelength)) if self.present is None else self.present
+        wavelength = tuple(self.wavelength[index] + self.drift for index in present)
+        return replace(self, wavelength=wavelength, present=None, drift=0.0)
+
+    def without_drift(self, axis: Sequence[float], tolerance: float, largest: float) -> Scan:
+        """The scan on an axis above which its wavelengths lie by one amount; itself if they do not.
+
+        Parameters
+        ----------
+        axis : sequence of float
+            Wavelengths in vacuum, Angstrom, increasing.
+        tolerance : float
+            Angstrom by which wavelengths may differ beside that; those that differ by no more have no drift.
+        largest : float
+            Angstrom of a drift at most.
+        """
+        if len(self.wavelength) != len(axis):
+            return self
+        above = np.subtract(self.wavelength, axis)
+        drift = float(above.mean())
+        if (
+            np.abs(above).max() <= tolerance
+            or abs(drift) > largest
+            or np.abs(above - drift).max() > tolerance
+        ):
+            return self
+        return replace(self, wavelength=tuple(axis), drift=drift)
 
     def on_axis(self, axis: Sequence[float], tolerance: float) -> Scan:
         """The scan on a longer axis, whose other wavelengths it lacks; itself if this is not a part of it.
