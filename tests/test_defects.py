@@ -12,6 +12,7 @@ from scipy.special import j1
 
 from inn.layout import HALPHA
 from pipeline.crisp import find_scans, open_intensity, read_scans
+from pipeline.crisp.cube import IncompleteCube, PlacedCube, ScaledCube
 from pipeline.crisp.headers import header_contradictions
 from pipeline.defects import Defect, granulation_contrast, survey
 from pipeline.errors import InputError
@@ -287,6 +288,25 @@ class TestPixels:
         spoilt = cube.copy()
         spoilt[8] = spoilt[7]
         assert survey(spoilt, WHOLE).missing == (8,)
+
+    def test_it_is_the_files_numbers_that_are_the_same(self, cube):
+        """A factor that depends on the wavelength, as of units per frequency, hides no repetition."""
+        spoilt = cube.copy()
+        spoilt[8] = spoilt[7]
+        spoilt[:, 40, 50] = 1500
+        factors = 3e8 / np.square(WAVELENGTH_HALPHA)
+        scaled = ScaledCube(spoilt, factors, 100.0 * factors)
+        present = [index for index in range(len(cube) + 1) if index != 4]
+        for numbers, field, missing, place in (
+            (scaled, WHOLE, (8,), (40, 50)),
+            (PlacedCube(scaled, SHAPE, (3, -7)), np.roll(WHOLE, 1), (8,), (43, 43)),
+            (IncompleteCube(scaled, present, len(cube) + 1), WHOLE, (4, 9), (40, 50)),
+        ):
+            seen = field & np.isfinite(np.asarray(numbers[0]))
+            found = survey(numbers, seen)
+            assert found.missing == missing
+            assert [tuple(at) for at in np.argwhere(found.dead)] == [place]
+            assert len(found.spikes) == 0
 
     @pytest.mark.parametrize("value", [0.0, 1480.0, np.nan])
     def test_missing_images(self, cube, value):

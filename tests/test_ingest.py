@@ -18,6 +18,7 @@ import disturbed
 import numpy as np
 import pytest
 import xarray as xr
+import yaml
 import zarr
 from astropy.io import fits
 from astropy.wcs import WCS, FITSFixedWarning
@@ -950,6 +951,43 @@ class TestBadInput:
             dataset.halpha.isel(time=0).transpose("wavelength_halpha", "y", "x"), fits.getdata(pair[0])
         )
         assert leftovers(output) == []
+
+
+def test_sidecars_of_the_same_content(tmp_path):
+    """Both lines' lists of times say the same: that the files are the same again is known all the same."""
+    cubes = []
+    for line, axis in (("halpha", WAVELENGTH_HALPHA), ("ca8542", WAVELENGTH_CA8542)):
+        cube = np.random.default_rng(1).integers(1000, 2000, (2, axis.size, 20, 30)).astype(np.int16)
+        fits.PrimaryHDU(cube).writeto(tmp_path / f"{line}.fits")
+        (tmp_path / f"{line}.txt").write_text("2014-09-06T15:27:24\n2014-09-06T15:27:35\n")
+        cubes.append(
+            {
+                "files": f"{line}*",
+                "axes": ["time", "wavelength", "y", "x"],
+                "line": line,
+                "wavelength": {"values": axis.tolist(), "unit": "Angstrom", "medium": "vacuum"},
+                "time": {"file": f"{line}.txt"},
+                "pointing": {"reference_value": [-300.0, 200.0], "scale": 0.06},
+                "unit": "DN",
+            }
+        )
+    (tmp_path / "cubes.yaml").write_text(yaml.safe_dump({"cubes": cubes}))
+    files, output = sorted(tmp_path.glob("*.fits")), tmp_path / "obs.zarr"
+    settings = {"call": "", "description": tmp_path / "cubes.yaml"}
+    assert not ingest(files, output, **settings).complete_before
+    assert ingest(files, output, **settings).complete_before
+    (tmp_path / "ca8542.txt").write_text("2014-09-06T15:27:25\n2014-09-06T15:27:36\n")
+    with pytest.raises(MisuseError, match="1 of the 5 files are not"):
+        ingest(files, output, **settings)
+
+
+def test_a_common_time_that_the_lines_have_anyway(tmp_path, caplog):
+    for number in range(2):
+        write_pair(tmp_path, shape=(40, 50), angle=None, number=number, delay=np.timedelta64(0, "ms"))
+    report = ingest([tmp_path], tmp_path / "obs.zarr", call="", common_time=True)
+    assert "interpolated to H-alpha's time in 0 of 2 scans; 2 were taken at that time" in report.summary()
+    assert "it keeps its own" not in report.summary()
+    assert "not interpolated" not in caplog.text
 
 
 def killed(sources, output, name, call, **settings):

@@ -14,6 +14,7 @@ from scipy import ndimage
 from pipeline.cli import main
 from pipeline.crisp.fchroma import write_fchroma
 from pipeline.crisp.wavelengths import vacuum_to_air
+from pipeline.errors import InputError
 from pipeline.ingest import ingest
 from pipeline.inspect import inspect, show
 from pipeline.observation import open_observation
@@ -182,6 +183,59 @@ def test_a_line_far_from_rest_is_said(tmp_path, move):
         (sentence,) = sentences
         assert sentence.startswith(f"the mean profile is darkest {speed:+.0f} km/s from the line's rest")
         assert round(speed) == -84
+
+
+@pytest.mark.parametrize("stated", ["vacuum", "air"])
+def test_ingest_says_so_too(tmp_path, caplog, stated):
+    """Axes so wide that those in air, taken for vacuum, cover the lines' windows as well."""
+    offset = np.arange(-40, 41) * 0.1
+    rng = np.random.default_rng(4)
+    for line, rest in (("halpha", 6564.61), ("ca8542", 8544.44)):
+        profile = 1.0 - 0.7 * np.exp(-((offset / 0.5) ** 2))
+        cube = np.rint(3000 * profile[:, None, None] * rng.uniform(0.9, 1.1, SHAPE))
+        axis = vacuum_to_air(rest + offset) if stated == "vacuum" else rest + offset
+        write_fchroma(tmp_path / f"{line}.fits", cube, axis, START)
+    report = ingest([tmp_path], tmp_path / "obs.zarr", call="")
+    said = [sentence for sentence in report.found if "darkest" in sentence]
+    if stated == "air":
+        assert not said
+        return
+    for line, speed, sentence in zip(("halpha", "ca8542"), (-83, -82), said, strict=True):
+        assert f"{line}.fits: the mean profile is darkest {speed} km/s from the line's rest" in sentence
+        assert sentence in caplog.text
+        assert sentence in open_observation(tmp_path / "obs.zarr").attrs["found"]
+
+
+def test_scans_without_intensities_are_told(series, tmp_path):
+    """One of four, of Ca II: its time is blank; if no time is left, ingest would refuse."""
+    later = sorted(series.glob("*8542*"))
+    for path, words in ((later[1:2], "1 times without an answer"), (later, "no pair of scans holds")):
+        for file in path:
+            with fits.open(file, mode="update") as hdus:
+                hdus[0].data[:] = 0
+        inspection = inspect([series], tolerance=15.0, every=True)
+        assert [scan.path for scan in inspection.groups[1].empty] == [str(file) for file in path]
+        text = said(inspection)
+        assert words in text
+        assert "no image at any wavelength" in text
+        assert ("would refuse" in text) == (path == later)
+        if path == later:
+            with pytest.raises(InputError, match="no time of the series"):
+                ingest([series], tmp_path / "obs.zarr", call="")
+        else:
+            assert ingest([series], tmp_path / "some.zarr", call="").blank == (1,)
+
+
+def test_drifting_wavelengths_are_told_about_together(tmp_path):
+    rng = np.random.default_rng(5)
+    for number in range(3):
+        cube = rng.integers(1000, 2000, (15, *SHAPE))
+        axis = WAVELENGTH_HALPHA + 0.002 * number
+        write_fchroma(tmp_path / f"{number}.fits", cube, axis, START + number * CADENCE)
+    inspection = inspect([tmp_path], tolerance=15.0)
+    (group,) = inspection.groups
+    assert len(group.scans) == 3
+    assert "moved by up to 4.0 mA from scan to scan" in said(inspection)
 
 
 def test_what_ingest_would_refuse_and_leave_out(series):

@@ -183,10 +183,17 @@ class PlacedCube(_Indexed):
         part = np.asarray(self._cube[along, spans[0], spans[1]])
         wavelengths = part.shape[:-2]
         values = np.full((*wavelengths, *(int(np.prod(shape)) for shape in wanted)), np.nan, np.float32)
-        here: tuple[Any, ...] = (..., *np.ix_(*inside))
-        source: tuple[Any, ...] = (..., *np.ix_(*own))
+        here: tuple[Any, ...] = (..., *_grid(inside))
+        source: tuple[Any, ...] = (..., *_grid(own))
         values[here] = part[source]
         return values.reshape((*wavelengths, *wanted[0], *wanted[1]))
+
+
+def _grid(axes: Sequence[NDArray[np.intp]]) -> tuple[Any, ...]:
+    """Indices of all combinations of places along axes; where they can be slices, which are copied sooner."""
+    if all(places.size and (np.diff(places) == 1).all() for places in axes):
+        return tuple(slice(int(places[0]), int(places[-1]) + 1) for places in axes)
+    return np.ix_(*axes)
 
 
 class IncompleteCube(_Indexed):
