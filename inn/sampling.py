@@ -86,7 +86,8 @@ class Sampling:
         if self.error is None:
             return f"{text} (what error of the quantiles that leaves is not known)"
         return (
-            f"{text} (which leaves an error of the quantiles of {self.error:.2g} of the posterior's spread)"
+            f"{text} (which leaves the quantiles at 5, 50 and 95 % an error of {self.error:.2g} of the "
+            "posterior's spread)"
         )
 
     def with_precision(self, model: Network, precision: Precision) -> Sampling:

@@ -5,20 +5,22 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import zarr
 
 from pipeline.errors import StoreError
-from pipeline.journal import Journal, read_journal
+from pipeline.journal import Journal, is_receipt, read_journal
 from pipeline.progress import Progress
-from pipeline.results import check_coordinates, is_map, open_map
+from pipeline.results import Flag, is_map, open_map, see_that_it_is_as_begun, unwritten
+from pipeline.selection import EVERYTHING
 from pipeline.storage import Place, log_at, place
 from pipeline.tiles import Tile, TileGrid, checksum, missing_files, read_tile, tile_keys
 
@@ -72,6 +74,8 @@ class CheckReport:
         Every tile that is not as it should be, in order.
     seconds : float
         Time it took.
+    unwritten : str or None
+        What the pixels of tiles without files read as, if not as what they are.
     """
 
     output: Path | str
@@ -79,11 +83,12 @@ class CheckReport:
     finished: bool
     faults: tuple[FaultyTile, ...]
     seconds: float
+    unwritten: str | None = None
 
     @property
     def sound(self) -> bool:
         """Whether the map is finished and every tile is there, bit for bit as it was computed."""
-        return self.finished and not self.faults
+        return self.finished and not self.faults and self.unwritten is None
 
     def of(self, fault: Fault) -> tuple[Tile, ...]:
         """Tiles with one kind of fault."""
@@ -103,8 +108,10 @@ class CheckReport:
                 lines.append(f"    and {len(here) - NAMED} more")
         if not self.finished:
             lines.append("  the run that makes it has not come to its end")
+        if self.unwritten is not None:
+            lines.append(f"  pixels of tiles without files: {self.unwritten}")
         if not self.sound:
-            lines.append("  the command that made the map does these tiles again, and only these")
+            lines.append("  the command that made the map mends that, and does no other tiles again")
         return "\n".join(lines)
 
 
@@ -167,7 +174,7 @@ def _checked(store: Place) -> CheckReport:
             where=journal,
             remedy="put the right journal back beside the map",
         )
-    check_coordinates(store, read_journal(journal)[1])
+    see_that_it_is_as_begun(store, header.get("begun_with"), read_journal(journal)[1])
     dataset = open_map(store.location)
     rows, columns = header["fingerprint"]["tile"]
     grid = TileGrid((dataset.sizes["time"], dataset.sizes["y"], dataset.sizes["x"]), (rows, columns))
@@ -179,7 +186,7 @@ def _checked(store: Place) -> CheckReport:
             continue  # an earlier check's note: the receipt before it says what the tile should hold
         finished, tiles = bool(record.get("finished")), record.get("tiles", len(grid))
         if (index := record.get("tile", len(grid))) < len(grid):
-            known[index] = _DONE if "sha256" in record else _FAILED if "error" in record else 0
+            known[index] = _DONE if is_receipt(record) else _FAILED if "error" in record else 0
             receipt = record.get("sha256", record.get("quarantine", ""))
             receipts[index] = np.frombuffer(bytes.fromhex(receipt.zfill(64)), dtype=np.uint8)
     if finished and np.count_nonzero(known) == tiles:
@@ -201,7 +208,30 @@ def _checked(store: Place) -> CheckReport:
                 if faulty is not None:
                     faults.append(faulty)
                 progress.advance(1)
-    return CheckReport(store.location, len(grid), finished, tuple(faults), time.monotonic() - started)
+    return CheckReport(
+        store.location,
+        len(grid),
+        finished,
+        tuple(faults),
+        time.monotonic() - started,
+        _misread(store, header["fingerprint"], finished=finished),
+    )
+
+
+def _misread(store: Place, fingerprint: Mapping[str, Any], *, finished: bool) -> str | None:
+    """What pixels without files read as that should read as something else."""
+    whole = all(fingerprint.get(name) is None for name in EVERYTHING.settings())
+    if not (whole or finished):
+        return None  # a command may have been killed on its way from one to the other
+    expected = Flag.NOT_DONE if whole else Flag.NOT_SELECTED
+    found = unwritten(store)
+    if found == {expected}:
+        return None
+    return f"they read as {' or '.join(str(one) for one in sorted(found))}, not as {_named(expected)}"
+
+
+def _named(flag: Flag) -> str:
+    return f"{int(flag)} ({str(flag.name).lower()})"
 
 
 _DONE, _FAILED, _NOT_SELECTED = 1, 2, 3

@@ -256,6 +256,7 @@ def inspect_command(
     "\n\nA first look, to choose it: [bold]flarefield invert obs.zarr look.zarr --preview[/]",
 )
 def invert_command(
+    context: typer.Context,
     observation: Annotated[
         str,
         typer.Argument(
@@ -405,6 +406,14 @@ def invert_command(
     if check:
         from pipeline.check import check_map
 
+        given = [name for name in context.params if str(context.get_parameter_source(name)).endswith("LINE")]
+        if ignored := sorted({*given} - {"observation", "output", "check"}):
+            raise MisuseError(
+                "--check only looks at a map: other options mean nothing to it",
+                found=", ".join(f"--{name.replace('_', '-')}" for name in ignored),
+                expected="flarefield invert --check MAP.zarr",
+                remedy="leave them out",
+            )
         checked = check_map(output or observation)
         _say(checked.summary())
         if not checked.sound:

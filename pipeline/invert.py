@@ -45,7 +45,7 @@ from pipeline.cluster import (
 from pipeline.devices import Device
 from pipeline.driver import run_bounded
 from pipeline.errors import FlareFieldError, InputError, MisuseError, StoreError
-from pipeline.journal import Journal, changes
+from pipeline.journal import Journal, changes, is_receipt
 from pipeline.observation import open_observation, see_that_it_is_whole
 from pipeline.plan import Plan, make_plan, see_that_it_fits
 from pipeline.progress import Progress
@@ -55,15 +55,14 @@ from pipeline.results import (
     PREVIEW,
     SAMPLING,
     Flag,
-    check_coordinates,
-    coordinate_hashes,
     is_map,
     lay_out,
     mark_unwritten,
+    see_that_it_is_as_begun,
 )
 from pipeline.selection import select
 from pipeline.spectra import Interpolation, shortfall
-from pipeline.storage import Place, log_at, out_of_space, place
+from pipeline.storage import Place, lies_in, log_at, out_of_space, place
 from pipeline.tiles import (
     KERNEL,
     Tile,
@@ -318,8 +317,7 @@ def invert(
             if work.resumed < work.tiles:
                 with opened(cluster) as client:
                     work.go_on(client, window)
-            if not spec.selection.whole:
-                mark_unwritten(store.location, Flag.NOT_SELECTED)
+            mark_unwritten(store.location, Flag.NOT_DONE if spec.selection.whole else Flag.NOT_SELECTED)
             journal.append({"finished": True, "tiles": work.tiles})
         if store is not target:
             swap(target, store)
@@ -411,10 +409,9 @@ def plan_inversion(
     with request.output.lock():
         begun = _begun(request.output, request.fingerprint, overwrite=overwrite)
         if begun is not None:
-            store, journal = begun
-            with journal:
-                work = _Work(replace(request.spec, store=str(store)), request.grid, request.asked, journal)
-                work.take_up()
+            store, journal = begun  # as they are: nothing is mended before the run itself
+            work = _Work(replace(request.spec, store=str(store)), request.grid, request.asked, journal)
+            work.take_up()
             done = work.done
     plan = partial(
         make_plan,
@@ -492,6 +489,14 @@ def _settle(
     """Check the arguments of `invert` against the observation and the model."""
     observation, target = str(place(observation)), place(output)
     model_path = None if model is None else str(place(model))
+    for source in (observation, model_path, skip_from):
+        if source is not None and lies_in(target, place(source)):
+            raise MisuseError(
+                "the map would lie inside of what it is made from",
+                where=target,
+                found=f"a place in {source}",
+                remedy="choose an output beside it",
+            )
     with fetched_model(model_path) as folder:
         network, weights = load_model(folder), model_hash(folder)
     dataset = open_observation(observation)
@@ -599,7 +604,9 @@ def preview_comment(network: Network) -> str:
     )
 
 
-def _make_store(request: _Request, call: str, store: Place) -> None:
+def _make_store(
+    request: _Request, call: str, store: Place, announce: Callable[[Mapping[str, str]], object]
+) -> None:
     lay_out(
         store.location,
         _coordinates(request.dataset),
@@ -608,6 +615,7 @@ def _make_store(request: _Request, call: str, store: Place) -> None:
         tile=request.grid.tile,
         attrs=_attributes(request, call),
         comments=PREVIEW_COMMENTS if request.spec.preview else None,
+        announce=announce,
     )
 
 
@@ -754,6 +762,8 @@ def _coordinates(dataset: xr.Dataset) -> xr.Dataset:
 
 # The output: begun, resumed or replaced
 
+MakeStore = Callable[[Place, Callable[[Mapping[str, str]], object]], None]
+
 
 def _begun(output: Place, fingerprint: Mapping[str, Any], *, overwrite: bool) -> tuple[Place, Journal] | None:
     """Find the store to go on with, the output itself or what is to replace it; None if it is to be made."""
@@ -785,7 +795,7 @@ def _begin(
     output: Place,
     run: str,
     fingerprint: Mapping[str, Any],
-    make_store: Callable[[Place], None],
+    make_store: MakeStore,
     *,
     overwrite: bool,
 ) -> tuple[Place, Journal]:
@@ -797,21 +807,15 @@ def _begin(
     return store, _fresh(store, run, fingerprint, make_store)
 
 
-def _fresh(
-    store: Place, run: str, fingerprint: Mapping[str, Any], make_store: Callable[[Place], None]
-) -> Journal:
+def _fresh(store: Place, run: str, fingerprint: Mapping[str, Any], make_store: MakeStore) -> Journal:
     # The journal first: a store without one could not be told from one whose journal was lost.
-    journal = Journal.create(store.journal, run, fingerprint)
     try:
-        make_store(store)
-        journal.append({"coordinates": coordinate_hashes(store)})
-        journal.flush()
+        make_store(store, partial(Journal.create, store.journal, run, fingerprint))
     except OSError as error:
-        journal.close()
         if (refusal := out_of_space(error, store)) is not None:
             raise refusal from error
         raise
-    return journal
+    return Journal.open(store.journal)
 
 
 def _resume(store: Place, fingerprint: Mapping[str, Any]) -> Journal:
@@ -822,39 +826,33 @@ def _resume(store: Place, fingerprint: Mapping[str, Any]) -> Journal:
             remedy="put the journal back beside the map, or start over with --overwrite",
         )
     journal = Journal.open(store.journal)
-    try:
-        if journal.run != zarr.open_group(store.zarr, mode="r").attrs.get("run"):
-            raise StoreError(
-                "map and journal are of different runs",
-                where=store.journal,
-                remedy="put the right journal back beside the map, or start over with --overwrite",
-            )
-        differing = changes(journal.fingerprint, fingerprint)
-        if "method" in differing:
-            previews = "a preview", "sampled from the posterior"
-            before, now = previews if "method" in journal.fingerprint else reversed(previews)
-            raise MisuseError(
-                "a preview and a sampled map cannot go on with each other",
-                where=store,
-                found=f"a map that is {before}",
-                expected=f"one that is {now}",
-                remedy="choose another output, or start over with --overwrite",
-            )
-        if differing:
-            raise MisuseError(
-                "the map was begun with other settings",
-                where=store,
-                found="; ".join(f"{name}: {_short(wanted)}" for name, (_, wanted) in differing.items()),
-                expected="; ".join(
-                    f"{name}: {_short(recorded)}" for name, (recorded, _) in differing.items()
-                ),
-                remedy="repeat the settings it was begun with, choose another output, or start over with "
-                "--overwrite",
-            )
-        check_coordinates(store, journal.records())
-    except FlareFieldError:
-        journal.close()
-        raise
+    if journal.run != zarr.open_group(store.zarr, mode="r").attrs.get("run"):
+        raise StoreError(
+            "map and journal are of different runs",
+            where=store.journal,
+            remedy="put the right journal back beside the map, or start over with --overwrite",
+        )
+    differing = changes(journal.fingerprint, fingerprint)
+    if "method" in differing:
+        previews = "a preview", "sampled from the posterior"
+        before, now = previews if "method" in journal.fingerprint else reversed(previews)
+        raise MisuseError(
+            "a preview and a sampled map cannot go on with each other",
+            where=store,
+            found=f"a map that is {before}",
+            expected=f"one that is {now}",
+            remedy="choose another output, or start over with --overwrite",
+        )
+    if differing:
+        raise MisuseError(
+            "the map was begun with other settings",
+            where=store,
+            found="; ".join(f"{name}: {_short(wanted)}" for name, (_, wanted) in differing.items()),
+            expected="; ".join(f"{name}: {_short(recorded)}" for name, (recorded, _) in differing.items()),
+            remedy="repeat the settings it was begun with, choose another output, or start over with "
+            "--overwrite",
+        )
+    see_that_it_is_as_begun(store, journal.begun_with, journal.records())
     return journal
 
 
@@ -907,7 +905,7 @@ class _Work:
         last = np.full(len(self.grid), -1)
         for number, record in enumerate(self.journal.records()):
             if (index := record.get("tile", len(last))) < len(last):
-                last[index] = number if "sha256" in record else -1
+                last[index] = number if is_receipt(record) else -1
         lost = 0
         for number, record in enumerate(self.journal.records()):
             if (index := record.get("tile", len(last))) >= len(last) or last[index] != number:
@@ -921,14 +919,12 @@ class _Work:
         self.resumed = int(self.done.sum())
         if lost:
             logger.warning("%d finished tiles are missing or damaged in the map, and are done again", lost)
-        if 0 < self.resumed < self.tiles:
-            store.remove_leftovers()
 
     def go_on(self, client: Client, window: int | None) -> None:
         """Do all tiles that are not done."""
         spec = replace(self.spec, threads=threads_per_task(client))
-        if not spec.selection.whole:
-            mark_unwritten(spec.store, Flag.NOT_DONE)  # it may have been finished, but for failed tiles
+        place(spec.store).remove_leftovers()
+        mark_unwritten(spec.store, Flag.NOT_DONE)  # it may have been finished, but for failed tiles
         missing = (self.grid[int(index)] for index in np.flatnonzero(~self.done & (self.asked > 0)))
         with (
             Progress("inverting", int(self.asked.sum()), "pixels", self.pixels) as progress,

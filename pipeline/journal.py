@@ -1,7 +1,8 @@
 """The record of a map's finished tiles, beside the map: what makes a run resumable.
 
 A journal is a log (`pipeline.storage.Log`: a file, or numbered objects) of JSON lines. The first states the
-run: its identity and its fingerprint, which is everything that decides the map's numbers. Every further line
+run: its identity, its fingerprint, which is everything that decides the map's numbers, and the hashes of what
+the map was begun with, its coordinates and metadata. Every further line
 is one record, of a finished tile or of one that was given up, and the last record of a tile counts. Only the
 client writes, only at the end, in batches that are safe before `Journal.append` forgets them. A process
 killed at any moment therefore leaves a good journal, whose last line may be torn: its tile has no record and
@@ -67,19 +68,27 @@ class Journal:
         Identity of the run, which the map store carries too.
     fingerprint : dict
         Everything that decides the map's numbers, by name.
+    begun_with : dict or None
+        SHA-256 of what the map was begun with, by name; None where the journal does not say.
     """
 
     def __init__(self, log: Log, header: Mapping[str, Any]) -> None:
         self.path = log.location
         self.run: str = header["run"]
         self.fingerprint: dict[str, Any] = header["fingerprint"]
+        self.begun_with: dict[str, str] | None = header.get("begun_with")
         self._held: list[dict[str, Any]] = []
         self._written = time.monotonic()
         self._log = log
-        log.open()
 
     @classmethod
-    def create(cls, path: str | Path, run: str, fingerprint: Fingerprint) -> Self:
+    def create(
+        cls,
+        path: str | Path,
+        run: str,
+        fingerprint: Fingerprint,
+        begun_with: Mapping[str, str] | None = None,
+    ) -> Self:
         """Begin a journal, in place of any other at this path; it appears whole or not at all.
 
         Parameters
@@ -90,13 +99,17 @@ class Journal:
             Identity of the run.
         fingerprint : mapping
             Everything that decides the map's numbers; values that JSON can hold.
+        begun_with : mapping of str to str, optional
+            SHA-256 of what the map is begun with, by name.
 
         Raises
         ------
         StoreError
             There is no space for it.
         """
-        header = {"journal": FORMAT, "run": run, "fingerprint": dict(fingerprint)}
+        header: dict[str, Any] = {"journal": FORMAT, "run": run, "fingerprint": dict(fingerprint)}
+        if begun_with is not None:
+            header["begun_with"] = dict(begun_with)
         line = _line(header)
         log = log_at(path)
         log.begin(line)
@@ -104,7 +117,7 @@ class Journal:
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """Open an existing journal.
+        """Find an existing journal. Nothing is written to it, or mended, before it is entered as a context.
 
         Parameters
         ----------
@@ -171,6 +184,7 @@ class Journal:
             self._log.close()
 
     def __enter__(self) -> Self:
+        self._log.open()
         return self
 
     def __exit__(
@@ -190,7 +204,7 @@ def read_journal(path: str | Path) -> tuple[dict[str, Any], Iterator[dict[str, A
     Returns
     -------
     header : dict
-        ``run`` and ``fingerprint``.
+        ``run`` and ``fingerprint``, and of a map ``begun_with``.
     records : iterator of dict
         Oldest first; of several about one tile the last counts.
 
@@ -210,6 +224,18 @@ def read_journal(path: str | Path) -> tuple[dict[str, Any], Iterator[dict[str, A
             remedy="start over with --overwrite",
         )
     return header, _records(log)
+
+
+def is_receipt(record: Mapping[str, Any]) -> bool:
+    """Whether a record is that of a finished tile, with all that is to be known of it.
+
+    Parameters
+    ----------
+    record : mapping
+        One of a map's journal.
+    """
+    kinds = {"tile": int, "sha256": str, "stored": int, "answered": int, "flags": dict}
+    return all(isinstance(record.get(name), kind) for name, kind in kinds.items())
 
 
 def _records(log: Log) -> Iterator[dict[str, Any]]:

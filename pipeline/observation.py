@@ -458,8 +458,9 @@ def finish(
 
 def is_observation(path: str | Path) -> bool:
     """Whether a path holds an observation store."""
+    store = place(path)
     try:
-        return zarr.open_group(place(path).zarr, mode="r").attrs.get("kind") == KIND
+        return store.exists() and zarr.open_group(store.zarr, mode="r").attrs.get("kind") == KIND
     except (OSError, ValueError, KeyError):
         return False
 

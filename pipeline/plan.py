@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -50,6 +51,8 @@ BLOCK = 4096
 """Bytes by which a file system hands out space, as a rule; every file leaves a part of one unused."""
 BLOCKS_PER_TILE = 3 * len(VARIABLES)
 """Of each variable a file, and at most two directories that hold nothing else, each of which takes one."""
+FILES_PER_TILE = sum(3 if variable.profile else 1 for variable in VARIABLES)
+"""Files of a tile, and directories that hold nothing else: of each a file system has only so many."""
 MARGIN = 1.1
 """Bytes that a disk must have for each that a sample lets expect."""
 
@@ -117,6 +120,11 @@ class Need:
         """Bytes that the disk must have: a margin, directories, and what files' last blocks leave unused."""
         return round(MARGIN * (self.stored + self.bytes_beside)) + self.tiles * BLOCKS_PER_TILE * BLOCK
 
+    @property
+    def files(self) -> int:
+        """Files and directories that the disk must have room for."""
+        return self.tiles * FILES_PER_TILE
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -142,6 +150,8 @@ class Plan:
         Pixels per second of one of them, with all of them at work.
     sampling : Sampling or None
         What is drawn for each pixel; None for a preview.
+    free_files : int or None
+        Files that can still be made where the map is to lie; None where there is no such limit.
     """
 
     output: Path | str
@@ -154,11 +164,17 @@ class Plan:
     threads: int
     rate: float
     sampling: Sampling | None
+    free_files: int | None = None
 
     @property
     def fits(self) -> bool:
-        """Whether there is space for what is missing."""
-        return self.free is None or self.need.space <= self.free
+        """Whether there is space for what is missing, and room for its files."""
+        return (self.free is None or self.need.space <= self.free) and not self.too_many_files
+
+    @property
+    def too_many_files(self) -> bool:
+        """Whether the file system cannot have so many more files."""
+        return self.free_files is not None and self.need.files > self.free_files
 
     @property
     def seconds(self) -> float:
@@ -182,9 +198,14 @@ class Plan:
         )
         if self.free is not None:
             size += f"; {decimal(self.free)} are free"
-            if not self.fits:
+            if self.need.space > self.free:
                 size += f": IT DOES NOT FIT (with a margin and whole blocks it takes {decimal(need.space)})"
         lines.append(size)
+        if self.too_many_files:
+            lines.append(
+                f"  IT DOES NOT FIT: the disk has room for {self.free_files:,} more files (inodes), and it "
+                f"takes {need.files:,}; larger tiles (--tile) are fewer files"
+            )
         drawn = "a preview: nothing is drawn" if self.sampling is None else f"sampling: {self.sampling}"
         lines.append(f"  {drawn}")
         if self.sampled:
@@ -207,6 +228,21 @@ def free_space(store: Path | str) -> int | None:
     """
     where = place(store)
     return shutil.disk_usage(where.location.parent).free if isinstance(where, Directory) else None
+
+
+def free_files(store: Path | str) -> int | None:
+    """Files that can still be made where a store lies; None on an object store, or if there is no such limit.
+
+    Parameters
+    ----------
+    store : Path or str
+        A path, whose parent exists, or a URL.
+    """
+    where = place(store)
+    if not isinstance(where, Directory):
+        return None
+    status = os.statvfs(where.location.parent)
+    return status.f_favail if status.f_files else None
 
 
 def make_plan(
@@ -274,6 +310,7 @@ def make_plan(
         pixels_done=int(asked[done].sum()),
         need=_need(missing, answerable, samples, beside),
         free=free_space(spec.store),
+        free_files=free_files(spec.store),
         sampled=sum(sample.pixels for sample in samples),
         tasks=tasks or started,
         threads=threads,
@@ -319,6 +356,16 @@ def see_that_it_fits(
     )
     pixels = int(missing.sum())
     most = Need(int(np.count_nonzero(missing)), pixels, pixels, raw, bytes_per_tile=0, bytes_beside=beside)
+    room = free_files(spec.store)
+    if room is not None and most.files > room:
+        raise StoreError(
+            "the map does not fit on the disk",
+            where=spec.store,
+            found=f"room for {room:,} more files (inodes)",
+            expected=f"{most.files:,} for {most.tiles:,} tiles",
+            remedy="remove some files, choose an output elsewhere or larger tiles (--tile), or invert a part "
+            "(--region, --times)",
+        )
     if free is None or most.space <= free:
         return
     answerable, spots = _spots(spec, grid, missing, dataset)

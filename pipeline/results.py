@@ -16,11 +16,12 @@ variable                dimensions                      meaning
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import math
 import warnings
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntFlag
@@ -33,6 +34,7 @@ import numpy as np
 import xarray as xr
 import zarr
 from numpy.typing import ArrayLike, NDArray
+from zarr.abc.store import Store
 from zarr.codecs import BloscCodec, TransposeCodec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
@@ -43,6 +45,9 @@ from pipeline.storage import ROOT, Place, place
 
 KIND = "map"
 SCHEMA = 1
+
+QUALITY = f"quality/{ROOT}"
+"""The file that describes a map's ``quality``."""
 
 SAMPLING, PREVIEW = "posterior sampling", "preview"
 """What a map's attribute ``method`` says: how its quantiles were found."""
@@ -213,6 +218,7 @@ def lay_out(
     tile: tuple[int, int],
     attrs: Mapping[str, Any],
     comments: Mapping[str, str] | None = None,
+    announce: Callable[[Mapping[str, str]], object] | None = None,
 ) -> None:
     """Make a whole map store, with nothing in it yet, so that tasks only ever fill in what exists.
 
@@ -235,6 +241,9 @@ def lay_out(
         Attributes of the store.
     comments : mapping of str to str, optional
         What is to be said of single variables, by name.
+    announce : callable, optional
+        Is told what `begun_with` says of the store, before the store appears: nothing can come between, and
+        be taken for what the map was begun with.
 
     Raises
     ------
@@ -266,6 +275,8 @@ def lay_out(
         _lay_out_variables(group, template.sizes, len(quantiles), tile, comments or {})
         with _unspecified_metadata():
             zarr.consolidate_metadata(store)
+        if announce is not None:
+            announce(begun_with(store))
 
 
 def compressor(numbers: int) -> BloscCodec:
@@ -316,57 +327,88 @@ def mark_unwritten(path: str | Path, flag: Flag) -> None:
     flag : Flag
         What their ``quality`` reads as.
     """
-    group = zarr.open_group(place(path).zarr, mode="r+", use_consolidated=False)
-    prototype = default_buffer_prototype()
-    found = sync(group.store.get("quality/zarr.json", prototype))
-    assert found is not None
-    description = json.loads(found.to_bytes())
-    if description["fill_value"] == flag:
+    store = place(path)
+    if unwritten(store) == {flag}:
         return
-    description["fill_value"] = int(flag)
+    group = zarr.open_group(store.zarr, mode="r+", use_consolidated=False)
+    (content,) = store.read([QUALITY])
+    description = {**json.loads(content), "fill_value": int(flag)}
     text = json.dumps(description, indent=2).encode()
-    sync(group.store.set("quality/zarr.json", prototype.buffer.from_bytes(text)))
+    sync(group.store.set(QUALITY, default_buffer_prototype().buffer.from_bytes(text)))
     with _unspecified_metadata():
         zarr.consolidate_metadata(group.store)
 
 
-def coordinate_hashes(store: Place) -> dict[str, str]:
-    """SHA-256 of the files of each of a map's coordinates, by name, and of its metadata (`ROOT`).
+def unwritten(store: Place) -> set[int]:
+    """What the ``quality`` of pixels reads as whose tiles have no files, in the two places that say so.
 
     Parameters
     ----------
     store : Place
-        The map store.
+        A map store.
+
+    Returns
+    -------
+    set of int
+        One flag; two if a command was killed between the two places.
+    """
+    root, quality = (json.loads(content) for content in store.read([ROOT, QUALITY]))
+    return {
+        int(description["fill_value"])
+        for description in (quality, root["consolidated_metadata"]["metadata"]["quality"])
+    }
+
+
+def begun_with(store: Store) -> dict[str, str]:
+    """SHA-256 of the files of each of a map's coordinates, by name, and of its metadata (`ROOT`).
+
+    Parameters
+    ----------
+    store : Store
+        The map, as Zarr takes it.
     """
     ours = {ROOT, *(variable.name for variable in VARIABLES)}
-    names = (name for name in store.names() if name not in ours)
+    names = sorted(set(sync(_all(store.list_dir("")))) - ours)
     return {name: _files_hash(store, name) for name in (ROOT, *names)}
 
 
-def _metadata_hash(store: Place) -> str:
+async def _all(keys: AsyncIterator[str]) -> list[str]:
+    return sorted([key async for key in keys])
+
+
+async def _contents(store: Store, keys: Sequence[str]) -> list[bytes | None]:
+    found = await asyncio.gather(*(store.get(key, default_buffer_prototype()) for key in keys))
+    return [None if content is None else content.to_bytes() for content in found]
+
+
+def _metadata_hash(store: Store) -> str:
     """Of what describes the store and its variables, but for how pixels read that were not written."""
     keys = [ROOT, *(f"{variable.name}/{ROOT}" for variable in VARIABLES)]
     try:
-        found = {key: json.loads(content) for key, content in zip(keys, store.read(keys), strict=True)}
-        found[f"quality/{ROOT}"].pop("fill_value")
+        contents = sync(_contents(store, keys))
+        found = {key: json.loads(content or b"") for key, content in zip(keys, contents, strict=True)}
+        found[QUALITY].pop("fill_value")
         found[ROOT]["consolidated_metadata"]["metadata"]["quality"].pop("fill_value")
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as damage:
+    except (ValueError, KeyError, TypeError, AttributeError) as damage:
         return f"{type(damage).__name__}: {damage}"
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
-def _files_hash(store: Place, name: str) -> str:
+def _files_hash(store: Store, name: str) -> str:
     if name == ROOT:
         return _metadata_hash(store)
-    keys = sorted(store.sizes(name))
+    keys = sync(_all(store.list_prefix(f"{name}/")))
     digest = hashlib.sha256()
-    for key, content in zip(keys, store.read(keys), strict=True):
+    for key, content in zip(keys, sync(_contents(store, keys)), strict=True):
+        content = content or b""
         digest.update(f"{key}\0{len(content)}\0".encode())
         digest.update(content)
     return digest.hexdigest()
 
 
-def check_coordinates(store: Place, records: Iterable[Mapping[str, Any]]) -> None:
+def see_that_it_is_as_begun(
+    store: Place, recorded: Mapping[str, str] | None, records: Iterable[Mapping[str, Any]]
+) -> None:
     """Compare a map's coordinates and metadata with what they were when it was laid out.
 
     A part of them that has gone would be read as numbers that nobody has written.
@@ -375,18 +417,26 @@ def check_coordinates(store: Place, records: Iterable[Mapping[str, Any]]) -> Non
     ----------
     store : Place
         The map store.
+    recorded : mapping of str to str, optional
+        What `begun_with` said of it, by the first line of its journal.
     records : iterable of mapping
-        Its journal's records; the first one holds what `coordinate_hashes` said. (Journals of the first maps
-        have no such record; there is nothing to compare then.)
+        Its journal's records: of the first maps, the first of them holds that in its place.
 
     Raises
     ------
     StoreError
-        Some are not what they were.
+        Some are not what they were, or the journal does not say.
     """
-    first = next(iter(records), {})
-    hashes = first.get("coordinates", {})
-    changed = [name for name, recorded in hashes.items() if _files_hash(store, name) != recorded]
+    if recorded is None:
+        recorded = next(iter(records), {}).get("coordinates")
+    if recorded is None:
+        raise StoreError(
+            "the journal does not say what the map was begun with",
+            where=store.journal,
+            expected="hashes of the map's coordinates and metadata in its first lines",
+            remedy="put the whole journal back, or start over with --overwrite",
+        )
+    changed = [name for name, known in recorded.items() if _files_hash(store.zarr, name) != known]
     if changed:
         raise StoreError(
             "the map's coordinates or metadata are damaged",
@@ -398,8 +448,9 @@ def check_coordinates(store: Place, records: Iterable[Mapping[str, Any]]) -> Non
 
 def is_map(path: str | Path) -> bool:
     """Whether there is a map store (of any run, finished or not) at a path or a URL."""
+    store = place(path)
     try:
-        return zarr.open_group(place(path).zarr, mode="r").attrs.get("kind") == KIND
+        return store.exists() and zarr.open_group(store.zarr, mode="r").attrs.get("kind") == KIND
     except (OSError, ValueError, KeyError):
         return False
 

@@ -66,12 +66,12 @@ def place(location: str | Path | Place) -> Place:
     text = str(location)
     if is_url(text):
         return ObjectStore(text)
-    return Directory(Path(text.removeprefix("file://")))
+    return Directory(Path(text.removeprefix("file://").removeprefix("local://")))
 
 
 def is_url(location: str | Path) -> bool:
     """Whether a location is that of an object store, or of anything else but a directory."""
-    return "://" in str(location) and not str(location).startswith("file://")
+    return "://" in str(location) and not str(location).startswith(("file://", "local://"))
 
 
 def is_in_memory(location: str | Path | Place) -> bool:
@@ -87,6 +87,19 @@ def lock(store: str | Path) -> AbstractContextManager[None]:
 def log_at(location: str | Path) -> Log:
     """Make a log of a path or a URL."""
     return ObjectLog(str(location)) if is_url(location) else FileLog(Path(location))
+
+
+def lies_in(inner: Place, outer: Place) -> bool:
+    """Whether a place is inside another one, wherever links lead.
+
+    Parameters
+    ----------
+    inner, outer : Place
+        What need not be there yet.
+    """
+    if isinstance(inner, Directory) and isinstance(outer, Directory):
+        return outer.location.resolve() in inner.location.resolve().parents
+    return str(inner).startswith(f"{outer}/")
 
 
 class Place(ABC):
@@ -468,10 +481,19 @@ class _Objects:
         return sorted(str(path).rstrip("/").rpartition("/")[2] for path in found)
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
-        try:
-            found = self.files.find(self.path(prefix), detail=True)
-        except FileNotFoundError:
-            return {}
+        with _reached(self.url):
+            try:
+                found = self.files.find(self.path(prefix), detail=True)
+            except FileNotFoundError:
+                return {}
+        if any(info["size"] is None for info in found.values()):
+            raise MisuseError(
+                "the server does not say how large its files are",
+                where=self.url,
+                found="a listing without sizes",
+                expected="a directory, or an object store such as s3://",
+                remedy="copy the store to one of these first",
+            )
         start = len(self.root) + 1
         return {
             path[start:]: int(info["size"])
@@ -483,7 +505,8 @@ class _Objects:
         waiting = list(keys)
         for first in range(0, len(waiting), AT_ONCE):
             paths = [self.path(key) for key in waiting[first : first + AT_ONCE]]
-            answers: Mapping[str, bytes] = self.files.cat(paths, on_error="raise")
+            with _reached(self.url):
+                answers: Mapping[str, bytes] = self.files.cat(paths, on_error="raise")
             yield from (bytes(answers[path]) for path in paths)
 
     def get(self, key: str) -> bytes | None:

@@ -125,6 +125,37 @@ def test_metadata_that_changed_or_has_gone_is_damage(copy, file, change):
     assert refusal.value.remedy
 
 
+@pytest.mark.parametrize("region", [None, "0:16,0:8"])
+@pytest.mark.parametrize("places", ["both", "quality/zarr.json", "zarr.json"])
+def test_what_pixels_without_files_read_as_is_looked_at(whole, tmp_path, client, fake_model, region, places):
+    copy = tmp_path / "map.zarr"
+    again = {"model": fake_model, "cluster": client, "region": region, **SETTINGS}
+    invert(whole.parent / "o.zarr", copy, **again)
+    assert check_map(copy).sound
+    before = files(copy)
+    right, wrong = (512, 256) if region else (256, 512)
+    for name in ("quality/zarr.json", "zarr.json"):
+        if places in ("both", name):
+            description = json.loads((copy / name).read_text())
+            described = description
+            if name == "zarr.json":
+                described = description["consolidated_metadata"]["metadata"]["quality"]
+            assert described["fill_value"] == right
+            described["fill_value"] = wrong
+            (copy / name).write_text(json.dumps(description))
+    report = check_map(copy)
+    assert (report.finished, report.faults, report.sound) == (True, (), False)
+    assert f"not as {right}" in report.summary()
+    invert(whole.parent / "o.zarr", copy, **again)
+    assert check_map(copy).sound
+    after = files(copy)
+    assert after.pop(str(copy) + ".journal").startswith(before.pop(str(copy) + ".journal"))
+    assert {name: json.loads(after.pop(name)) for name in [*after] if name.endswith("zarr.json")} == {
+        name: json.loads(before.pop(name)) for name in [*before] if name.endswith("zarr.json")
+    }
+    assert after == before
+
+
 def test_records_of_tiles_that_cannot_be_are_none(copy):
     journal = copy.with_name(copy.name + ".journal")
     with journal.open("a") as lines:
@@ -225,6 +256,10 @@ def test_the_command_says_what_it_found_and_ends_accordingly(copy, capsys):
             main(["invert", *map(str, arguments)])
         assert end.value.code == 0
         assert "9 of 9" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        main(["invert", "--check", str(copy), "--skip-from", "map.zarr", "--dry-run"])
+    assert end.value.code == 2
+    assert "--dry-run, --skip-from" in capsys.readouterr().err
     (copy / tile_keys(GRID[0])["novelty"]).unlink()
     with pytest.raises(SystemExit) as end:
         main(["invert", "--check", str(copy)])

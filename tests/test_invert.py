@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,10 +24,11 @@ from toy_observation import toy_observation, write_store, write_toy_observation
 import pipeline.invert
 import pipeline.tiles as tiles
 from inn.checkpoint import model_hash
+from pipeline.check import check_map
 from pipeline.errors import InputError, MisuseError, ModelError, StoreError
-from pipeline.invert import invert
+from pipeline.invert import invert, plan_inversion
 from pipeline.journal import read_journal
-from pipeline.results import VARIABLES, Flag, flagged, open_map
+from pipeline.results import VARIABLES, Flag, flagged, open_map, unwritten
 from pipeline.storage import Directory, lock
 
 PATIENCE = 240  # seconds that another process may take on a busy machine
@@ -61,8 +63,7 @@ def contents(store):
 
 def records(output):
     """What the journal says of tiles, and of the end."""
-    found = [json.loads(line) for line in Directory(output).journal.read_text().splitlines()[1:]]
-    return [record for record in found if "coordinates" not in record]
+    return [json.loads(line) for line in Directory(output).journal.read_text().splitlines()[1:]]
 
 
 def wait_until(condition):
@@ -198,11 +199,14 @@ def run(processes, *args, **settings):
     return code
 
 
+APPEARED = ("pipeline.journal:Journal.open", 1)
+
 MOMENTS = [
-    ("pipeline.storage:sync_directory", 1),  # the journal is there, nothing else
     ("pipeline.invert:lay_out", 1),
     ("zarr:consolidate_metadata", 1),  # the store is half laid out
-    ("pathlib:Path.rename", 1),  # it is laid out under another name
+    ("pipeline.storage:sync_directory", 1),  # it is laid out under another name, the journal is begun
+    ("pathlib:Path.rename", 1),
+    APPEARED,  # the store is there, and nothing was done with it
     ("pipeline.tiles:write_tile", 1),
     ("pathlib:Path.replace", 40),  # a file of a tile lies under a temporary name
     ("pipeline.tiles:stored_bytes", 3),  # tiles are written, the last one without a receipt
@@ -229,6 +233,48 @@ def test_killed_at_any_moment_the_same_command_makes_the_same_map(
     # what an earlier run had recorded was not done again
     tiles_done = [record["tile"] for record in records(output) if "tile" in record]
     assert len(tiles_done) == len(set(tiles_done)) == 18
+
+
+def test_what_a_map_was_begun_with_is_known_from_the_moment_it_is_there(
+    processes, tmp_path, toy, client, settings
+):
+    output = tmp_path / "map.zarr"
+    assert run(processes, toy, output, APPEARED, **settings) == -signal.SIGKILL
+    chunk = output / "x/c/0"
+    content = chunk.read_bytes()
+    chunk.unlink()
+    with pytest.raises(StoreError, match="coordinates or metadata are damaged"):
+        invert(toy, output, cluster=client, **settings)
+    chunk.write_bytes(content)
+    assert not invert(toy, output, cluster=client, **settings).failed
+    # a journal of earlier maps has that in its second line, which may be damaged
+    journal = Directory(output).journal
+    first, *others = journal.read_text().splitlines()
+    header = json.loads(first)
+    hashes = json.dumps({"coordinates": header.pop("begun_with")})
+    journal.write_text("\n".join([json.dumps(header), hashes, *others, ""]))
+    assert invert(toy, output, cluster=client, **settings).resumed == 18
+    assert check_map(output).sound
+    journal.write_text("\n".join([json.dumps(header), hashes[:-9], *others, ""]))
+    for action in (check_map, lambda path: invert(toy, path, cluster=client, **settings)):
+        with pytest.raises(StoreError, match="does not say what the map was begun with"):
+            action(output)
+
+
+def test_a_part_killed_between_the_two_places_that_say_what_it_leaves_out(
+    processes, tmp_path, toy, client, settings
+):
+    output, expected = tmp_path / "map.zarr", tmp_path / "expected.zarr"
+    part = {**settings, "region": "0:10,0:8"}
+    invert(toy, expected, cluster=client, **part)
+    moment = ("zarr:consolidate_metadata", 2)  # all tiles are done, quality/zarr.json says the rest
+    assert run(processes, toy, output, moment, **part) == -signal.SIGKILL
+    assert unwritten(Directory(output)) == {Flag.NOT_DONE, Flag.NOT_SELECTED}
+    assert not check_map(output).finished
+    assert invert(toy, output, cluster=client, **part).resumed == 4
+    assert check_map(output).sound
+    assert contents(output) == contents(expected)
+    assert not flagged(open_map(output), "not_done").any()
 
 
 def test_a_killed_worker_and_a_killed_command_change_nothing(
@@ -265,7 +311,12 @@ def test_tiles_that_are_gone_or_damaged_are_done_again(tmp_path, toy, client, un
     shutil.copy(Directory(undisturbed).journal, Directory(output).journal)
     (output / "temperature/c/0/1/1/0/0").unlink()
     (output / "quality/c/1/2/0").write_bytes(b"")
-    assert invert(toy, output, cluster=client, **settings).resumed == 16
+    journal = Directory(output).journal
+    incomplete = re.sub(r'(.*"tile":0,.*)"stored":\d+,(.*)', r"\1\2", journal.read_text())
+    assert incomplete != journal.read_text()
+    journal.write_text(incomplete)
+    assert [one.fault for one in check_map(output).faults] == ["not recorded", "missing", "damaged"]
+    assert invert(toy, output, cluster=client, **settings).resumed == 15
     assert contents(output) == contents(undisturbed)
 
 
@@ -352,6 +403,20 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_made(
     with pytest.raises(MisuseError):
         invert(toy, tmp_path / "map.zarr", cluster=client, **{**settings, **setting})
     assert not os.listdir(tmp_path)
+
+
+def test_a_map_inside_of_what_it_is_made_from_is_refused(tmp_path, toy, client, settings, fake_model):
+    observation, model = tmp_path / "o.zarr", tmp_path / "model"
+    shutil.copytree(toy, observation)
+    shutil.copytree(fake_model, model)
+    (tmp_path / "link").symlink_to(observation)
+    before = sorted(tmp_path.rglob("*"))
+    for folder in (observation, model, tmp_path / "link", observation / "halpha"):
+        for work in (invert, plan_inversion):
+            with pytest.raises(MisuseError, match="inside of what it is made from") as refusal:
+                work(observation, folder / "map.zarr", cluster=client, **{**settings, "model": model})
+            assert refusal.value.where == str(folder / "map.zarr")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_missing_directory_is_named(tmp_path, toy, client, settings):

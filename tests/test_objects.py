@@ -10,6 +10,8 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import disturbed
 import fsspec
@@ -335,11 +337,66 @@ def test_a_journal_in_objects_is_a_journal(bucket, monkeypatch):
         read_journal(f"{bucket}/other.journal")
 
 
+def test_local_is_another_name_of_file(folder, client):
+    url = f"local://{folder}"
+    report = run(url, client)
+    assert report.output == folder / "map.zarr"
+    assert report.resumed == 9
+    assert check_map(f"{url}/map.zarr").sound
+
+
+def test_a_server_that_does_not_tell_sizes_is_refused(folder, client, tmp_path):
+    """As web servers do: Python's own lists names alone."""
+    pytest.importorskip("aiohttp")
+    kind = partial(SimpleHTTPRequestHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), kind) as server, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            with pytest.raises(MisuseError, match="does not say how large") as refusal:
+                invert(
+                    f"http://127.0.0.1:{server.server_port}/o.zarr",
+                    tmp_path / "map.zarr",
+                    model=folder / "model",
+                    cluster=client,
+                )
+        finally:
+            server.shutdown()
+            thread.join()
+    assert refusal.value.remedy
+
+
+def test_a_server_that_does_not_answer_is_said(monkeypatch, client, tmp_path):
+    kind = pytest.importorskip("s3fs").S3FileSystem
+    kind.clear_instance_cache()  # which server they ask is asked once
+    for name, value in {
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "y",
+        "AWS_MAX_ATTEMPTS": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    for work in (
+        check_map,
+        open_map,
+        open_observation,
+        lambda store: invert(store, tmp_path / "map.zarr", cluster=client),
+        lambda store: run("s3://bucket", client),
+    ):
+        with pytest.raises(StoreError, match="cannot be asked"):
+            work("s3://bucket/map.zarr")
+    kind.clear_instance_cache()
+
+
 def test_what_cannot_be_used_is_said(folder, client):
     with pytest.raises(MisuseError, match="URLs of this kind"):
         place("nonsense://bucket/map.zarr")
     with pytest.raises(StoreError, match="no such observation"):
         invert("memory://nowhere/o.zarr", "memory://nowhere/map.zarr", cluster=client)
+    with pytest.raises(MisuseError, match="inside of what it is made from"):
+        invert(folder / "o.zarr", folder / "o.zarr" / "map.zarr", model=folder / "model", cluster=client)
     with pytest.raises(MisuseError, match="in other processes") as refusal:
         invert(folder / "o.zarr", "memory://nowhere/map.zarr", cluster=LocalConfig())
     assert refusal.value.where == "memory://nowhere/map.zarr"
