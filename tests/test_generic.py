@@ -980,6 +980,30 @@ def test_files_that_are_none(tmp_path):
         read_scans(tmp_path / "c.nc", describe(tmp_path, statement(variable="text")))
 
 
+def test_a_compressed_image_larger_than_its_tiles(tmp_path, cube):
+    """ZNAXIS5 of two becomes two billion: no memory is taken for what is not there."""
+    path = tmp_path / "a.fits"
+    fits.HDUList([fits.PrimaryHDU(), fits.CompImageHDU(cube)]).writeto(path)
+    content = path.read_bytes()
+    card = content.index(b"ZNAXIS5 ")
+    wrong = content[:card] + b"ZNAXIS5 =           2000000000".ljust(80) + content[card + 80 :]
+    path.write_bytes(wrong)
+    with pytest.raises(InputError, match="compressed image is damaged") as caught:
+        read_scans(path, describe(tmp_path, statement()))
+    assert str(path) in str(caught.value)
+
+
+def test_a_card_that_cannot_be_read(file, tmp_path):
+    """It says what FITS has no words for: of interest once it is asked for."""
+    content = file.read_bytes()
+    card = content.index(b"DATE-AVG=")
+    file.write_bytes(content[:card] + b"DATE-AVG= '2014-09-06' 15:27:24".ljust(80) + content[card + 80 :])
+    with pytest.raises(InputError, match="damaged FITS file") as caught:
+        read_scans(file, describe(tmp_path, statement(time={"key": "DATE-AVG"})))
+    assert str(file) in str(caught.value)
+    assert "DATE-AVG" in caught.value.found
+
+
 def test_netcdf4_without_its_library(tmp_path, monkeypatch, cube):
     path = tmp_path / "a.nc"
     xr.Dataset({"intensity": (tuple(SIZES), cube)}).to_netcdf(path, engine="h5netcdf")
@@ -1043,23 +1067,28 @@ def test_command_line(tmp_path):
 
 # h5netcdf's, and xarray's, on the way to the error
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::UserWarning")
-@fuzzed(80)
+@fuzzed(160)
 @given(data=st.data())
 def test_damage_gives_typed_errors_only(tmp_path, cube, data):
-    """Bytes changed or cut in headers and descriptions: scans of the true shape, or an `InputError`."""
-    kind = data.draw(st.sampled_from(["fits", "scipy", "h5netcdf", "description"]))
+    """Bytes changed or cut in headers, tiles, descriptions: scans of the true shape, or an `InputError`."""
+    packings = ["RICE_1", "GZIP_2", "HCOMPRESS_1"]
+    kind = data.draw(st.sampled_from(["fits", *packings, "scipy", "h5netcdf", "description"]))
     path = tmp_path / "a.cube"
     path.unlink(missing_ok=True)
     if kind in ("scipy", "h5netcdf"):
         xr.Dataset({"intensity": (tuple(SIZES), cube.astype("i2"))}).to_netcdf(path, engine=kind)
+    elif kind in packings:
+        image = fits.CompImageHDU(cube, compression_type=kind, tile_shape=(1, 1, 1, 6, 8))
+        fits.HDUList([fits.PrimaryHDU(), image]).writeto(path)
     else:
         fits.PrimaryHDU(cube).writeto(path)
     description = describe(tmp_path, statement(variable="intensity"))
     damaged = description if kind == "description" else path
     content = bytearray(damaged.read_bytes())
     # In NetCDF-4 most of what precedes the numbers is HDF5's own, which it checks as it pleases.
+    first, last = (2880, len(content)) if kind in packings else (0, min(len(content), 2880))
     for _ in range(data.draw(st.integers(1, 4), label="changes")):
-        content[data.draw(st.integers(0, min(len(content), 2880) - 1))] = data.draw(st.integers(0, 255))
+        content[data.draw(st.integers(first, last - 1))] = data.draw(st.integers(0, 255))
     if data.draw(st.booleans(), label="cut"):
         del content[data.draw(st.integers(0, len(content))) :]
     damaged.write_bytes(content)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+import struct
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from astropy.io import fits
+from astropy.io.fits.hdu.compressed._compression import CfitsioException
 from astropy.io.fits.verify import VerifyError
 from astropy.time import ScaleValueError, Time
 from astropy.utils.exceptions import AstropyWarning
@@ -32,8 +36,41 @@ TIME_OF_DAY = re.compile(r"\d{1,2}:\d{2}(:\d{2}(\.\d*)?)?")
 
 FETCH_AGAIN = "fetch the file again, or leave it out"
 
-# astropy reports damage with whichever of these the damaged card leads to
-DAMAGE = (OSError, VerifyError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError)
+# astropy reports damage with whichever of these the damaged card or tile leads to
+DAMAGE = (
+    OSError, VerifyError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError,
+    ArithmeticError, MemoryError, RuntimeError, AssertionError, EOFError, struct.error, zlib.error,
+    CfitsioException,
+)  # fmt: skip
+
+
+@contextmanager
+def damage(file: str | Path, of: tuple[type[Exception], ...] = DAMAGE) -> Iterator[None]:
+    """Make errors that name a FITS file of those that astropy raises where it is damaged.
+
+    Parameters
+    ----------
+    file : str or Path
+        The file.
+    of : tuple of type
+        The errors that mean damage.
+
+    Raises
+    ------
+    InputError
+        The file is damaged.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except of as failure:
+        raise InputError(
+            "a damaged FITS file",
+            where=file,
+            found=f"{type(failure).__name__}: {failure}",
+            remedy=FETCH_AGAIN,
+        ) from failure
 
 
 @contextmanager
@@ -70,19 +107,9 @@ def opened(path: str | Path) -> Iterator[fits.HDUList]:
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AstropyWarning)  # what astropy warns of is an error or harmless here
-        try:
-            with fits.open(file, memmap=True, do_not_scale_image_data=True) as hdus:
-                _check_length(hdus, file)
-                yield hdus
-        except InputError:
-            raise
-        except DAMAGE as failure:
-            raise InputError(
-                "a damaged FITS file",
-                where=file,
-                found=f"{type(failure).__name__}: {failure}",
-                remedy=FETCH_AGAIN,
-            ) from failure
+        with damage(file), fits.open(file, memmap=True, do_not_scale_image_data=True) as hdus:
+            _check_length(hdus, file)
+            yield hdus
 
 
 def _check_length(hdus: fits.HDUList, file: Path) -> None:
@@ -92,6 +119,8 @@ def _check_length(hdus: fits.HDUList, file: Path) -> None:
         place, hdu = hdus.fileinfo(index), hdus[index]
         # Of a compressed image the size is that of its numbers, not of the bytes in the file.
         size = place["datSpan"] if isinstance(hdu, fits.CompImageHDU) else hdu.size
+        if isinstance(hdu, fits.CompImageHDU):
+            _check_tiles(hdu, file)
         needed = max(needed, place["datLoc"] + size)
     present = file.stat().st_size
     if present < needed:
@@ -112,6 +141,20 @@ def _check_length(hdus: fits.HDUList, file: Path) -> None:
             where=file,
             found=f"{present} bytes, of which {len(hdus)} HDUs take {needed}",
             expected="nothing after the last HDU",
+            remedy=FETCH_AGAIN,
+        )
+
+
+def _check_tiles(hdu: fits.CompImageHDU, file: Path) -> None:
+    """See to it that a compressed image has a row of its table for each tile: all of them take memory."""
+    tiles = prod(-(-size // tile) for size, tile in zip(hdu.shape, hdu.tile_shape, strict=True))
+    rows = len(hdu.compressed_data)
+    if tiles != rows:
+        raise InputError(
+            "a compressed image is damaged",
+            where=file,
+            found=f"{rows} tiles in {hdu.name or 'an HDU'}",
+            expected=f"{tiles}: {hdu.shape} pixels, {hdu.tile_shape} each",
             remedy=FETCH_AGAIN,
         )
 

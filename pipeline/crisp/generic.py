@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 from astropy.io import fits
+from astropy.io.fits.verify import VerifyError
 from numpy.typing import NDArray
 from pydantic import model_validator
 
@@ -29,6 +30,8 @@ from pipeline.errors import InputError
 
 FORMAT = "generic"
 SUFFIXES = (*fits_files.SUFFIXES, *netcdf_files.SUFFIXES)
+UNREADABLE = (VerifyError,)
+"""What astropy raises of a card that it cannot read, once it is asked for it."""
 
 EXAMPLE = """\
 cubes:
@@ -163,11 +166,12 @@ def read_scans(path: str | Path, description: Description, medium: Medium | None
         It cannot be read, does not fit the description, or contradicts it (`pipeline.crisp.contradictions`).
     """
     scans: list[Scan] = []
-    for cube, stored in _cubes(Path(path).absolute(), description):
-        check_file(cube, stored)
-        found = cube.scans(FORMAT, medium, first=len(scans))
-        check_scans(cube, stored, found)
-        scans.extend(found)
+    with fits_files.damage(path, UNREADABLE):
+        for cube, stored in _cubes(Path(path).absolute(), description):
+            check_file(cube, stored)
+            found = cube.scans(FORMAT, medium, first=len(scans))
+            check_scans(cube, stored, found)
+            scans.extend(found)
     return tuple(scans)
 
 
@@ -192,8 +196,9 @@ def open_intensity(scan: Scan) -> Cube:
     InputError
         The file or its description has changed or gone since.
     """
-    cube, stored, index = _again(scan)
-    return cube.cube(stored, index, scan)
+    with fits_files.damage(scan.path, UNREADABLE):
+        cube, stored, index = _again(scan)
+        return cube.cube(stored, index, scan)
 
 
 def open_wavelength_shift(scan: Scan) -> NDArray[np.float64] | None:
