@@ -55,6 +55,9 @@ LARGEST = 384  # pixels: more of a large field adds time, not accuracy
 LARGEST_SEARCH = 160  # of these, the search in whole pixels needs no more than
 LARGEST_BLOCK = 96  # and a block on its own, which cannot see further than half its width
 FINE_BLOCKS = 96  # fields at least so wide are checked on 3 x 3 blocks, smaller ones on 2 x 2
+SMALLEST_BLOCK = 10
+"""Pixels along each side of a block that counts: smaller ones of unrelated images agree by chance, in up to a
+sixth of all cases; of these in less than a hundredth."""
 FILLED = 0.4  # a block counts if at least this share of it lies in the field
 OVERLAP = 0.5  # share of the field that a shift must leave in common
 SMALLEST_DETAIL = 0.7  # pixels: below is photon noise, CRISP resolves about two pixels
@@ -85,7 +88,8 @@ class Shift:
         0 to 1: the share of the field's blocks that, searched on their own, give the whole field's shift to
         a pixel, in the band where most do; 0 where two bands each convince and contradict one another.
         Blocks see different parts of the Sun, so that neither chance nor a structure that the lines do not
-        share makes them agree: unrelated images score 0.
+        share makes them agree: unrelated images score 0. So do fields too small for blocks that tell
+        (`SMALLEST_BLOCK`).
     turn : float
         Degrees by which the frame is turned about its middle before it is displaced, counterclockwise where y
         points up; none between the lines of one scan.
@@ -580,6 +584,8 @@ def _agreement(
     """Share of the common field's blocks that give the same shift when searched on their own."""
     votes = []
     for block in blocks_of(reference_mask & moving_mask):
+        if min(span.stop - span.start for span in block) < SMALLEST_BLOCK:
+            continue
         found = whole_pixels(reference[block], moving[block], reference_mask[block], moving_mask[block])
         votes.append(found is not None and np.abs(found - shift).max() <= AGREEMENT)
     return float(np.mean(votes)) if len(votes) > 2 else 0.0

@@ -154,6 +154,13 @@ class TestShift:
             assert not result.applied
             assert result.confidence < 0.3
 
+    @pytest.mark.parametrize("size", [3, 6, 10, 16])
+    def test_fields_too_small_to_tell_are_not_moved(self, tmp_path, size):
+        """Not even where both lines show the same: unrelated ones agree by chance in so few pixels."""
+        halpha, ca8542, _ = cubes_of(tmp_path, shift=(0.0, 0.0), angle=None, seed=7)
+        part = np.s_[:, 30 : 30 + size, 40 : 40 + size]
+        assert found(halpha[part], ca8542[part]).confidence == 0.0
+
     def test_photon_noise_alone_convinces_nobody(self):
         rng = np.random.default_rng(1)
         result = found(rng.poisson(2000, (15, 100, 110)), rng.poisson(1500, (25, 100, 110)))
