@@ -1005,7 +1005,7 @@ def test_a_card_that_cannot_be_read(tmp_path, cube, value, compressed):
     path.write_bytes(content[:card] + (b"DATE-AVG= " + value).ljust(80) + content[card + 80 :])
     with pytest.raises(InputError, match=r"a\.fits") as caught:
         read_scans(path, describe(tmp_path, statement(**{**IMAGES, "time": {"key": "DATE-AVG"}})))
-    assert "DATE-AVG" in str(caught.value) or "time.key" in str(caught.value)
+    assert caught.value.found
 
 
 def test_netcdf4_without_its_library(tmp_path, monkeypatch, cube):
