@@ -5,8 +5,18 @@ Scans are linked to their neighbours in time and to scans further away by the gr
 parts of the field agree, or where the displacement or the turn is too large to be the telescope's guiding.
 The positions of all times follow from all accepted links together, by least squares. Links between neighbours
 alone would let their errors add up over hundreds of scans; links over a few scans hold that down, bridge
-single bad scans, and contradict a link that went wrong, which is then left out. Times that no accepted link
-joins to the reference, or only with an error of more than a pixel, stay where they are, and are flagged.
+single bad scans, and contradict a link that went wrong.
+
+What the granulation does between two scans is in all the links beside and across, and goes on in the next
+ones. So the errors of the positions are not added up from those of links, but found by leaving out one region
+of the field after another from all links at once (the jackknife). What the links leave over, compared with
+what they should by the same errors, raises these if it is more (Birge 1932, doi:10.1103/PhysRev.40.207). What
+no pair of scans can tell are flows that take all of the field along: positions are those of its granules.
+
+A link at odds with the others beyond the errors is left out if without it they agree and confirm one another
+(Baarda 1968, "A testing procedure for use in geodetic networks"); where nothing decides which of several is
+wrong, none of them is used. Times that no accepted link joins to the reference, or only with an error of more
+than a pixel, stay where they are, and are flagged.
 
 A series is turned back only if the turns of its times are more than the errors of finding them: what granules
 change of their own accord would turn small fields for nothing.
@@ -14,6 +24,7 @@ change of their own accord would turn small fields for nothing.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,14 +32,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components, dijkstra
+from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import splu
 
 from pipeline.crisp import Scan, open_intensity
 from pipeline.errors import FlareFieldError
-from pipeline.motion import find_motion
+from pipeline.motion import REGIONS, find_motion, spread
 from pipeline.registration import AGREEMENT, CONFIDENT, STAYS, Shift, field_of_view
 from pipeline.turning import turning
+
+logger = logging.getLogger(__name__)
 
 STRIDES = (1, 2, 8)
 """Scans between those that are linked."""
@@ -40,12 +53,13 @@ LARGEST_TURN = 1.5
 """Degrees between two linked scans at most: more than a telescope's mount turns the field in minutes."""
 
 SIGNIFICANT = 5.0
-"""Standard errors by which the turn of a time must differ from none, for a series to be turned back."""
+"""Standard errors by which the turn of a time must differ from none for a series to be turned back, and by
+which a link must differ from the others to contradict them."""
 
 NOTICED = 0.1
-"""Pixels by which that turn must move the frame's corners."""
+"""Pixels that they must differ by, too: a turn at the frame's corners."""
 
-LEAST_ERROR = 1e-4  # pixels, or degrees: nothing is known better
+NOTHING = 1e-6  # of a link, a pixel or a degree: rounding
 
 
 @dataclass(frozen=True)
@@ -60,11 +74,10 @@ class Link:
         Pixels by which the later scan has to be moved, once it is turned, to lie on the earlier one.
     confidence : float
         As of `pipeline.motion.FoundMotion`.
-    error : float
-        Standard error of the displacement, pixels.
-    turn, turn_error : float
-        Degrees by which it has to be turned about its middle, counterclockwise where y points up, and the
-        error of that.
+    turn : float
+        Degrees by which it has to be turned about its middle, counterclockwise where y points up.
+    without : sequence, REGIONS times 3
+        What (y, x, turn) become more without each region of the field, as of `pipeline.motion.FoundMotion`.
     """
 
     earlier: int
@@ -72,9 +85,8 @@ class Link:
     y: float
     x: float
     confidence: float
-    error: float = 0.0
     turn: float = 0.0
-    turn_error: float = 0.0
+    without: Sequence[Sequence[float]] = ()
 
     def refusal(self, largest_jump: float) -> str | None:
         """Why the link is not to be believed; None if it is."""
@@ -109,7 +121,7 @@ class Position:
     residual : float
         Root mean square of what its links leave over, pixels; NaN without any.
     error : float
-        Standard error of the position, pixels, from those of the links that lead to the reference.
+        Standard error of the position against the reference, pixels.
     turn, turn_error : float
         Degrees by which it has to be turned, as a `Link`'s, and the error of that.
     turned : bool
@@ -187,11 +199,7 @@ def find_link(task: LinkTask) -> dict[str, Any] | FlareFieldError:
         "y": shift.y,
         "x": shift.x,
         "confidence": shift.confidence,
-        **(
-            {"error": found.error, "turn": shift.turn, "turn_error": found.turn_error}
-            if np.isfinite(found.error)
-            else {}
-        ),
+        **({"turn": shift.turn, "without": found.without.tolist()} if np.isfinite(found.error) else {}),
     }
 
 
@@ -200,8 +208,8 @@ def positions(
 ) -> tuple[Position, ...]:
     """Positions of all times, from all accepted links together.
 
-    Links are weighted alike: their errors are those of structures that change, much the same for all. One
-    that contradicts the others by more than a pixel is left out, the worst first. Of several parts of the
+    Links are weighted alike: their errors are those of structures that change, much the same for all. Those
+    that contradict the others are left out, the worst first, and the log says so. Of several parts of the
     series that no link connects the largest is aligned, and of equally large ones the first; its first time
     is the reference.
 
@@ -228,25 +236,42 @@ def positions(
     turned = False
     while True:
         inside = _largest_part(times, accepted)
-        reference = int(np.flatnonzero(inside)[0])
         used = [link for link in accepted if inside[link.earlier]]
-        turns = _solved(used, np.array([[link.turn] for link in used]).reshape(-1, 1), inside)[:, 0]
-        turn_errors = _errors(times, used, [link.turn_error for link in used], reference)
+        network = _Network(used, inside)
+        without = np.array([link.without for link in used]).reshape(len(used), REGIONS, 3)
+        turn = np.array([link.turn for link in used])
+        turn_over = np.abs(network.left(turn))
+        turn_doubt = _spread_of(network.left(without[..., 2]))
+        turns = network.places(turn)
+        turn_errors = _birge(turn_over, turn_doubt) * _spread_of(network.places(without[..., 2]))
         moved = np.deg2rad(np.abs(turns)) * corner
         # What is turned once stays so while links are left out: or it might go back and forth.
         turned |= bool((inside & (moved > NOTICED) & (np.abs(turns) > SIGNIFICANT * turn_errors)).any())
         moves = np.array(
             [turning(turns[link.earlier] if turned else 0.0) @ (link.y, link.x) for link in used]
         ).reshape(-1, 2)
-        places = _solved(used, moves, inside)
-        ends = np.array([(link.earlier, link.later) for link in used], dtype=np.intp).reshape(-1, 2)
-        over = np.hypot(*(moves - (places[ends[:, 1]] - places[ends[:, 0]])).T)
-        if over.size == 0 or over.max() <= AGREEMENT:
+        over = np.hypot(*network.left(moves).T)
+        doubt = np.hypot(*(_spread_of(network.left(without[..., axis])) for axis in (0, 1)))
+        contradicts = over > np.clip(SIGNIFICANT * doubt, NOTICED, AGREEMENT)
+        if turned:
+            moved = np.deg2rad(turn_over) * corner
+            contradicts |= (moved > NOTICED) & (turn_over > SIGNIFICANT * turn_doubt)
+        if not contradicts.any():
             break
-        worst = used[int(over.argmax())]
-        accepted.remove(worst)
-        refusals[worst.earlier, worst.later] = f"{over.max():.1f} pixels at odds with the others"
-    place_errors = _errors(times, used, [link.error for link in used], reference)
+        wrong = network.wrong(over, contradicts)
+        for number in wrong:
+            link = used[number]
+            why = f"{over[number]:.1f} pixels at odds with the others"
+            if len(wrong) > 1:
+                why += ", and nothing decides which of them is wrong"
+            logger.warning("times %d and %d of the series: their link is %s", link.earlier, link.later, why)
+            refusals[link.earlier, link.later] = why
+            accepted.remove(link)
+    places = network.places(moves)
+    place_errors = _birge(over, doubt) * np.hypot(
+        *(_spread_of(network.places(without[..., axis])) for axis in (0, 1))
+    )
+    ends = np.array([(link.earlier, link.later) for link in used], dtype=np.intp).reshape(-1, 2)
     found = []
     for time in range(times):
         if not inside[time]:
@@ -274,20 +299,6 @@ def positions(
     return tuple(found)
 
 
-def _errors(
-    times: int, links: Sequence[Link], errors: Sequence[float], reference: int
-) -> NDArray[np.float64]:
-    """Standard error of each time, along the best chain of links to the reference.
-
-    Links one after another add their variances. Those side by side see the same granules change, and are no
-    better together than the best of them.
-    """
-    ends = np.array([(link.earlier, link.later) for link in links], dtype=np.intp).reshape(-1, 2)
-    variances = np.square(np.maximum(np.array(errors, dtype=np.float64), LEAST_ERROR))
-    graph = coo_array((variances, (ends[:, 0], ends[:, 1])), shape=(times, times)).tocsr()
-    return np.asarray(np.sqrt(dijkstra(graph, directed=False, indices=reference)))
-
-
 def _largest_part(times: int, links: Sequence[Link]) -> NDArray[np.bool_]:
     """Times of the largest part that links hold together."""
     ends = np.array([(link.earlier, link.later) for link in links], dtype=np.intp).reshape(-1, 2)
@@ -296,23 +307,78 @@ def _largest_part(times: int, links: Sequence[Link]) -> NDArray[np.bool_]:
     return np.asarray(part == np.bincount(part).argmax())
 
 
-def _solved(
-    links: Sequence[Link], measured: NDArray[np.float64], inside: NDArray[np.bool_]
-) -> NDArray[np.float64]:
-    """Places (time, n) by least squares, from what links measured (link, n).
+def _spread_of(without: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Standard errors of links or times (n,), from what they become without each region (n, REGIONS)."""
+    return spread(without.T)
 
-    The first one inside is at zero, and those outside are NaN.
+
+def _birge(over: NDArray[np.float64], doubt: NDArray[np.float64]) -> float:
+    """By how much errors are larger than stated, from what links leave over and what they are expected to.
+
+    Links that nothing else confirms leave nothing over. Smaller than stated are errors never said to be.
     """
-    places = np.full((len(inside), measured.shape[1]), np.nan)
-    places[np.flatnonzero(inside)[0]] = 0.0
-    unknown = np.flatnonzero(inside)[1:]
-    column = np.full(len(inside), -1)
-    column[unknown] = np.arange(unknown.size)
-    if links:
-        ends = column[np.array([(link.later, link.earlier) for link in links])]
+    tells = doubt > NOTHING
+    return max(1.0, float(np.sqrt(np.mean(np.square(over[tells] / doubt[tells]))))) if tells.any() else 1.0
+
+
+class _Network:
+    """Links of times, as a network of differences that is solved by least squares, all weighted alike.
+
+    Parameters
+    ----------
+    links : sequence of Link
+    inside : ndarray of bool, shape (time,)
+        Times that they hold together; the first of them is at zero.
+    """
+
+    def __init__(self, links: Sequence[Link], inside: NDArray[np.bool_]) -> None:
+        self._inside = inside
+        unknown = np.flatnonzero(inside)[1:]
+        column = np.full(len(inside), -1)
+        column[unknown] = np.arange(unknown.size)
+        ends = column[np.array([(link.later, link.earlier) for link in links], dtype=np.intp).reshape(-1, 2)]
         rows, which = np.nonzero(ends >= 0)  # the reference has no column
-        shape = (len(links), unknown.size)
-        matrix = coo_array((np.array([1.0, -1.0])[which], (rows, ends[rows, which])), shape=shape).tocsc()
-        normal = splu((matrix.T @ matrix).tocsc())
-        places[unknown] = normal.solve(np.asarray(matrix.T @ measured))
-    return places
+        self._matrix = coo_array(
+            (np.array([1.0, -1.0])[which], (rows, ends[rows, which])), shape=(len(links), unknown.size)
+        ).tocsc()
+        self._normal = splu((self._matrix.T @ self._matrix).tocsc()) if links else None
+
+    def _solved(self, measured: NDArray[np.float64]) -> NDArray[np.float64]:
+        if self._normal is None:
+            return np.zeros((0, *measured.shape[1:]))
+        return np.asarray(self._normal.solve(np.asarray(self._matrix.T @ measured)))
+
+    def places(self, measured: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Places (time, ...) from what links measured (link, ...); NaN outside."""
+        places = np.full((len(self._inside), *measured.shape[1:]), np.nan)
+        places[self._inside] = np.concatenate((np.zeros((1, *measured.shape[1:])), self._solved(measured)))
+        return places
+
+    def left(self, measured: NDArray[np.float64]) -> NDArray[np.float64]:
+        """What links (link, ...) leave over."""
+        return np.asarray(measured - self._matrix @ self._solved(measured))
+
+    def wrong(self, over: NDArray[np.float64], contradicts: NDArray[np.bool_]) -> list[int]:
+        """Numbers of the link that is most likely wrong, and of those that are as likely.
+
+        A link that is wrong leaves over a part only, the smaller the fewer others confirm it. Links that only
+        confirm one another, as those of a single ring do, leave over the same: none of them is told apart.
+
+        Parameters
+        ----------
+        over : ndarray, shape (link,)
+            What they leave over.
+        contradicts : ndarray of bool, shape (link,)
+            Which of them to choose from.
+        """
+        confirmed = np.array([self._left_of(number)[number] for number in range(len(over))])
+        chosen = np.flatnonzero(contradicts & (confirmed > NOTHING))
+        worst = int(chosen[np.argmax(over[chosen] / np.sqrt(confirmed[chosen]))])
+        without_it = confirmed - np.square(self._left_of(worst)) / confirmed[worst]
+        return np.flatnonzero((confirmed > NOTHING) & (without_it < NOTHING)).tolist()
+
+    def _left_of(self, number: int) -> NDArray[np.float64]:
+        """What links leave over of an error of one of them."""
+        error = np.zeros(self._matrix.shape[0])
+        error[number] = 1.0
+        return self.left(error)

@@ -3,15 +3,18 @@
 Between two times of a flare ribbons brighten and move, and would take the displacement with them. So it is
 found from the photosphere, which a flare changes least: the mean of both far wings. Where the core is much
 brighter than the quiet Sun's, or where structures are much stronger than granules, the wings do not count
-either. Of what is left the displacement in whole pixels is searched for (`pipeline.registration`); then the
-rigid motion that most pixels follow is found by iterated least squares, in which pixels that change otherwise
-lose their weight (robust estimation of parametric motion: Odobez & Bouthemy 1995,
-doi:10.1006/jvci.1995.1029; weights of Beaton & Tukey 1974, doi:10.1080/00401706.1974.10489171).
+either, and neither does what is so near to a ribbon that they show, or to the frame's edge, that these have a
+part in its contrast: they would pull at the granules, a little in each scan. Of what is left the displacement
+in whole pixels is searched for (`pipeline.registration`); then the rigid motion that most pixels follow is
+found by iterated least squares, in which pixels that change otherwise lose their weight (robust estimation of
+parametric motion: Odobez & Bouthemy 1995, doi:10.1006/jvci.1995.1029; weights of Beaton & Tukey 1974,
+doi:10.1080/00401706.1974.10489171).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -29,6 +32,7 @@ from pipeline.registration import (
     Shift,
     band_images,
     blocks_of,
+    depth,
     middle_box,
     smooth,
     whole_pixels,
@@ -46,6 +50,12 @@ STRONG = 1.7
 BRIGHT = 2.0
 """Standard deviations of the quiet Sun's core above its mean, from which a pixel is taken for the flare's."""
 
+RIBBON = 3.0
+"""The same in the wings, from which a pixel's surroundings do not count either."""
+
+REACH = round(2.0 * LARGEST_DETAIL)
+"""Pixels to which a ribbon has a part in the contrast of what is beside it."""
+
 CHANGED = 3.0
 """Standard deviations of what two scans differ by, from which a pixel does not count."""
 
@@ -55,10 +65,9 @@ COUNTS = 0.3  # weight from which a pixel says how much the scans differ
 STEPS = 12  # of least squares at most
 SETTLED = 0.003  # pixels of the last one
 LEAST_WEIGHT = 0.15  # mean weight of a block that can tell its displacement
-CLUSTER = 16  # pixels, beyond which errors of structures are independent
-UNDERSTATED = 1.4
-"""Errors that synthetic granules of known displacements had, over those that least squares say: 1.3 to 1.6,
-in fields of 96 and of 200 pixels, one to eight scans apart, with and without ribbons."""
+ACROSS = 4  # regions of the field, each way
+REGIONS = ACROSS**2
+"""Regions that are left out in turn, to see how well a motion is known."""
 
 
 @dataclass(frozen=True)
@@ -70,15 +79,44 @@ class FoundMotion:
     shift : Shift
         Displacement and turn. Its confidence is the share of the field's blocks that, searched on their own,
         give the same motion to a pixel, of those that the flare leaves alone.
-    error : float
-        Standard error of the displacement, pixels; NaN where there is nothing to find it from.
-    turn_error : float
-        The same of the turn, degrees.
+    without : ndarray, shape (REGIONS, 3)
+        What the displacement (y, x; pixels) and the turn (degrees) become more if a region of the field is
+        left out, for each; NaN where there is nothing to find them from.
     """
 
     shift: Shift
-    error: float
-    turn_error: float
+    without: Array
+
+    @property
+    def error(self) -> float:
+        """Standard error of the displacement, pixels."""
+        return float(np.hypot(*spread(self.without[:, :2])))
+
+    @property
+    def turn_error(self) -> float:
+        """Standard error of the turn, degrees."""
+        return float(spread(self.without[:, 2]))
+
+
+def spread(without: Array) -> Array:
+    """Standard errors by the jackknife, from what numbers become without each region of the field.
+
+    Regions see different granules, so what leaving them out changes tells the error whatever it comes from:
+    granules that change, that move on their own, ribbons. It tells that of any combination of links too, if
+    each region is left out of all of them: errors that links share are then not taken for independent ones.
+    (Quenouille 1956, doi:10.1093/biomet/43.3-4.353; Cameron & Miller 2015, doi:10.3368/jhr.50.2.317, for
+    groups that stay alike along time.)
+
+    Parameters
+    ----------
+    without : ndarray, shape (REGIONS, ...)
+        Differences that leaving out each region makes.
+
+    Returns
+    -------
+    ndarray, shape (...)
+    """
+    return np.asarray(np.sqrt((REGIONS - 1) / REGIONS * np.sum(np.square(without), axis=0)))
 
 
 @dataclass(frozen=True)
@@ -114,7 +152,7 @@ def find_motion(
         _view(cube[:, *box], wavelength, rest, field[box])
         for cube, wavelength, rest, field in zip(cubes, wavelengths, rest_wavelengths, fields, strict=True)
     )
-    nothing = FoundMotion(Shift(0.0, 0.0, 0.0), np.nan, np.nan)
+    nothing = FoundMotion(Shift(0.0, 0.0, 0.0), np.full((REGIONS, 3), np.nan))
     search = middle_box(still.mask & moving.mask, LARGEST_SEARCH)
     start = _searched(still, moving, search)
     if start is None:
@@ -125,22 +163,24 @@ def find_motion(
     fitted = _fitted(still, moving, start, middle)
     if fitted is None:
         return nothing
-    angle, displacement, error, turn_error = fitted
+    angle, displacement, without = fitted
     confidence = _agreement(still, moving, angle, displacement, middle)
     shift = Shift(float(displacement[0]), float(displacement[1]), confidence, float(np.degrees(angle)))
-    return FoundMotion(shift, error, float(np.degrees(turn_error)))
+    return FoundMotion(shift, without)
 
 
 def _view(cube: Cube, wavelength: ArrayLike, rest_wavelength: float, field: Mask) -> _View:
     images = band_images(cube, wavelength, rest_wavelength)
     wings, known = np.zeros(field.shape, np.float32), np.zeros(field.shape, np.float32)
-    flare = np.zeros(field.shape, np.float32)
+    flare, ribbon = np.zeros(field.shape, np.float32), np.zeros(field.shape, np.float32)
     for band, image in images.items():
         good = field & np.isfinite(image) & (image > 0)
         if not good.any():
             continue
-        flare = np.maximum(flare, _brightness(image, good))
+        brightness = _brightness(image, good)
+        flare = np.maximum(flare, brightness)
         if band != "core":
+            ribbon = np.maximum(ribbon, brightness)
             wings[good] += image[good] / np.median(image[good])
             known += good
     good = known > 0
@@ -154,6 +194,9 @@ def _view(cube: Cube, wavelength: ArrayLike, rest_wavelength: float, field: Mask
     strength = np.sqrt(smooth(contrast * contrast, mask, LARGEST_DETAIL))
     usual = max(float(np.median(strength[mask])), float(np.finfo(np.float32).tiny))
     weight = mask / (1.0 + (strength / (STRONG * usual)) ** 4) / (1.0 + (flare / BRIGHT) ** 4)
+    # The frame's edge, where smoothing ends, stays where it is, and a ribbon's skirts move with it.
+    weight[depth(mask) <= LARGEST_DETAIL] = 0.0
+    weight[ndimage.maximum_filter(ribbon, 2 * REACH + 1) >= RIBBON] = 0.0
     return _View(np.asarray(contrast / usual, np.float32), weight.astype(np.float32), mask)
 
 
@@ -180,10 +223,11 @@ def _searched(still: _View, moving: _View, part: tuple[slice, slice]) -> Array |
     return whole_pixels(images[0], images[1], still.mask[part], moving.mask[part])
 
 
-def _fitted(
-    still: _View, moving: _View, start: Array, middle: Array
-) -> tuple[float, Array, float, float] | None:
-    """Turn about the middle (rad), displacement, and their errors; None if nothing is left to tell them."""
+def _fitted(still: _View, moving: _View, start: Array, middle: Array) -> tuple[float, Array, Array] | None:
+    """Turn about the middle (rad), displacement, and what both become more without each region of the field.
+
+    None if nothing is left to tell them.
+    """
     y, x = (line - centre for line, centre in zip(np.indices(still.mask.shape), middle, strict=True))
     splines = ndimage.spline_filter(moving.contrast.astype(np.float64), 3, mode="mirror")
     angle, displacement = 0.0, start.astype(np.float64)
@@ -199,9 +243,7 @@ def _fitted(
             return None
         scale = max(NORMAL * float(np.median(np.abs(left[known]))), 1e-3)
         weight = counts * np.square(np.clip(1.0 - np.square(left / (CHANGED * scale)), 0.0, None))
-        slope_y, slope_x = np.gradient(0.5 * (moved + still.contrast))
-        # What is turned by a small angle is moved by it times (x, -y), along (y, x).
-        design = np.stack((slope_y * x - slope_x * y, slope_y, slope_x)).reshape(3, -1)
+        design = _slopes(0.5 * (moved + still.contrast), y, x).reshape(3, -1)
         weighted = design * weight.ravel()
         normal = weighted @ design.T
         if not np.linalg.cond(normal) < 1e12:
@@ -212,31 +254,34 @@ def _fitted(
         reach = np.abs(step[0]) * max(still.mask.shape) / 2.0
         if max(reach, np.abs(step[1:]).max()) < SETTLED:
             break
-    # What a displacement changes of the scores: a pixel's weight changes with it, too.
+    # What a displacement changes of the scores. Slopes and weights of pixels change with it, too, so that
+    # slopes which both scans have in common are what counts: the fewer, the more granules have changed.
     off = np.square(left / (CHANGED * scale))
-    response = (
-        design * (counts * np.where(off < 1.0, (1.0 - off) * (1.0 - 5.0 * off), 0.0)).ravel()
-    ) @ design.T
-    if not np.linalg.cond(response) < 1e12:
+    counted = counts * np.where(off < 1.0, (1.0 - off) * (1.0 - 5.0 * off), 0.0)
+    slopes = [_slopes(image, y, x) for image in (moved, still.contrast)]
+    common = slopes[0][:, None] * slopes[1][None] * counted
+    response = _of_regions(0.5 * (common + common.swapaxes(0, 1)))
+    others = response.sum(axis=0) - response
+    if not (np.linalg.cond(others) < 1e12).all():
         return None
-    inverse = np.linalg.inv(response)
-    scatter = _scatter(weighted * left.ravel(), still.mask.shape)
-    covariance = UNDERSTATED**2 * inverse @ scatter @ inverse
-    error = float(np.sqrt(max(np.trace(covariance[1:, 1:]), 0.0)))
-    return angle, displacement, error, float(np.sqrt(max(covariance[0, 0], 0.0)))
+    scores = _of_regions(weighted.reshape(3, *left.shape) * left)
+    angles, *steps = np.linalg.solve(others, -scores[..., None])[..., 0].T
+    return angle, displacement, np.stack((*steps, np.degrees(angles)), axis=1)
 
 
-def _scatter(scores: Array, shape: tuple[int, int]) -> Array:
-    """Covariance of the sum of scores that are alike within structures (cluster-robust)."""
-    sums = [
-        np.add.reduceat(
-            np.add.reduceat(one.reshape(shape), range(0, shape[0], CLUSTER), axis=0),
-            range(0, shape[1], CLUSTER),
-            axis=1,
-        ).ravel()
-        for one in scores
-    ]
-    return np.asarray(np.stack(sums) @ np.stack(sums).T)
+def _slopes(image: NDArray[np.floating[Any]], y: Array, x: Array) -> Array:
+    """What an image changes when it is turned by a small angle about the middle, and moved: (3, y, x)."""
+    slope_y, slope_x = np.gradient(image)
+    # What is turned by a small angle is moved by it times (x, -y), along (y, x).
+    return np.stack((slope_y * x - slope_x * y, slope_y, slope_x))
+
+
+def _of_regions(values: Array) -> Array:
+    """Sums (REGIONS, ...) of values (..., y, x) over each region of the field."""
+    for axis in (-2, -1):
+        edges = np.linspace(0, values.shape[axis], ACROSS, endpoint=False).astype(int)
+        values = np.add.reduceat(values, edges, axis=axis)
+    return np.moveaxis(values.reshape(*values.shape[:-2], REGIONS), -1, 0)
 
 
 def _agreement(still: _View, moving: _View, angle: float, displacement: Array, middle: Array) -> float:

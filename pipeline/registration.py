@@ -559,7 +559,7 @@ def _estimate(reference: Image, moving: Image, reference_mask: Mask, moving_mask
     overlap = reference_mask & ndimage.shift(moving_mask, steps, order=0, prefilter=False)
     if not overlap.any():
         return _Estimate(steps, 0.0, 0.0)
-    window = np.square(np.sin(0.5 * np.pi * np.minimum(_depth(overlap) / TAPER, 1.0))).astype(np.float32)
+    window = np.square(np.sin(0.5 * np.pi * np.minimum(depth(overlap) / TAPER, 1.0))).astype(np.float32)
     shift = np.array(steps)
     # The window stays in place and pulls the result towards no shift: the second time there is none left.
     for order, upsampling in ((0, COARSE), (3, UPSAMPLING)):
@@ -662,10 +662,10 @@ def smooth(image: Image, mask: Mask, width: float) -> Image:
     return np.asarray(total / np.maximum(weight, np.finfo(np.float32).tiny), dtype=np.float32)
 
 
-def _depth(mask: Mask) -> NDArray[np.float64]:
+def depth(mask: Mask) -> NDArray[np.float64]:
     """Distance of each pixel of a mask from the outside; beyond the frame is outside."""
-    depth: NDArray[np.float64] = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
-    return depth
+    inside: NDArray[np.float64] = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
+    return inside
 
 
 def middle_box(mask: Mask, largest: int) -> tuple[slice, slice]:

@@ -19,7 +19,7 @@ from pipeline.crisp.wavelengths import vacuum_to_air
 from pipeline.errors import MisuseError
 from pipeline.figures import alignment_figure
 from pipeline.ingest import ingest
-from pipeline.motion import find_motion
+from pipeline.motion import REGIONS, find_motion
 from pipeline.observation import fits_headers, open_observation
 from tests.fchroma_files import (
     BETWEEN_LINES,
@@ -163,7 +163,7 @@ def test_a_ruined_scan_is_flagged_and_bridged(tmp_path, capsys):
     with open_observation(tmp_path / "obs.zarr") as observation:
         found = np.stack([observation.series_shift_y.values, observation.series_shift_x.values], axis=1)
         assert np.isnan(found[RUINED]).all()
-        assert np.abs(np.delete(found + TRACK, RUINED, axis=0)).max() < 0.1
+        assert np.abs(np.delete(found + TRACK, RUINED, axis=0)).max() < 0.15
         np.testing.assert_array_equal(observation.series_aligned, known)
 
 
@@ -248,7 +248,8 @@ def check_turned_back(observation: xr.Dataset) -> None:
 def test_a_field_that_turns_is_turned_back_in_both_lines(turned_back):
     report, observation = turned_back
     check_turned_back(observation)
-    assert "and turned by up to 0.99 degrees" in report.summary()
+    most = float(np.abs(observation.series_turn).max())
+    assert f"and turned by up to {most:.2f} degrees" in report.summary()
     assert observation.ca8542_interpolated.values[1:].all() == bool(report.interpolated)
 
 
@@ -305,23 +306,35 @@ def test_two_files_of_many_scans_are_turned_back_too(tmp_path):
         check_turned_back(scaled)
 
 
+def independent(rng: np.random.Generator, error: float) -> np.ndarray:
+    """What (y, x, turn) become more without each region, where each of them has this standard error."""
+    return error / np.sqrt(REGIONS - 1) * rng.standard_normal((REGIONS, 3))
+
+
+def walk(rng: np.random.Generator, times: int, error: float) -> np.ndarray:
+    """The same for each time against the first, where granules walk by this error from each to the next."""
+    steps = [independent(rng, error) for _ in range(times - 1)]
+    return np.concatenate((np.zeros((1, REGIONS, 3)), np.cumsum(steps, axis=0)))
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_noise_does_not_turn_a_series(seed):
     rng = np.random.default_rng(seed)
     turns = 0.05 * np.cumsum(rng.standard_normal(60))
+    without = walk(rng, 60, 0.05)
     found = [
-        Link(first, second, 0.0, 0.0, 0.9, 0.03, turns[second] - turns[first], 0.05 * np.sqrt(second - first))
+        Link(first, second, 0.0, 0.0, 0.9, turns[second] - turns[first], without[second] - without[first])
         for first, second in links_of(60)
     ]
     placed = positions(60, found, corner=68.0)
     assert not placed[0].turned
     assert placed[59].shift.turn == 0.0
     # The same turns, if they are known ten times as well.
-    known = [replace(link, turn_error=0.1 * link.turn_error) for link in found]
+    known = [replace(link, without=0.1 * link.without) for link in found]
     placed = positions(60, known, corner=68.0)
     assert placed[0].turned
     np.testing.assert_allclose([position.shift.turn for position in placed], turns - turns[0], atol=1e-6)
-    assert abs(placed[59].turn_error - 0.005 * np.sqrt(59)) < 1e-3
+    assert placed[59].turn_error == pytest.approx(0.005 * np.sqrt(59), rel=0.5)
 
 
 def test_a_turned_field_is_told_from_one_that_is_displaced():
@@ -337,7 +350,7 @@ def test_a_turned_field_is_told_from_one_that_is_displaced():
         # What brings it back is the opposite turn, about the middle of another frame than the scene's.
         assert abs(shift.turn + angle) < 0.02
         assert found.turn_error < 0.02
-        link = Link(0, 1, shift.y, shift.x, 1.0, found.error, shift.turn, found.turn_error)
+        link = Link(0, 1, shift.y, shift.x, 1.0, shift.turn, found.without)
         refusal = link.refusal(40.0)
         assert (refusal is None) == (abs(angle) < LARGEST_TURN)
         assert refusal is None or "turned" in refusal
@@ -346,16 +359,16 @@ def test_a_turned_field_is_told_from_one_that_is_displaced():
 THREE = np.array([REST - 1.3, REST, REST + 1.3])
 
 
-def flaring(times: int, side: int, wing: float, rng: np.random.Generator):
+def flaring(times: int, side: int, wing: float, rng: np.random.Generator, stays: float, life: float = 26.0):
     """An active region under a wandering telescope, scan by scan, and where the telescope has it.
 
-    Half of its granulation stays, the other half lives for five minutes. A ribbon moves by half a pixel a
-    scan and brightens tenfold, in the core, and in the wings by a share of that.
+    A share of its granulation's power stays, the rest lives for some scans (26: five minutes). A ribbon moves
+    by half a pixel a scan and brightens tenfold, in the core, and in the wings by a share of that.
     """
     around = 16
     wide, inside = (side + 2 * around,) * 2, (slice(around, -around),) * 2
-    keep = np.exp(-1.0 / 26.0)
-    stays, granules = smooth_noise(rng, wide, 3.0), smooth_noise(rng, wide, 3.5)
+    keep = np.exp(-1.0 / life)
+    staying, granules = smooth_noise(rng, wide, 3.0), smooth_noise(rng, wide, 3.5)
     fibrils, knots = smooth_noise(rng, wide, 2.5), smooth_noise(rng, wide, 2.5)
     rows, columns = np.mgrid[: wide[0], : wide[1]]
     track = np.zeros(2)
@@ -365,7 +378,8 @@ def flaring(times: int, side: int, wing: float, rng: np.random.Generator):
         ribbon *= (
             0.5 * 10.0 ** (time / (times - 1)) * np.maximum(1.0 + 0.3 * displace(knots, 0.5 * time, 0.0), 0.0)
         )
-        wings = 2800.0 * (1.0 + 0.05 * stays + 0.05 * granules + wing * ribbon)
+        granulation = np.sqrt(stays) * staying + np.sqrt(1.0 - stays) * granules
+        wings = 2800.0 * (1.0 + 0.07 * granulation + wing * ribbon)
         core = 900.0 * (1.0 + 0.15 * fibrils + 2.5 * ribbon)
         cube = np.stack([wings, core, 1.02 * wings])
         yield track, noisy(np.stack([displace(image, *track)[inside] for image in cube]), rng)
@@ -374,35 +388,59 @@ def flaring(times: int, side: int, wing: float, rng: np.random.Generator):
         fibrils = keep * fibrils + np.sqrt(1.0 - keep**2) * smooth_noise(rng, wide, 2.5)
 
 
-@pytest.mark.parametrize(("side", "wing"), [(96, 0.0), (96, 0.3), (200, 0.1)])
-def test_a_ribbon_that_moves_and_brightens_does_not_take_the_series_with_it(side, wing):
-    times = 60
-    track, cubes = zip(*flaring(times, side, wing, np.random.default_rng(7)), strict=True)
+def placed_by_scans(cubes, side: int):
+    """Positions of scans at `THREE` wavelengths."""
     field = (np.ones((side, side), dtype=bool),) * 2
     found = []
-    for first, second in links_of(times):
+    for first, second in links_of(len(cubes)):
         motion = find_motion((cubes[first], cubes[second]), (THREE,) * 2, (REST,) * 2, field)
         shift = motion.shift
-        found.append(
-            Link(
-                first, second, shift.y, shift.x, shift.confidence, motion.error, shift.turn, motion.turn_error
-            )
-        )
-    placed = positions(times, found, corner=0.5 * np.hypot(side, side))
+        found.append(Link(first, second, shift.y, shift.x, shift.confidence, shift.turn, motion.without))
+    return positions(len(cubes), found, corner=0.5 * np.hypot(side, side))
+
+
+@pytest.mark.parametrize(("side", "wing"), [(96, 0.0), (96, 0.3), (144, 0.1)])
+def test_a_ribbon_that_moves_and_brightens_does_not_take_the_series_with_it(side, wing):
+    track, cubes = zip(*flaring(60, side, wing, np.random.default_rng(7), stays=0.5), strict=True)
+    placed = placed_by_scans(cubes, side)
     assert not placed[0].turned
     assert all(position.known for position in placed)
     away = np.hypot(*errors(np.array(track), placed).T)
     # It moved by 30 pixels.
     assert away.max() < 0.8
-    assert all(position.error < 0.6 for position in placed)
+    stated = np.array([position.error for position in placed])
+    assert stated.max() < 0.6
+    assert np.sqrt(np.mean((away[1:] / stated[1:]) ** 2)) < 2.0
+
+
+@pytest.mark.parametrize("wing", [0.0, 0.3])
+def test_errors_are_as_large_as_stated_where_no_granule_stays(wing):
+    ratios = []
+    for seed in range(4):
+        scans = flaring(16, 96, wing, np.random.default_rng(seed), stays=0.0, life=8.0)
+        track, cubes = zip(*scans, strict=True)
+        placed = placed_by_scans(cubes, 96)
+        away = np.hypot(*errors(np.array(track), placed).T)
+        ratios.append(away[1:] / [position.error for position in placed[1:]])
+    # Of four series: each goes off by chance, and stays off.
+    assert 0.6 < np.sqrt(np.nanmean(np.square(ratios))) < 1.5
 
 
 # Positions
 
 
-def links(track: np.ndarray, rng: np.random.Generator, error: float, strides=None) -> list[Link]:
+def links(
+    track: np.ndarray, rng: np.random.Generator, error: float, strides=None, stated: float | None = None
+) -> list[Link]:
+    """Links with independent errors along each axis, as large as stated or not."""
     return [
-        Link(first, second, *(track[first] - track[second] + error * rng.standard_normal(2)), 0.9, error)
+        Link(
+            first,
+            second,
+            *(track[first] - track[second] + error * rng.standard_normal(2)),
+            0.9,
+            without=independent(rng, error if stated is None else stated),
+        )
         for first, second in links_of(len(track))
         if strides is None or second - first in strides
     ]
@@ -435,15 +473,67 @@ def test_a_link_that_went_wrong_is_left_out():
     assert all(position.residual < 0.1 for position in found)
 
 
+def wrong(link: Link, by: float) -> Link:
+    return replace(link, y=link.y + by)
+
+
+def test_what_nothing_decides_is_not_known_and_said(caplog):
+    rng = np.random.default_rng(7)
+    track = np.cumsum(rng.normal(0.0, 0.5, (20, 2)), axis=0)
+    good = links(track, rng, 0.02)
+    # Two links lead to the last time, and one of them is wrong.
+    found = positions(
+        20, [wrong(link, 3.0) if (link.earlier, link.later) == (18, 19) else link for link in good]
+    )
+    assert [position.known for position in found] == [True] * 19 + [False]
+    assert "nothing decides" in found[19].refused
+    assert np.abs(errors(track, found)[:19]).max() < 0.1
+    assert caplog.text.count("nothing decides") == 2
+    # A link over eight scans, of which six are joined in a single chain: any of the eight may be wrong.
+    ring = [link for link in good if link.later - link.earlier != 2 or link.later > 8]
+    found = positions(
+        20, [wrong(link, 3.0) if (link.earlier, link.later) == (3, 4) else link for link in ring]
+    )
+    assert [position.known for position in found] == [False] * 7 + [True] * 13
+    caplog.clear()
+    # Less than a pixel, but many times the errors, and three others know better.
+    found = positions(
+        20, [wrong(link, 0.5) if (link.earlier, link.later) == (9, 10) else link for link in good]
+    )
+    assert all(position.known for position in found)
+    assert np.abs(errors(track, found)).max() < 0.1
+    assert "times 9 and 10 of the series: their link is" in caplog.text
+
+
+def test_links_that_scatter_more_than_their_errors_raise_those_of_the_positions():
+    rng = np.random.default_rng(8)
+    track = np.zeros((60, 2))
+    honest, scattered = (
+        np.array([position.error for position in positions(60, links(track, rng, error, stated=0.01))])
+        for error in (0.01, 0.03)
+    )
+    assert np.mean(scattered[1:] / honest[1:]) == pytest.approx(3.0, rel=0.15)
+    off = [errors(track, positions(60, links(track, rng, 0.03, stated=0.01))) for _ in range(30)]
+    assert np.mean(
+        scattered[1:] / np.sqrt(np.mean(np.sum(np.square(off), axis=2), axis=0))[1:]
+    ) == pytest.approx(1.0, rel=0.15)
+
+
 def test_times_that_are_known_to_more_than_a_pixel_only_are_not_moved():
+    # Granules that walk by a tenth of a pixel a scan are off by a pixel after a hundred of them, and all
+    # links over these walk with them: no number of links helps.
+    without = walk(np.random.default_rng(9), 240, 0.1 / np.sqrt(2.0))
     drift = [
-        Link(first, second, 0.1, 0.0, 0.9, 0.1 * np.sqrt(second - first)) for first, second in links_of(240)
+        Link(first, second, 0.1 * (second - first), 0.0, 0.9, without=without[second] - without[first])
+        for first, second in links_of(240)
     ]
     found = positions(240, drift)
-    # A walk of steps of a tenth of a pixel is off by a pixel after a hundred of them.
-    assert all(position.known == (time < 100) for time, position in enumerate(found) if time != 100)
-    assert "standard error of 1.5 pixels" in found[239].refused
-    assert found[239].error == pytest.approx(0.1 * np.sqrt(239))
+    expected = np.sqrt((REGIONS - 1) / REGIONS * np.sum(without[..., :2] ** 2, axis=(1, 2)))
+    np.testing.assert_allclose([position.error for position in found], expected, atol=1e-9)
+    assert expected[239] == pytest.approx(0.1 * np.sqrt(239), rel=0.3)
+    assert [position.known for position in found] == (expected <= 1.0).tolist()
+    assert not found[239].known
+    assert f"standard error of {expected[239]:.1f} pixels" in found[239].refused
 
 
 def test_what_no_link_holds_together_is_not_known():
@@ -461,7 +551,7 @@ def test_what_no_link_holds_together_is_not_known():
     assert np.isnan(found[0].y)
     assert positions(1, [])[0].known
     assert [position.known for position in positions(2, [])] == [True, False]
-    assert Link(0, 1, 0.0, 0.0, 1.0, 0.01, LARGEST_TURN * 3, 0.01).refusal(40.0) is not None
+    assert Link(0, 1, 0.0, 0.0, 1.0, LARGEST_TURN * 3).refusal(40.0) is not None
     assert Link(0, 1, 0.0, 0.0, 1.0).refusal(40.0) is None
 
 
@@ -489,6 +579,6 @@ def test_the_picture_shows_both_displacements(aligned, series, tmp_path):
 def test_the_command_draws_it(series, tmp_path):
     picture = tmp_path / "alignment.png"
     arguments = ["ingest", str(series), str(tmp_path / "obs.zarr"), "--alignment-figure", str(picture)]
-    result = CliRunner().invoke(app, [*arguments, "--cluster", "local"], catch_exceptions=False)
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert picture.read_bytes().startswith(b"\x89PNG")
