@@ -77,6 +77,28 @@ def test_coordinates_are_those_of_the_header(tmp_path, cube):
     np.testing.assert_allclose(latitude, expected[1] * 3600.0, rtol=0, atol=1e-6)
 
 
+def test_what_helps_is_said_of_many_files_as_of_one(tmp_path, cube):
+    """Twelve groups whose medium nobody says: one problem, its files, and what to do about it."""
+    for number in range(12):
+        write_crispy(tmp_path / f"{number:02}.zarr", cube, WAVELENGTH_HALPHA, START)
+    with pytest.raises(InputError, match="12 files cannot be used") as caught:
+        find_scans([tmp_path])
+    assert caught.value.found.count("does not say whether its wavelengths are in air or in vacuum") == 1
+    assert "09.zarr" in caught.value.found
+    assert "10.zarr" not in caught.value.found
+    assert "and 2 more" in caught.value.found
+    assert caught.value.remedy == "say --medium air or --medium vacuum"
+    assert "83 km/s" in caught.value.expected
+    # beside a problem of another kind, each with its own remedy
+    (tmp_path / "11.zarr" / "data" / "zarr.json").write_text("{")
+    (tmp_path / "11.zarr" / "data" / ".zarray").write_text("{")
+    with pytest.raises(InputError, match="12 files cannot be used") as caught:
+        find_scans([tmp_path])
+    assert "air or in vacuum (11 files)" in caught.value.found
+    assert "remedy: say --medium air or --medium vacuum" in caught.value.found
+    assert "(1 files)" not in caught.value.found
+
+
 def test_the_medium_has_to_be_said(group, tmp_path, cube):
     with pytest.raises(InputError, match="does not say whether its wavelengths are in air"):
         read_scans(group)

@@ -244,6 +244,10 @@ def test_time_scale_is_honoured(file):
         (lambda h: h[0].header.set("DATE-AVG", "0014-09-06T15:27:24"), InputError, "time cannot be read"),
         (lambda h: h[0].header.set("DATE-AVG", "2914-09-06T15:27:24"), InputError, "time cannot be read"),
         (lambda h: h[0].header.remove("CRVAL1"), InputError, "pointing is missing"),
+        (lambda h: h[0].header.remove("CUNIT1"), InputError, "(?s)pointing is missing.*no CUNIT1"),
+        (lambda h: h[0].header.set("CUNIT2", "arcmonkey"), InputError, "unit of a coordinate is not known"),
+        (lambda h: h[1].header.set("BUNIT", "fathom"), InputError, "unit of a coordinate is not known"),
+        (lambda h: h[1].header.set("BUNIT", "s"), InputError, "unit of a coordinate is not known"),
         (lambda h: h[0].header.set("CTYPE1", "RA---TAN"), InputError, "pointing is missing"),
         (lambda h: h[0].header.set("CTYPE3", "FREQ"), InputError, "not one of wavelengths"),
         (lambda h: h[0].header.set("CDELT1", 0.0), InputError, "pixel size|damaged"),
@@ -391,6 +395,31 @@ def test_several_scans_in_a_file(tmp_path):
         np.testing.assert_array_equal(open_intensity(scan), cube[number, 10:])
 
 
+@pytest.mark.parametrize("kind", ["scaled", "minutes", "axis in minutes", "ms in the extension"])
+def test_coordinates_in_any_number_and_unit(tmp_path, kind):
+    """Times and wavelengths as scaled integers, in min and nm: those of astropy's own scaling."""
+    cube = np.random.default_rng(6).integers(800, 6000, (2, 15, 9, 13))
+    path = crispex(tmp_path / "scans.fits", cube, WAVELENGTH_HALPHA, seconds=[0.0, 12.0])
+
+    def change(hdus):
+        if kind == "scaled":
+            hdus[1].scale("int32", bscale=0.001, bzero=6560.0)
+            hdus[2].scale("int16", bscale=0.001, bzero=0.0)
+        elif kind == "minutes":
+            hdus[1].data, hdus[1].header["BUNIT"] = hdus[1].data / 10.0, "nm"
+            hdus[2].data, hdus[2].header["BUNIT"] = hdus[2].data / 60.0, "min"
+        elif kind == "axis in minutes":
+            hdus[2].data, hdus[0].header["CUNIT4"] = hdus[2].data / 60.0, "min"
+        else:
+            hdus[2].data, hdus[2].header["CUNIT1"] = hdus[2].data * 1000.0, "ms"
+            hdus[0].header["CUNIT4"] = "s"
+
+    scans = read_scans(rewrite(path, change))
+    assert [scan.time for scan in scans] == [START, START + np.timedelta64(12, "s")]
+    for scan in scans:
+        np.testing.assert_allclose(scan.wavelength, WAVELENGTH_HALPHA, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -444,8 +473,10 @@ def test_found_by_content_in_any_order(tmp_path):
 
     with pytest.raises(InputError, match="another instrument"):
         find_scans([tmp_path / "other.fits", tmp_path])
-    with pytest.raises(InputError, match=r"(?s)2 files cannot be used.*other.fits.*broken.fits"):
+    with pytest.raises(InputError, match=r"(?s)2 files cannot be used.*other.fits.*broken.fits") as caught:
         find_scans([tmp_path / "other.fits", tmp_path / "broken.fits"])
+    assert "not fchroma: a FITS file of another instrument (INSTRUME = '')" in caught.value.found
+    assert "not a FITS file" in caught.value.found or "it begins with b'text'" in caught.value.found
     with pytest.raises(InputError, match="no file matches"):
         find_scans([f"{tmp_path}/*.sav"])
 

@@ -186,6 +186,29 @@ def test_stokes_parameters_never_become_times(file, cube, statement, text, words
         np.testing.assert_array_equal(open_intensity(scan), cube[scan.index, 0])
 
 
+def test_stokes_parameters_that_nobody_speaks_of(file, cube, statement):
+    """12 scans of I or 3 of I, Q, U, V: refused, unless the sidecar, the times or the twin say which."""
+    numbers = {line: value for line, value in statement.items() if line != "stokes"}
+    stepped = {**numbers, "time": {"start": "2014-09-06T15:27:24", "step": 11.5}}
+    write_cube(file, cube)
+    state(file, stepped)
+    assert "12 scans of I, or 3 of I, Q, U, V" in refused(file, "nothing says whether")
+    for stokes, images in ((["I", "Q", "U", "V"], cube[:, 0]), (["I"], cube.reshape(-1, *cube.shape[2:]))):
+        state(file, {**stepped, "stokes": stokes})
+        scans = read_scans(file)
+        assert len(scans) == len(images)
+        np.testing.assert_array_equal(open_intensity(scans[2]), images[2])
+    state(file, numbers)
+    refused(file, "times do not fit")
+    # Three scans cannot be fewer of four parameters.
+    state(file, stepped)
+    write_cube(file, cube[:, :1])
+    assert len(read_scans(file)) == SCANS
+    write_cube(file, cube)
+    write_twin(file.with_name(f"{file.stem}_sp{file.suffix}"), cube.reshape(-1, 1, *cube.shape[2:]))
+    assert len(read_scans(file)) == SCANS * PARAMETERS
+
+
 def test_wavelengths_in_any_order(file, cube, statement):
     axis = vacuum_to_air(WAVELENGTH_HALPHA)
     order = np.random.default_rng(2).permutation(POINTS)

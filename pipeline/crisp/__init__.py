@@ -246,18 +246,44 @@ def find_scans(
             passed_over.append(look.refusal)
         elif look.refusal is not None:
             refused.append(look.refusal)
-    if len(refused) == 1:
-        raise refused[0]
     if refused:
-        listed = [f"{refusal.where}: {refusal.problem}" for refusal in refused[:LISTED]]
-        if len(refused) > LISTED:
-            listed.append(f"and {len(refused) - LISTED} more")
-        raise InputError(
-            f"{len(refused)} files cannot be used",
-            found="\n    ".join(["", *listed]),
-            remedy="mend these files or leave them out",
-        )
+        raise _together(refused)
     return sorted(scans, key=lambda scan: (scan.line, scan.time, scan.path, scan.index)), passed_over
+
+
+def _together(refused: list[InputError]) -> InputError:
+    """One error of several: what is wrong, of which files, and what to do about it, problem by problem."""
+    if len(refused) == 1:
+        return refused[0]
+    alike: dict[str, list[InputError]] = {}
+    for refusal in refused:
+        alike.setdefault(refusal.problem, []).append(refusal)
+    rows: list[str] = []
+    for problem, refusals in alike.items():
+        rows.append(
+            f"\n    {problem}" + (f" ({len(refusals)} files)" if 1 < len(refusals) < len(refused) else "")
+        )
+        for refusal in refusals[:LISTED]:
+            found = refusal.found or ""
+            if "\n" in found:  # several lines of one file are enough
+                found = " ".join(found.split()) if refusal is refusals[0] else ""
+            rows.append(f"\n        {refusal.where}" + (f": {found}" if found else ""))
+        if len(refusals) > LISTED:
+            rows.append(f"\n        and {len(refusals) - LISTED} more")
+        if len(alike) > 1:
+            rows.append(f"\n        remedy: {_remedy(refusals)}")
+    return InputError(
+        f"{len(refused)} files cannot be used",
+        found="".join(rows),
+        expected=refused[0].expected if len({refusal.expected for refusal in refused}) == 1 else None,
+        remedy=_remedy(refused) if len(alike) == 1 else "mend these files as said, or leave them out",
+    )
+
+
+def _remedy(refusals: list[InputError]) -> str:
+    remedies = list(dict.fromkeys(refusal.remedy for refusal in refusals if refusal.remedy))
+    first = remedies[0] if remedies else "mend these files or leave them out"
+    return first if len(remedies) < 2 else f"{first}; and the others in the same way"
 
 
 @dataclass(frozen=True)

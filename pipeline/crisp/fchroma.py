@@ -11,7 +11,7 @@ Its layout is that of CRISPEX (Lofdahl et al. 2021, A&A 653, A68, doi:10.1051/00
 which has two ways to put several scans into a file. ``NWIN`` lines may follow one another along the
 wavelength axis, from ``WSTARTi`` (counted from 0) on, ``WWIDTHi`` wavelengths each: each is a scan of its
 own, and other lines than the two are passed over. And there may be a fourth axis, of time: the extension
-``time-coordinate`` then has a time for each scan, in seconds since ``STARTOBS``.
+``time-coordinate`` then has a time for each scan, since ``STARTOBS``: in seconds, if it says no other unit.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import astropy.units as u
 import numpy as np
 from astropy.io import fits
 from astropy.wcs import WCS
@@ -286,7 +287,7 @@ def _describe(hdus: fits.HDUList, file: Path, medium: Medium | None) -> tuple[Sc
             expected=f"an image extension named {AXIS_HDU!r}",
             remedy=FETCH_AGAIN,
         )
-    wavelength = np.asarray(hdus[names.index(AXIS_HDU)].data, dtype=np.float64)
+    wavelength = fits_files.coordinates(hdus[names.index(AXIS_HDU)], "Angstrom", u.Angstrom, file)
     points, rows, columns = (int(size) for size in axes[-3:])
     if wavelength.shape != (points,):
         raise InputError(
@@ -375,7 +376,8 @@ def _times(hdus: fits.HDUList, count: int, file: Path) -> list[np.datetime64]:
     header = hdus[0].header
     hdu = next((hdu for hdu in hdus[1:] if hdu.name.lower() == TIME_HDU and hdu.data is not None), None)
     since = next((name for name in ("STARTOBS", "DATE_OBS", "DATE-OBS") if header.get(name)), None)
-    seconds = np.zeros(0) if hdu is None else np.asarray(hdu.data, dtype=np.float64)
+    unit = str(header.get("CUNIT4") or "s").strip()
+    seconds = np.zeros(0) if hdu is None else fits_files.coordinates(hdu, unit, u.s, file)
     if since is None or seconds.shape != (count,) or not np.all(np.abs(seconds) < 1e8):
         raise InputError(
             "the scans' times are missing",
@@ -403,19 +405,21 @@ def _time(header: fits.Header, file: Path) -> np.datetime64:
 
 def _frame(header: fits.Header, file: Path) -> Frame:
     step = "CD{0}_{0}" if "CD1_1" in header else "CDELT{0}"
-    names = [name.format(axis) for name in ("CRPIX{0}", "CRVAL{0}", step) for axis in (1, 2)]
-    missing = [name for name in names if name not in header]
+    names = [name.format(axis) for name in ("CRPIX{0}", "CRVAL{0}", step, "CUNIT{0}") for axis in (1, 2)]
+    missing = [name for name in names if header.get(name) in (None, "")]
     types = [str(header.get(f"CTYPE{number}", "")).strip() for number in (1, 2)]
     if missing or types != ["HPLN-TAN", "HPLT-TAN"]:
         raise InputError(
             "the scan's pointing is missing",
             where=file,
             found=f"CTYPE1, CTYPE2 = {types}" + (f"; no {', '.join(missing)}" if missing else ""),
-            expected="helioprojective axes HPLN-TAN, HPLT-TAN with CRPIX, CRVAL and CDELT",
+            expected="helioprojective axes HPLN-TAN, HPLT-TAN with CRPIX, CRVAL, CDELT and CUNIT",
             remedy="add the cards, or leave the file out",
         )
     # What astropy says of such cards does not name them.
     for card in (f"{name}{axis}" for name in ("CRPIX", "CRVAL", "CDELT") for axis in (1, 2, 3)):
         if card in header:
             fits_files.number(header, card, file)
+    for axis in (1, 2):
+        fits_files.unit_factor(str(header[f"CUNIT{axis}"]).strip(), u.arcsec, f"CUNIT{axis}", file)
     return Frame.from_wcs(WCS(header).celestial, (header["NAXIS2"], header["NAXIS1"]), file)

@@ -38,6 +38,7 @@ from pipeline.errors import InputError
 
 FORMAT = "lapalma"
 SUFFIXES = lapalma_files.SUFFIXES
+POLARISED = ("I", "Q", "U", "V")
 AXES: tuple[Axis, ...] = ("time", "stokes", "wavelength", "y", "x")
 
 EXAMPLE = """\
@@ -50,6 +51,7 @@ wavelength:
 time: {file: tseries.6563.calib.sav}          # or values, or start and step
 pointing: {reference_value: [-729.8, -313.4], scale: 0.059, rotation: 0.0}    # arcsec, degrees
 unit: DN
+# stokes: [I, Q, U, V]                        # where the cube has them and its header does not say so
 """
 """A sidecar."""
 
@@ -131,7 +133,8 @@ def _described(file: Path) -> DescribedCube:
             f"{list(stokes)}{'' if statement.stokes else ', as nothing is stated'}; or all of them",
         )
     points = cube.stated_wavelengths()
-    for name, of_scan, scans in _others(file, header, len(stokes)):
+    others = list(_others(file, header, len(stokes)))
+    for name, of_scan, scans in others:
         points = of_scan if points is None else points
         if (of_scan, of_scan * len(stokes) * scans) != (points, images):
             cube.refuse(
@@ -155,6 +158,14 @@ def _described(file: Path) -> DescribedCube:
             f"a multiple of {points} (two or more) wavelengths times {len(stokes)} Stokes parameters",
         )
     scans = images // (len(stokes) * points)
+    said = header.stokes or statement.stokes or header.parameters or others
+    if not said and statement.time.step is not None and scans % len(POLARISED) == 0:
+        cube.refuse(
+            "stokes",
+            "nothing says whether the cube has other Stokes parameters than I",
+            f"{images} images: {scans} scans of I, or {scans // len(POLARISED)} of {', '.join(POLARISED)}",
+            f"[I] or [{', '.join(POLARISED)}]; or the time of each scan",
+        )
     return replace(
         cube,
         statement=statement.model_copy(update={"stokes": stokes}),
