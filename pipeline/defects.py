@@ -14,6 +14,8 @@ which depends on how bright the Sun is there:
 - it exceeds the noise, which is taken from the image itself by the median absolute deviation and grows with
   the root of the intensity, many times over.
 
+A single pixel that drops out is found in the same way, where it is darker than half of what is usual in its
+image.
 Spikes wider than two pixels along both axes are not found, nor those wider than one at the field's very edge.
 Nothing is repaired.
 """
@@ -41,6 +43,8 @@ SHARP = 0.65
 """Share of a pixel's excess over its surroundings that both of two opposite neighbours lack."""
 SHARP_BLOCK = 0.8
 """The same for a pixel that is one of two side by side along both axes, and those at their ends."""
+DROPPED = 0.5
+"""Of an image's usual intensity: a pixel that is darker may have dropped out."""
 ISOLATED = 0.3
 """Largest sharpness of the same pixel at the next wavelengths, of that of the spike."""
 ALWAYS = 0.8
@@ -168,7 +172,7 @@ def survey(cube: Cube, field: Mask, saturation: float = np.inf) -> Survey:
     constant: NDArray[np.intp] | None = None
     often = np.zeros(field.shape, dtype=np.uint16)
     dark: _Places | None = None
-    sharp: list[_Sharp] = []
+    sharp: dict[int, list[_Sharp]] = {1: [], -1: []}
     missing: list[int] = []
     last: Numbers | None = None
     held = _Held(cube, box)
@@ -189,18 +193,21 @@ def survey(cube: Cube, field: Mask, saturation: float = np.inf) -> Survey:
             dark = dark.at(dark.inside & (dark.excess(image, sign=-1)[0] > least))
             dark_often = np.zeros(dark.own.size, dtype=np.uint16)
         elif constant is None:
-            constant = held.as_at_first(index, image, np.flatnonzero(field))
+            constant = np.flatnonzero(field & (held.numbers(index, image) == held.first))
         elif constant.size:
-            constant = held.as_at_first(index, image, constant)
-        found = _Sharp.of(index, image, search.places(image, least, saturation, unusable), noise)
-        often.ravel()[found.places.own[found.single & found.places.inside]] += 1
+            constant = constant[held.numbers(index, image).ravel()[constant] == held.first.ravel()[constant]]
+        bright = _Sharp.of(index, image, search.places(image, least, saturation, unusable), noise)
+        often.ravel()[bright.places.own[bright.single & bright.places.inside]] += 1
         assert dark is not None
         dark_often += _stands_out(dark.excess(image, sign=-1)[0], SHARP, *dark.contrast(image), noise)
-        if last is not None:
-            found.before[:] = found.excess_in(last)
-        for ago, earlier in enumerate(reversed(sharp[-2:])):
-            earlier.after[ago] = earlier.excess_in(image)
-        sharp.append(found)
+        dropped = search.dropped(image, DROPPED * noise.intensity, least)
+        for found in (bright, _Sharp.of(index, image, dropped, noise, sign=-1)):
+            alike = sharp[found.sign]
+            if last is not None:
+                found.before[:] = found.excess_in(last)
+            for ago, earlier in enumerate(reversed(alike[-2:])):
+                earlier.after[ago] = earlier.excess_in(image)
+            alike.append(found)
         last = image
     images = len(cube) - len(missing)
     dead = often >= max(ALWAYS * images, 2)
@@ -208,7 +215,7 @@ def survey(cube: Cube, field: Mask, saturation: float = np.inf) -> Survey:
         dead.ravel()[dark.own] |= dark_often >= max(ALWAYS * images, 2)
     if constant is not None:
         dead.ravel()[constant] = True
-    spikes = _spikes(sharp, field.shape)
+    spikes = np.concatenate([_spikes(alike, field.shape) for alike in sharp.values()])
     return Survey(
         spikes[~dead[spikes[:, 1], spikes[:, 2]]],
         dead,
@@ -300,38 +307,38 @@ def uncorrected_wavelengths(shift: NDArray[np.floating] | None, field: Mask) -> 
 
 
 class _Held:
-    """A file's own numbers, image by image as they are gone through: each is compared with earlier ones."""
+    """A file's own numbers, image by image as they are gone through: each is compared with earlier ones.
+
+    Attributes
+    ----------
+    first : ndarray, shape (y, x)
+        The first image.
+    """
 
     def __init__(self, cube: Cube, box: tuple[slice, slice]) -> None:
         self._cube, self._box = stored_numbers(cube), box
         self._converted = self._cube is not cube
         self._part: Numbers | None = None
-        self._last: Numbers | int = 0
-        self._first: Numbers | None = None
+        self._last: Numbers | None = None  # of converted numbers, read again where it is needed
+        self._index = 0
+        self.first: Numbers = np.empty((0, 0), dtype=np.float32)
+
+    def numbers(self, index: int, image: Numbers | None) -> Numbers:
+        """What the file holds for an image (y, x), given that where it is what the file holds."""
+        return np.asarray(self._cube[index]) if self._converted or image is None else image
 
     def repeats(self, index: int, image: Numbers) -> bool:
         """Whether an image is the one before once more; if it is not, the next is compared with it."""
         part = np.asarray(self._cube[index, *self._box]) if self._converted else image[self._box]
-        last = self._last
-        if self._part is not None and _equal(part, self._part):
-            before = self._numbers(last) if isinstance(last, int) else last
-            if _equal(self._numbers(index) if self._converted else image, before):
-                return True
-        self._part = part
-        self._last = index if self._converted else image
-        if self._first is None:
-            self._first = self._numbers(index) if self._converted else image
+        if self._part is None:
+            self.first = self.numbers(index, image)
+        elif _equal(part, self._part) and _equal(
+            self.numbers(index, image), self.numbers(self._index, self._last)
+        ):
+            return True
+        self._part, self._index = part, index
+        self._last = None if self._converted else image
         return False
-
-    def as_at_first(self, index: int, image: Numbers, pixels: NDArray[np.intp]) -> NDArray[np.intp]:
-        """Which pixels of an image, by their places in it flattened, have the numbers of the first one."""
-        assert self._first is not None
-        numbers = self._numbers(index) if self._converted else image
-        same: Mask = numbers.ravel()[pixels] == self._first.ravel()[pixels]
-        return pixels[same]
-
-    def _numbers(self, index: int) -> Numbers:
-        return np.asarray(self._cube[index])
 
 
 def _equal(one: Numbers, other: Numbers) -> bool:
@@ -427,6 +434,21 @@ class _Search:
         # What is saturated is known as that.
         return _Places.of(self.rim.field, own[values[own] < saturation])
 
+    def dropped(self, image: Numbers, limit: float, least: float) -> _Places:
+        """Pixels two from the field's edge, below a limit and by more than `least` below what is beside."""
+        values, row = image.ravel(), image.shape[1]
+        found = [np.empty(0, dtype=np.intp)]
+        for start in range(0, values.size, SEGMENT):
+            part = values[start : start + SEGMENT]
+            # What is not a number is not below the limit, and may hide what is.
+            if not part.min() >= limit:
+                found.append(np.flatnonzero((part < limit) & (part > 0)) + start)
+        own = np.concatenate(found)
+        own = own[self.deep.ravel()[own]]
+        beside = values[own + np.array([[-row], [row], [-1], [1]])].astype(np.float32)
+        brighter = np.fmax(np.minimum(*beside[:2]), np.minimum(*beside[2:]))
+        return _Places.of(self.rim.field, own[brighter - values[own] > least])
+
 
 @dataclass
 class _Sharp:
@@ -446,6 +468,8 @@ class _Sharp:
         By how much they do at the wavelength before.
     after : ndarray of float32, shape (2, n)
         And at the two that follow; minus infinity where there is none.
+    sign : int
+        1 for bright ones, -1 for dark ones.
     """
 
     index: int
@@ -454,20 +478,22 @@ class _Sharp:
     excess: Image
     before: Image
     after: Image
+    sign: int
 
     @classmethod
-    def of(cls, index: int, image: Numbers, places: _Places, noise: _Noise) -> _Sharp:
-        single, block = places.excess(image)
+    def of(cls, index: int, image: Numbers, places: _Places, noise: _Noise, sign: int = 1) -> _Sharp:
+        single, block = places.excess(image, sign)
         own, around = places.contrast(image)
-        alone = _stands_out(single, SHARP, own, around, noise)
-        chosen = alone | _stands_out(block, SHARP_BLOCK, own, around, noise)
+        chosen = alone = _stands_out(single, SHARP, own, around, noise)
+        if sign == 1:
+            chosen = alone | _stands_out(block, SHARP_BLOCK, own, around, noise)
         excess = np.where(alone, single, block)[chosen]
         none = np.full((3, excess.size), -np.inf, dtype=np.float32)
-        return cls(index, places.at(chosen), alone[chosen], excess, none[0], none[1:])
+        return cls(index, places.at(chosen), alone[chosen], excess, none[0], none[1:], sign)
 
     def excess_in(self, image: Numbers) -> Image:
         """By how much the same pixels stand out of another image."""
-        single, block = self.places.excess(image)
+        single, block = self.places.excess(image, self.sign)
         return np.where(self.single, single, block)
 
 

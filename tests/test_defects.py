@@ -271,6 +271,18 @@ class TestPixels:
         assert [tuple(place) for place in np.argwhere(found.dead)] == places
         assert len(found.spikes) == 0
 
+    @pytest.mark.parametrize("share", [0.05, 0.3])
+    def test_pixels_that_drop_out_at_one_wavelength(self, cube, share):
+        spoilt = cube.copy()
+        quiet = [(2, 12, 80), (2, 70, 20), (12, 48, 60), (14, 20, 30)]
+        for place in quiet:
+            spoilt[place] = int(share * spoilt[place])
+        found = survey(spoilt, WHOLE)
+        assert positions(found) == quiet
+        assert not found.dead.any()
+        scaled = ScaledCube(spoilt, np.full(15, 1e-3), np.zeros(15))
+        assert positions(survey(scaled, WHOLE)) == quiet
+
     def test_dark_points_that_the_telescope_can_make_are_none(self, cube):
         y, x = np.mgrid[: SHAPE[0], : SHAPE[1]]
         point = np.exp(-4 * np.log(2) * ((y - 40.2) ** 2 + (x - 50.4) ** 2) / 2.4**2)
