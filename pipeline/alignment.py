@@ -41,7 +41,7 @@ from pipeline.motion import REGIONS, find_motion, spread
 from pipeline.registration import AGREEMENT, CONFIDENT, STAYS, Shift, field_of_view
 from pipeline.turning import turning
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("flarefield")
 
 STRIDES = (1, 2, 8)
 """Scans between those that are linked."""
