@@ -17,6 +17,8 @@ $(READY): pyproject.toml deploy/constraints.txt
 	  { echo "FlareField needs Python >= 3.11; $(PYTHON) is $$($(PYTHON) --version). Try: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint deploy/constraints.txt --editable '.[development]'
+	@# Its metadata demands a NumPy of 2021, which nothing here could be installed beside.
+	$(BIN)/python -m pip install --quiet --constraint deploy/constraints.txt --no-deps sst-crispy
 	@touch $(READY)
 
 demo: $(READY)
