@@ -505,13 +505,18 @@ def _plan(inspection: Inspection) -> Table:
     if not inspection.groups:
         reasons.append("no scans")
     empty = {(scan.path, scan.index) for group in inspection.groups for scan in group.empty}
-    blank = [pair for pair in pairs if {(one.path, one.index) for one in (pair.halpha, pair.ca8542)} & empty]
+    blank = [
+        pair
+        for pair in pairs
+        if pair.apart or {(one.path, one.index) for one in (pair.halpha, pair.ca8542)} & empty
+    ]
+    why = "a scan holds no intensities, or the frames of the two have no pixel in common by their headers"
     if pairs and len(blank) == len(pairs):
-        reasons.append("no pair of scans holds intensities in both lines")
+        reasons.append(f"no pair of scans has a pixel with both lines: {why}")
     elif blank:
         named = ", ".join(np.datetime_as_string(pair.halpha.time, unit="s") for pair in blank[:LISTED])
         more = f", and {len(blank) - LISTED} more" if len(blank) > LISTED else ""
-        text = f"{len(blank)} times without an answer, for a scan holds no intensities: {named}{more}"
+        text = f"{len(blank)} times without an answer: {named}{more}; {why}"
         table.add_row("blank", Text(text))
     if reasons:
         table.add_row("would refuse", Text("\n".join(reasons)))

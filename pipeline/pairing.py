@@ -56,6 +56,12 @@ class Pair:
         """Whether Ca II's frame is not H-alpha's own."""
         return self.placement != (0, 0) or self.ca8542.shape != self.halpha.shape
 
+    @property
+    def apart(self) -> bool:
+        """Whether the frames have no pixel in common by the headers."""
+        sizes = zip(self.placement, self.halpha.shape, self.ca8542.shape, strict=True)
+        return not all(-own < corner < size for corner, size, own in sizes)
+
 
 def completed(scans: Sequence[Scan]) -> list[Scan]:
     """Put scans on the axis of their line's other scans.

@@ -209,7 +209,10 @@ def test_ingest_says_so_too(tmp_path, caplog, stated):
 def test_scans_without_intensities_are_told(series, tmp_path):
     """One of four, of Ca II: its time is blank; if no time is left, ingest would refuse."""
     later = sorted(series.glob("*8542*"))
-    for path, words in ((later[1:2], "1 times without an answer"), (later, "no pair of scans holds")):
+    for path, words in (
+        (later[1:2], "1 times without an answer"),
+        (later, "no pair of scans has a pixel with both lines"),
+    ):
         for file in path:
             with fits.open(file, mode="update") as hdus:
                 hdus[0].data[:] = 0

@@ -20,6 +20,7 @@ from pipeline.crisp.wavelengths import vacuum_to_air
 from pipeline.errors import InputError
 from pipeline.grids.store import BUNDLED_GRID, open_grid, split
 from pipeline.ingest import IngestReport, ingest
+from pipeline.inspect import inspect
 from pipeline.invert import invert
 from pipeline.observation import open_observation
 from pipeline.registration import move_field
@@ -216,6 +217,8 @@ def test_frames_that_do_not_meet(tmp_path, series):
                 seconds(len(axis), 0.0),
                 pointing=np.array([-729.0, -313.0]) + away[[first, 1]] * (line == "ca8542"),
             )
+        inspection = inspect([tmp_path], tolerance=15.0)
+        assert [pair.apart for pair in inspection.pairs] == [first == 1, True]
         if first == 0:
             report = ingest([tmp_path], tmp_path / "obs.zarr", call="")
             found = open_observation(tmp_path / "obs.zarr").load()
