@@ -10,8 +10,9 @@ single bad scans, and contradict a link that went wrong.
 What the granulation does between two scans is in all the links beside and across, and goes on in the next
 ones. So the errors of the positions are not added up from those of links, but found by leaving out one region
 of the field after another from all links at once (the jackknife). What the links leave over, compared with
-what they should by the same errors, raises these if it is more (Birge 1932, doi:10.1103/PhysRev.40.207). What
-no pair of scans can tell are flows that take all of the field along: positions are those of its granules.
+what they should by the same errors, raises these if it is more (Birge 1932, doi:10.1103/PhysRev.40.207).
+Positions are those of the field's granules: of a flow that is wider than a region, so that several go along
+with it, the errors tell a part, and nothing of one that takes along all of the field.
 
 A link at odds with the others beyond the errors is left out if without it they agree and confirm one another
 (Baarda 1968, "A testing procedure for use in geodetic networks"); where nothing decides which of several is

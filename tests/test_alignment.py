@@ -430,7 +430,7 @@ def placed_by_scans(cubes, side: int):
     return positions(len(cubes), found, corner=0.5 * np.hypot(side, side))
 
 
-@pytest.mark.parametrize(("side", "wing"), [(96, 0.0), (96, 0.3), (144, 0.1)])
+@pytest.mark.parametrize(("side", "wing"), [(96, 0.0), (96, 0.3), (120, 0.1)])
 def test_a_ribbon_that_moves_and_brightens_does_not_take_the_series_with_it(side, wing):
     track, cubes = zip(*flaring(60, side, wing, np.random.default_rng(7), stays=0.5), strict=True)
     placed = placed_by_scans(cubes, side)
