@@ -77,7 +77,7 @@ from pipeline.defects import Defect
 from pipeline.errors import MisuseError, StoreError
 from pipeline.pairing import Pair
 from pipeline.registration import STAYS, Shift
-from pipeline.storage import array_in, place
+from pipeline.storage import Place, array_in, place
 
 KIND = "observation"
 SCHEMA = 1
@@ -500,7 +500,7 @@ def open_observation(path: str | Path, *, chunks: Any = None) -> xr.Dataset:  # 
     try:
         dataset: xr.Dataset = xr.open_zarr(store.zarr, chunks=chunks)
     except Exception as failure:  # which one a damaged file raises is up to its codec
-        raise _damaged(path, f"{type(failure).__name__}: {failure}") from failure
+        raise _damaged(path, _unreadable(store) or f"{type(failure).__name__}: {failure}") from failure
     validate(dataset, path)
     return dataset
 
@@ -539,7 +539,7 @@ def see_that_it_is_whole(dataset: xr.Dataset, path: str | Path) -> None:
         lost += [key for key, name, region in missing if name in LINES and np.any(valid[region[:3]])]
     if lost:
         raise StoreError(
-            f"{len(lost)} parts of the observation are not there",
+            "parts of the observation are not there",
             where=path,
             found=f"no {lost[0]}" + (f", and {len(lost) - 1} more" if len(lost) > 1 else ""),
             remedy="put them back, or make it again with `flarefield ingest --overwrite`",
@@ -549,13 +549,24 @@ def see_that_it_is_whole(dataset: xr.Dataset, path: str | Path) -> None:
         if {"time", "y", "x"} <= set(variable.dims):
             continue
         try:
-            values = dataset[name].load()
+            variable.load()
         except Exception as failure:  # which one a damaged file raises is up to its codec
             raise _damaged(path, f"{name} cannot be read: {type(failure).__name__}: {failure}") from failure
-        if name in KNOWN and (values.isnull().any() or (name in TIMES and (values == EPOCH).any())):
+        if name in KNOWN and (variable.isnull().any() or (name in TIMES and (variable == EPOCH).any())):
             unknown.append(str(name))
     if unknown:
         raise _damaged(path, f"nothing in {', '.join(unknown)}, at some places or at all")
+
+
+def _unreadable(store: Place) -> str | None:
+    """Which of the axes, all of which are read as a store is opened, cannot be read, and why."""
+    for name, array in zarr.open_group(store.zarr, mode="r").arrays():
+        try:
+            if array.ndim == 1:
+                array[:]
+        except Exception as failure:  # which one a damaged file raises is up to its codec
+            return f"{name} cannot be read: {type(failure).__name__}: {failure}"
+    return None
 
 
 def _damaged(path: str | Path, found: str) -> StoreError:

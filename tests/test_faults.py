@@ -1,5 +1,6 @@
 """What can go wrong goes wrong here, and ends in the undisturbed map, bit for bit, or in a refusal."""
 
+import re
 import shutil
 import signal
 import threading
@@ -301,7 +302,7 @@ def test_an_observation_that_has_lost_data_is_not_inverted(tmp_path, observation
     plan_inversion(copy, tmp_path / "map.zarr", cluster=client, **settings)
     (copy / name).unlink()
     for work in (invert, plan_inversion):
-        with pytest.raises(StoreError, match="1 parts of the observation are not there") as refusal:
+        with pytest.raises(StoreError, match="parts of the observation are not there") as refusal:
             work(copy, tmp_path / "map.zarr", cluster=client, **settings)
         assert refusal.value.found == f"no {name}"
     assert not (tmp_path / "map.zarr").exists()
@@ -363,7 +364,7 @@ def test_coordinates_that_were_lost_are_refused_also_where_nothing_says_what_was
     with pytest.raises(FlareFieldError, match=r"damaged|mu is not") as refusal:
         invert(copy, tmp_path / "map.zarr", cluster=client, **settings)
     assert refusal.value.where == str(copy)
-    assert name in f"{refusal.value.problem} {refusal.value.found}" or how == "junk"
+    assert re.search(rf"\b{name}\b", f"{refusal.value.problem} {refusal.value.found}")
     assert refusal.value.remedy
     assert not (tmp_path / "map.zarr").exists()
 
