@@ -3,7 +3,8 @@
     python -m tests.benchmarks.soak [--minutes 30] [--seed 0]
 
 `flarefield invert` makes maps of many small tiles, in processes of its own: one map on the cluster that the
-command starts, the next on a scheduler and workers that were there before. At random moments something dies,
+command starts, the next on a scheduler and workers that were there before; every third one is of a part of
+the observation. At random moments something dies,
 stands still or loses data: workers, nannies, the scheduler, the command itself, files of finished tiles, the
 end of the journal. Whenever a command ends before its map is finished, the same command goes on. No command
 may end but by a kill or with an error that somebody has thought of, none may wait for ever, and no process
@@ -41,6 +42,8 @@ from tests.toy_observation import write_toy_observation
 
 FLAREFIELD = [sys.executable, "-m", "pipeline.cli"]
 GRID = TileGrid((1, 40, 40), (2, 2))
+PART = ("--region", "3:33,0:24")
+"""Of maps that are of a part."""
 PATIENCE = 300.0
 """Seconds that any one thing may take on a busy machine before it counts as never happening."""
 UNFORESEEN = "run again with --debug"
@@ -200,23 +203,31 @@ class Soak:
 
     def run(self, seconds: float) -> None:
         """Make maps until the time is up; the last one is finished."""
-        undisturbed = self.folder / "undisturbed.zarr"
-        self.go_on(undisturbed, [], elsewhere=False)
-        self.undisturbed = values(undisturbed)
+        self.undisturbed = {part: self.made_in_peace(part) for part in ((), PART)}
         self.deadline = time.monotonic() + seconds
         number = 0
         try:
             while time.monotonic() < self.deadline:
                 number += 1
                 try:
-                    self.make_map(self.folder / f"map{number}.zarr", elsewhere=number % 2 == 0)
+                    self.make_map(
+                        self.folder / f"map{number}.zarr",
+                        PART if number % 3 == 0 else (),
+                        elsewhere=number % 2 == 0,
+                    )
                 except ProblemError as problem:
                     self.problems.append(f"map {number}: {problem}")
                     self.console.print(self.problems[-1], markup=False)
         finally:
             self.cluster.end()
 
-    def make_map(self, output: Path, *, elsewhere: bool) -> None:
+    def made_in_peace(self, part: Sequence[str]) -> dict[str, bytes]:
+        """The bits of a map that nothing disturbs."""
+        output = self.folder / f"undisturbed{'-part' if part else ''}.zarr"
+        self.go_on(output, [], part, elsewhere=False)
+        return values(output)
+
+    def make_map(self, output: Path, part: Sequence[str], *, elsewhere: bool) -> None:
         """Make a map, whatever happens, and compare it with the undisturbed one."""
         kinds = ELSEWHERE if elsewhere else ANYWHERE
         often = np.array(list(kinds.values())) / sum(kinds.values())
@@ -225,7 +236,7 @@ class Soak:
         finished = False
         while not finished:
             before = happened
-            ending, happened = self.go_on(output, plan, elsewhere=elsewhere)
+            ending, happened = self.go_on(output, plan, part, elsewhere=elsewhere)
             if ending == "finished":
                 check = subprocess.run(
                     [*FLAREFIELD, "invert", "--check", str(output)],
@@ -244,18 +255,20 @@ class Soak:
             self.endings[ending] += 1
             self.console.print(f"{output.name}: {', '.join(happened) or 'nothing'}: {ending}", markup=False)
         found = values(output)
-        differing = [name for name, bits in self.undisturbed.items() if found[name] != bits]
+        differing = [name for name, bits in self.undisturbed[tuple(part)].items() if found[name] != bits]
         if differing:
             raise ProblemError(f"the map differs in {', '.join(differing)}")
         wait_until(lambda: not any(map(alive, self.relatives)), "the end of a command's workers")
         self.relatives.clear()
         self.maps += 1
 
-    def go_on(self, output: Path, plan: list[str], *, elsewhere: bool) -> tuple[str, list[str]]:
+    def go_on(
+        self, output: Path, plan: list[str], part: Sequence[str], *, elsewhere: bool
+    ) -> tuple[str, list[str]]:
         """Run the command, disturb it as planned until it ends; say how it ended and what happened to it."""
         cluster = self.cluster.mend() if elsewhere else str(self.own)
         command = [*FLAREFIELD, "invert", str(self.observation), str(output), "--model", str(self.model)]
-        command += ["--draws", "8", "--tile", str(GRID.tile[0]), "--cluster", cluster]
+        command += ["--draws", "8", "--tile", str(GRID.tile[0]), "--cluster", cluster, *part]
         process = begin(command, self.log)
         happened = []
         try:
