@@ -897,10 +897,12 @@ def test_several_cubes_in_one_file_and_other_formats_beside(tmp_path, cube):
         np.testing.assert_array_equal(open_intensity(scan), expected)
 
 
-@pytest.mark.parametrize("kind", ["fits", "netcdf"])
+@pytest.mark.parametrize("kind", ["fits", "netcdf", "netcdf, spelled otherwise"])
 def test_no_array_is_of_two_lines(tmp_path, cube, kind):
     """With `files` left out each cube is looked for in every file."""
     stated = {line: statement(line=line, variable="intensity") for line in AXES}
+    if kind.endswith("otherwise"):
+        stated["ca8542"]["variable"] = "/intensity"
     for line, axis in AXES.items():
         stated[line]["wavelength"] = {"values": axis[:15].tolist(), "unit": "Angstrom", "medium": "vacuum"}
         if kind == "fits":

@@ -234,7 +234,8 @@ def _cubes(file: Path, description: Description) -> list[tuple[DescribedCube, St
         stored: Stored
         if _is_netcdf(file):
             stored, headers = _of_netcdf(file, statement, key, description.path), []
-            place = f"the variable {statement.variable}"
+            # A variable's path may be written with a slash more.
+            place = f"the variable {'/'.join(filter(None, str(statement.variable).split('/')))}"
         else:
             place, stored, *headers = _of_fits(file, statement)
         cube = DescribedCube(
