@@ -45,7 +45,7 @@ from pipeline.cluster import (
 from pipeline.devices import Device
 from pipeline.driver import run_bounded
 from pipeline.errors import FlareFieldError, InputError, MisuseError, StoreError
-from pipeline.journal import Journal, changes, is_receipt
+from pipeline.journal import Journal, changes, is_receipt, read_journal
 from pipeline.observation import open_observation, see_that_it_is_whole
 from pipeline.plan import Plan, make_plan, see_that_it_fits
 from pipeline.progress import Progress
@@ -62,7 +62,7 @@ from pipeline.results import (
 )
 from pipeline.selection import select
 from pipeline.spectra import Interpolation, shortfall
-from pipeline.storage import Place, lies_in, log_at, out_of_space, place
+from pipeline.storage import ROOT, Directory, Place, lies_in, log_at, out_of_space, place
 from pipeline.tiles import (
     KERNEL,
     Tile,
@@ -768,7 +768,7 @@ MakeStore = Callable[[Place, Callable[[Mapping[str, str]], object]], None]
 def _begun(output: Place, fingerprint: Mapping[str, Any], *, overwrite: bool) -> tuple[Place, Journal] | None:
     """Find the store to go on with, the output itself or what is to replace it; None if it is to be made."""
     finish_swaps(output)
-    exists = output.exists()
+    exists = output.exists() and not _half_laid_out(output)
     if exists and not is_map(output.location):
         raise MisuseError(
             "the output exists and is not a map",
@@ -791,6 +791,16 @@ def _begun(output: Place, fingerprint: Mapping[str, Any], *, overwrite: bool) ->
     return (output, _resume(output, fingerprint)) if exists else None
 
 
+def _half_laid_out(output: Place) -> bool:
+    """Whether a run was killed as it put the objects of its map, of which the root is the last one.
+
+    A map that has lost its root has tiles, and its journal says so.
+    """
+    if isinstance(output, Directory) or not output.exists() or ROOT in output.names():
+        return False
+    return log_at(output.journal).exists() and not any(True for _ in read_journal(output.journal)[1])
+
+
 def _begin(
     output: Place,
     run: str,
@@ -803,6 +813,8 @@ def _begin(
     if overwrite:
         for store in replacements(output):
             discard(store)
+    if _half_laid_out(output):
+        output.remove()
     store = replacement(output, run) if output.exists() else output
     return store, _fresh(store, run, fingerprint, make_store)
 

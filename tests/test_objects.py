@@ -147,6 +147,29 @@ def test_starting_over_can_be_interrupted_anywhere(bucket, folder, client, monke
     assert check_map(f"{bucket}/map.zarr").sound
 
 
+def test_a_first_map_can_be_interrupted_anywhere(bucket, folder, client, monkeypatch):
+    """Also while the objects of its layout are put, of which the root is the last one."""
+    for number in (1, 2, 3, 5, 10, 20):
+        with monkeypatch.context() as patch:
+            dying(patch, storage._Objects, "put", number)
+            with pytest.raises(Killed):
+                run(bucket, client)
+        free_lock(f"{bucket}/map.zarr")
+    run(bucket, client)
+    assert contents(f"{bucket}/map.zarr") == contents(folder / "map.zarr")
+    assert check_map(f"{bucket}/map.zarr").sound
+
+
+def test_a_map_without_its_root_is_not_begun_again(bucket, client):
+    run(bucket, client)
+    files = fsspec.filesystem("memory")
+    files.rm(f"{bucket}/map.zarr/zarr.json")
+    before = files.find(f"{bucket}/map.zarr")
+    with pytest.raises(MisuseError, match="is not a map"):
+        run(bucket, client)
+    assert files.find(f"{bucket}/map.zarr") == before
+
+
 class Killed(BaseException):
     """What ends a command at a request."""
 
