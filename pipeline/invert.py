@@ -62,7 +62,7 @@ from pipeline.results import (
 )
 from pipeline.selection import select
 from pipeline.spectra import Interpolation, shortfall
-from pipeline.storage import ROOT, Directory, Place, lies_in, log_at, out_of_space, place
+from pipeline.storage import Place, lies_in, log_at, out_of_space, place
 from pipeline.tiles import (
     KERNEL,
     Tile,
@@ -792,13 +792,10 @@ def _begun(output: Place, fingerprint: Mapping[str, Any], *, overwrite: bool) ->
 
 
 def _half_laid_out(output: Place) -> bool:
-    """Whether a run was killed as it put the objects of its map, of which the root is the last one.
-
-    A map that has lost its root has tiles, and its journal says so.
-    """
-    if isinstance(output, Directory) or not output.exists() or ROOT in output.names():
+    """Whether a run was killed before its map had appeared: one that has lost its root has tiles, too."""
+    if not output.half_appeared() or not log_at(output.journal).exists():
         return False
-    return log_at(output.journal).exists() and not any(True for _ in read_journal(output.journal)[1])
+    return next(read_journal(output.journal)[1], None) is None
 
 
 def _begin(

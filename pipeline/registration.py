@@ -330,24 +330,6 @@ def _supported(field: Mask, shift: Shift) -> Mask:
     return surrounded(field, *reach)
 
 
-def move_mask(mask: Mask, shift: Shift) -> Mask:
-    """Move a mask with its frame, to the nearest pixel; False comes in at the edges.
-
-    Parameters
-    ----------
-    mask : ndarray of bool, shape (y, x)
-        In Ca II's frame.
-    shift : Shift
-        The shift onto H-alpha.
-
-    Returns
-    -------
-    ndarray of bool, shape (y, x)
-        In H-alpha's frame.
-    """
-    return turned_mask(mask, shift.of_frame(mask.shape)) if shift.turn else move_flags(mask, shift)
-
-
 def move_flags(flags: Flags, shift: Shift) -> Flags:
     """Move flags with their frame, to the nearest pixel; zero comes in at the edges.
 
@@ -410,10 +392,12 @@ def move_values(values: NDArray[np.floating[Any]], shift: Shift) -> NDArray[np.f
         nearest = ndimage.distance_transform_edt(~known, return_distances=False, return_indices=True)
         filled = values[tuple(nearest)].astype(np.float64)
         if shift.turn:
-            whole = shift.of_frame(values.shape).image(filled, 3)
+            motion = shift.of_frame(values.shape)
+            whole, there = motion.image(filled, 3), turned_mask(known, motion)
         else:
             whole = ndimage.shift(filled, (shift.y, shift.x), order=3, mode="nearest")
-        moved = np.where(move_mask(known, shift), whole, np.nan)
+            there = move_flags(known, shift)
+        moved = np.where(there, whole, np.nan)
     return moved
 
 

@@ -91,7 +91,6 @@ def displace(
         At which row and column of it the result begins.
     """
     (first_y, along_y), (first_x, along_x) = map(_weights, displacement)
-    _coefficients_along_y(images, POLE)
     seen = np.ascontiguousarray(inside)
     _displace(images, first_y + MARGIN, along_y, first_x + MARGIN, along_x, POLE, seen, moved, *corner)
 
@@ -107,26 +106,25 @@ def _weights(displacement: float) -> tuple[int, NDArray[np.float32]]:
 
 
 @compiled
-def _coefficients_along_y(images: Image, pole: np.float32) -> None:
-    """Replace images (n, y, x) by their splines' coefficients along y, but for a factor."""
+def _to_coefficients(values: Image, pole: np.float32) -> None:
+    """Replace values (n, m) by their splines' coefficients along the first axis, but for a factor."""
     end = np.float32(1.0) - pole
-    height, width = images.shape[1:]
-    for image in images:
-        for x in range(width):
-            image[0, x] /= end
-        for y in range(1, height):
-            for x in range(width):
-                image[y, x] += image[y - 1, x] * pole
-        for x in range(width):
-            image[height - 1, x] /= end
-        for y in range(height - 2, -1, -1):
-            for x in range(width):
-                image[y, x] += image[y + 1, x] * pole
+    length, side_by_side = values.shape
+    for column in range(side_by_side):
+        values[0, column] /= end
+    for row in range(1, length):
+        for column in range(side_by_side):
+            values[row, column] += values[row - 1, column] * pole
+    for column in range(side_by_side):
+        values[length - 1, column] /= end
+    for row in range(length - 2, -1, -1):
+        for column in range(side_by_side):
+            values[row, column] += values[row + 1, column] * pole
 
 
 @compiled
 def _displace(
-    coefficients: Image,
+    images: Image,
     first_y: int,
     along_y: NDArray[np.float32],
     first_x: int,
@@ -137,9 +135,10 @@ def _displace(
     top: int,
     left: int,
 ) -> None:
-    """Displace images along y by their coefficients there, and then along x, row by row."""
-    end = np.float32(1.0) - pole
-    points, _, width = coefficients.shape
+    """Displace images along y, and then along x, row by row."""
+    points, _, width = images.shape
+    for image in images:
+        _to_coefficients(image, pole)
     row = np.empty((points, width), np.float32)
     spectra = np.empty((width, points), np.float32)
     for y in range(inside.shape[0]):
@@ -147,26 +146,17 @@ def _displace(
             moved[top + y, left : left + inside.shape[1]] = np.nan
             continue
         for point in range(points):
-            image = coefficients[point, y + first_y : y + first_y + 4]
+            near = images[point, y + first_y : y + first_y + 4]
             for x in range(width):
-                total = image[0, x] * along_y[0]
-                total += image[1, x] * along_y[1]
-                total += image[2, x] * along_y[2]
-                total += image[3, x] * along_y[3]
+                total = near[0, x] * along_y[0]
+                total += near[1, x] * along_y[1]
+                total += near[2, x] * along_y[2]
+                total += near[3, x] * along_y[3]
                 row[point, x] = total
         for x in range(width):
             for point in range(points):
                 spectra[x, point] = row[point, x]
-        for point in range(points):
-            spectra[0, point] /= end
-        for x in range(1, width):
-            for point in range(points):
-                spectra[x, point] += spectra[x - 1, point] * pole
-        for point in range(points):
-            spectra[width - 1, point] /= end
-        for x in range(width - 2, -1, -1):
-            for point in range(points):
-                spectra[x, point] += spectra[x + 1, point] * pole
+        _to_coefficients(spectra, pole)
         for x in range(inside.shape[1]):
             if not inside[y, x]:
                 moved[top + y, left + x] = np.nan

@@ -140,6 +140,10 @@ class Place(ABC):
         """Whether there is anything at all."""
 
     @abstractmethod
+    def half_appeared(self) -> bool:
+        """Whether a writer was killed while what it had laid out appeared here, or the root has been lost."""
+
+    @abstractmethod
     def can_hold(self) -> bool:
         """Whether something can be made here, as far as can be told without trying."""
 
@@ -278,6 +282,9 @@ class Directory(Place):
 
     def exists(self) -> bool:
         return os.path.lexists(self.location)
+
+    def half_appeared(self) -> bool:
+        return False  # it appears at once; a directory without a root may be anybody's
 
     def can_hold(self) -> bool:
         return self.location.parent.is_dir()
@@ -588,6 +595,10 @@ class ObjectStore(Place):
 
     def exists(self) -> bool:
         return bool(self.objects.names())
+
+    def half_appeared(self) -> bool:
+        names = self.names()
+        return bool(names) and ROOT not in names  # which is the last object
 
     def can_hold(self) -> bool:
         return True  # folders come with their objects; a bucket that is not there refuses the lock

@@ -27,7 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pipeline.crisp import fits_files
 from pipeline.crisp.cube import DN, Cube, as_intensities, intensity_scale
-from pipeline.crisp.fits_files import FETCH_AGAIN
+from pipeline.crisp.fits_files import FETCH_AGAIN, MEND_CARD
 from pipeline.crisp.scan import (
     ForeignFileError,
     Frame,
@@ -344,7 +344,7 @@ def _medium(header: fits.Header, file: Path) -> tuple[Medium, Stated]:
             where=file,
             found=f"CTYPE3 = {axis!r}",
             expected="WAVE (in vacuum) or AWAV (in air)",
-            remedy="mend the card, or leave the file out",
+            remedy=MEND_CARD,
         )
     # The database writes WAVE everywhere, which therefore says no more than its definition does.
     return ("air", "file") if kind == "AWAV" else ("vacuum", "format")

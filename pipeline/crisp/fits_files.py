@@ -36,6 +36,7 @@ DATE = re.compile(r"[+-]?\d+[-./]\d{1,2}[-./]\d{1,2}")
 TIME_OF_DAY = re.compile(r"\d{1,2}:\d{2}(:\d{2}(\.\d*)?)?")
 
 FETCH_AGAIN = "fetch the file again, or leave it out"
+MEND_CARD = "mend the card, or leave the file out"
 
 # astropy reports damage with whichever of these the damaged card or tile leads to
 DAMAGE = (
@@ -262,7 +263,7 @@ def _not_a(kind: str, card: str, found: str, where: object) -> InputError:
         where=where,
         found=found,
         expected=f"{card} = a {kind}",
-        remedy="mend the card, or leave the file out",
+        remedy=MEND_CARD,
     )
 
 
@@ -414,7 +415,7 @@ def utc(text: str, scale: str, where: object, card: str) -> np.datetime64:
             where=where,
             found=f"{card} = {text!r}, time scale {scale.upper()}",
             expected=f"a date and time such as 2014-09-06T16:55:57.057, UTC, from {YEARS[0]} to {YEARS[1]}",
-            remedy="mend the card, or leave the file out",
+            remedy=MEND_CARD,
         ) from failure
 
 
@@ -468,6 +469,6 @@ def moment(header: fits.Header, card: str, scale: str, where: object) -> np.date
             where=where,
             found=f"{card} = {text!r}" + (f", and no time of day in {twin}" if twin != card else ""),
             expected="a date and time such as 2014-09-06T16:55:57.057",
-            remedy="mend the card, or leave the file out",
+            remedy=MEND_CARD,
         )
     return found
