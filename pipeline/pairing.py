@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import filecmp
 import itertools
 import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +32,7 @@ SAME_WAVELENGTH = 1e-3  # Angstrom by which the axes of a series may differ
 DRIFT = 0.02
 """Angstrom by which a scan's wavelengths may lie above or below those of its line's others, all by the same:
 as large as CRISP's cavity errors, as which it is recorded and taken into account. More is another axis."""
+SAMPLE = 8192  # bytes by which files of the same size are told apart before they are compared
 SAME_SCALE = 1e-3  # relative difference of pixel sizes, and difference of rotation matrices
 
 
@@ -178,6 +181,9 @@ def cadence(times: NDArray[np.datetime64]) -> float:
 def check_alike(pairs: tuple[Pair, ...], *, calibrated: bool = False) -> None:
     """Refuse scans that do not fit into one store, or not into the network's windows.
 
+    A file is of one line and, but for its own scans, of one time: copies of it and links to it are refused.
+    Of a file with several arrays each may be another scan, as a description says.
+
     Where the intensities of both lines are relative a warning says that their ratio is not known.
 
     Parameters
@@ -190,9 +196,10 @@ def check_alike(pairs: tuple[Pair, ...], *, calibrated: bool = False) -> None:
     Raises
     ------
     InputError
-        Scans differ in size, pixels, wavelengths or number format, or do not cover the lines' windows; or
-        the two lines have intensities that cannot be compared.
+        Scans differ in size, pixels, wavelengths or number format, or do not cover the lines' windows; two
+        files are one and the same; or the two lines have intensities that cannot be compared.
     """
+    _check_copies(pairs)
     reference = pairs[0].halpha
     first = {"halpha": reference, "ca8542": pairs[0].ca8542}
     for pair in pairs:
@@ -254,6 +261,34 @@ def check_alike(pairs: tuple[Pair, ...], *, calibrated: bool = False) -> None:
             "calibration, which the network relies on, is not known; --calibrate quiet-sun measures it",
             reference.path,
         )
+
+
+def _check_copies(pairs: tuple[Pair, ...]) -> None:
+    scans: dict[tuple[str, str], Scan] = {}  # of files with several scans the first
+    for scan in itertools.chain.from_iterable((pair.halpha, pair.ca8542) for pair in pairs):
+        scans.setdefault((scan.path, scan.part), scan)
+    alike: dict[tuple[str, int, bytes], list[Scan]] = {}
+    for (path, part), scan in scans.items():
+        # What is a directory says itself which line and time it is of.
+        if not (file := Path(path)).is_file():
+            continue
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            some = stream.read(SAMPLE)
+            stream.seek(size // 2)
+            some += stream.read(SAMPLE)
+        alike.setdefault((part, size, some), []).append(scan)
+    for several in alike.values():
+        for one, other in itertools.combinations(several, 2):
+            if filecmp.cmp(one.path, other.path, shallow=False):
+                raise InputError(
+                    "two files have the same content"
+                    + ("" if one.line == other.line else ", but are given for different lines"),
+                    where=other.path,
+                    found=f"a copy of {one.path}, or a link to it: {label(other)}, and {label(one)}",
+                    expected="each scan in a file, HDU or variable of its own",
+                    remedy="give the scan's own file, or leave the copy out",
+                )
 
 
 def _check_window(scan: Scan) -> None:

@@ -37,6 +37,7 @@ from pipeline.crisp.wavelengths import vacuum_to_air
 from pipeline.defects import Defect
 from pipeline.errors import FlareFieldError, InputError, MisuseError, StoreError
 from pipeline.ingest import ingest
+from pipeline.inspect import inspect
 from pipeline.invert import invert
 from pipeline.observation import CONTRACT, chunks_and_shards, fits_headers, open_observation, validate
 from pipeline.pairing import Pair, check_alike, pair_scans
@@ -55,6 +56,8 @@ from tests.fchroma_files import (
     scene,
     write_pair,
 )
+from tests.known_series import FORMATS, known_series
+from tests.lapalma_files import write_cube
 from tests.quiet_scene import quiet_scene, write_scene
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "crisp"
@@ -979,6 +982,93 @@ def test_sidecars_of_the_same_content(tmp_path):
     (tmp_path / "ca8542.txt").write_text("2014-09-06T15:27:25\n2014-09-06T15:27:36\n")
     with pytest.raises(MisuseError, match="1 of the 5 files are not"):
         ingest(files, output, **settings)
+
+
+def as_another(path, copy, how):
+    copy.unlink(missing_ok=True)
+    how(path, copy)
+
+
+@pytest.mark.parametrize("how", [shutil.copyfile, os.link])
+@pytest.mark.parametrize(
+    "kind", ["fits", "netcdf", "netcdf, in two variables", "fits, in two HDUs", "La Palma"]
+)
+def test_one_file_given_for_both_lines(tmp_path, kind, how):
+    """That the intensities are twice the same ones nothing shows but the files' content."""
+    paths, statements = {}, {}
+    axes = {"halpha": WAVELENGTH_HALPHA, "ca8542": np.linspace(*WAVELENGTH_CA8542[[0, -1]], 15)}
+    rng = np.random.default_rng(1)
+    cubes = {line: rng.integers(100, 2000, (2, 15, 20, 30), "i2") for line in axes}
+    for line, axis in axes.items():
+        place = {"fits": {"hdu": 0}, "netcdf": {"variable": "intensity"}, "La Palma": {}}
+        place["netcdf, two variables"] = {"variable": line}
+        place["fits, two HDUs"] = {"hdu": line.upper()}
+        statements[line] = {
+            "files": f"{line}*",
+            "axes": ["time", "wavelength", "y", "x"],
+            "line": line,
+            "wavelength": {"values": axis.tolist(), "unit": "Angstrom", "medium": "vacuum"},
+            "time": {"start": "2014-09-06T15:27:24", "step": 11.5},
+            "pointing": {"reference_value": [-300.0, 200.0], "scale": 0.06},
+            "unit": "DN",
+            **place[kind],
+        }
+        paths[line] = tmp_path / f"{line}.{'icube' if kind == 'La Palma' else 'cube'}"
+        if kind == "La Palma":
+            write_cube(paths[line], cubes[line][:, None])
+            del statements[line]["files"], statements[line]["axes"]
+            paths[line].with_suffix(".yaml").write_text(yaml.safe_dump(statements[line] | {"stokes": ["I"]}))
+        elif kind == "fits":
+            fits.PrimaryHDU(cubes[line]).writeto(paths[line])
+        elif kind == "fits, two HDUs":
+            hdus = [fits.ImageHDU(cube, name=other) for other, cube in cubes.items()]
+            fits.HDUList([fits.PrimaryHDU(), *hdus]).writeto(paths[line])
+        else:
+            names = cubes if "two" in kind else {"intensity": cubes[line]}
+            variables = {name: (("time", "w", "y", "x"), cube) for name, cube in names.items()}
+            xr.Dataset(variables).to_netcdf(paths[line], engine="h5netcdf")
+    settings = {"call": "test"}
+    if kind != "La Palma":
+        (tmp_path / "cubes.yaml").write_text(yaml.safe_dump({"cubes": list(statements.values())}))
+        settings["description"] = tmp_path / "cubes.yaml"
+    ingest(list(paths.values()), tmp_path / "sound.zarr", **settings)
+    as_another(paths["halpha"], paths["ca8542"], how)
+    if "two" in kind:
+        ingest(list(paths.values()), tmp_path / "obs.zarr", **settings)
+        for name in ("sound", "obs"):
+            dataset = open_observation(tmp_path / f"{name}.zarr")
+            np.testing.assert_array_equal(
+                dataset.ca8542.transpose("time", "wavelength_ca8542", "y", "x"), cubes["ca8542"]
+            )
+        return
+    with pytest.raises(InputError, match="same content, but are given for different lines") as caught:
+        ingest(list(paths.values()), tmp_path / "obs.zarr", **settings)
+    assert str(paths["halpha"]) in str(caught.value)
+    assert str(paths["ca8542"]) in str(caught.value)
+    assert not (tmp_path / "obs.zarr").exists()
+    refusal = inspect(list(paths.values()), description=settings.get("description"), tolerance=15.0).refusal
+    assert refusal.problem == caught.value.problem
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats_that_say_their_line_are_never_given_for_the_other(tmp_path, name):
+    """A file, or group, in the place of the other line's; of DKIST one file holds both lines."""
+    settings = FORMATS[name][0](tmp_path, known_series())
+    scans, _ = find_scans([tmp_path], **settings)
+    first, second = (next(scan for scan in scans if scan.line == line).path for line in ("halpha", "ca8542"))
+    if first == second:
+        assert {scan.line for scan in scans} == {"halpha", "ca8542"}
+        ingest([first], tmp_path / "obs.zarr", call="test", **settings)
+        return
+    if Path(second).is_dir():
+        shutil.rmtree(second)
+        shutil.copytree(first, second)
+    else:
+        as_another(Path(first), Path(second), shutil.copyfile)
+    with pytest.raises(InputError) as caught:
+        ingest([first, second], tmp_path / "obs.zarr", call="test", **settings)
+    assert first in str(caught.value) or second in str(caught.value)
+    assert not (tmp_path / "obs.zarr").exists()
 
 
 def test_a_common_time_that_the_lines_have_anyway(tmp_path, caplog):

@@ -57,6 +57,8 @@ class DescribedCube:
         Of a FITS file: the header of the cube's HDU, then the primary one.
     overrides : tuple of str
         Keys of the statement that are right where the file says otherwise (`pipeline.crisp.contradictions`).
+    part : str
+        Where in the file its array is, if the statement says so.
     """
 
     file: Path
@@ -68,6 +70,7 @@ class DescribedCube:
     dtype: np.dtype[Any]
     headers: tuple[fits.Header, ...] = ()
     overrides: tuple[str, ...] = ()
+    part: str = ""
 
     def size(self, axis: Axis) -> int:
         """Size along an axis; 1 along one that the cube does not have."""
@@ -136,6 +139,7 @@ class DescribedCube:
                 path=str(self.file),
                 format=format,
                 index=first + index,
+                part=self.part,
                 line=stated.line,
                 time=middle,
                 begin=begin,

@@ -235,9 +235,9 @@ def _cubes(file: Path, description: Description) -> list[tuple[DescribedCube, St
         if _is_netcdf(file):
             stored, headers = _of_netcdf(file, statement, key, description.path), []
             # A variable's path may be written with a slash more.
-            place = f"the variable {'/'.join(filter(None, str(statement.variable).split('/')))}"
+            part = f"the variable {'/'.join(filter(None, str(statement.variable).split('/')))}"
         else:
-            place, stored, *headers = _of_fits(file, statement)
+            part, stored, *headers = _of_fits(file, statement)
         cube = DescribedCube(
             file,
             description.path,
@@ -248,13 +248,14 @@ def _cubes(file: Path, description: Description) -> list[tuple[DescribedCube, St
             np.dtype(stored.dtype),
             tuple(headers),
             statement.overrides,
+            part,
         )
         name = f"cubes.{number} ({statement.line})"
-        if (other := taken.setdefault(place, name)) != name:
+        if (other := taken.setdefault(part, name)) != name:
             cube.refuse(
                 "files",
                 "two cubes of the description take the same array",
-                f"{place}, by {other} and {name}",
+                f"{part}, by {other} and {name}",
                 "each its own: other patterns in `files`, another HDU or variable",
             )
         if len(stored.shape) != len(statement.axes):

@@ -229,6 +229,8 @@ class Scan:
         Name of the reader that made this description, for example ``"fchroma"``.
     index : int
         Which of the file's scans it is, from 0, as its reader counts them.
+    part : str
+        Where in the file its array is, if a description says so: an HDU, or a variable.
     line : str
         The line's name, a key of `LINES`.
     time : numpy.datetime64
@@ -283,6 +285,7 @@ class Scan:
     saturation: float
     frame: Frame
     index: int = 0
+    part: str = ""
     padding: Padding | None = None
     begin: np.datetime64 | None = None
     end: np.datetime64 | None = None
