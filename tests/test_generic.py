@@ -663,7 +663,9 @@ class TestContradictions:
 
     def fits(self, tmp_path, cube, cards):
         path = tmp_path / "a.fits"
-        fits.PrimaryHDU(cube[0, 0].astype(">f4"), fits.Header(cards)).writeto(path)
+        hdu = fits.PrimaryHDU(cube[0, 0].astype(">f4"))
+        hdu.header.update(cards)
+        hdu.writeto(path)
         return path
 
     def netcdf(self, tmp_path, cube, dims=("wavelength", "y", "x"), axis=None, **attributes):
@@ -698,12 +700,25 @@ class TestContradictions:
             ({"WAVELNTH": 8542}, {}, "line", "another wavelength"),
             ({"WAVELNTH": "854.2", "WAVEUNIT": "nm"}, {}, "line", "another wavelength"),
             ({"WAVELNTH": 8.542e-7, "WAVEUNIT": 0}, {}, "line", "another wavelength"),
+            ({"WAVELNTH": (617.33, "[nm] characteristic wavelength")}, {}, "line", "another wavelength"),
+            ({"WAVELNTH": (0.8542, "[um]")}, {}, "line", "another wavelength"),
+            ({"LINEWAV": 854.209}, {}, "line", "another wavelength"),
+            ({"LINEWAV": 1430.0, "WAVEUNIT": -9}, {}, "line", "another wavelength"),
+            ({"WAVELEN": "8542"}, {}, "line", "another wavelength"),
+            ({"WAVE_LEN": 8542.1}, {}, "line", "another wavelength"),
+            ({"WAVE": 854.2}, {}, "line", "another wavelength"),
+            ({"WAVE": 6302.5}, {}, "line", "another wavelength"),
+            ({"WAVE": 700.0, "WAVEUNIT": -9}, {}, "line", "another wavelength"),
+            ({"WAVE": "Ca II 8542"}, {}, "line", "another line"),
+            ({"WAVEBAND": "Ca II (854.21 nm)"}, {}, "line", "another line"),
             ({"WDESC1": "Ca II 8542"}, {}, "line", "another line"),
             ({"FILTER": "8542.1"}, {}, "line", "another line"),
             ({"DATE-BEG": "2013-09-06T15:27:20"}, {}, "time", "another date"),
             ({"DATE-OBS": "2014-09-08"}, {}, "time", "another date"),
             ({"CTYPE3": "WAVE"}, {}, "wavelength.medium", "in vacuum"),
             ({"CTYPE3": "WAVE-TAB"}, {}, "wavelength.medium", "in vacuum"),
+            ({"WAVEREF": "vac"}, {}, "wavelength.medium", "in vacuum"),
+            ({"WAVEREF": "Air", **EVEN}, from_header("vacuum"), "wavelength.medium", "in air"),
             ({"CTYPE3": "AWAV-GRA", **EVEN}, from_header("vacuum"), "wavelength.medium", "in air"),
             ({"CTYPE3": "WAVE-LOG", **EVEN}, from_header("vacuum"), "wavelength.header", "even steps"),
             ({"CTYPE3": "AWAV-GRA", **EVEN}, from_header("air"), "wavelength.header", "even steps"),
@@ -763,6 +778,11 @@ class TestContradictions:
             ({"WAVELNTH": 656.3}, {}),
             ({"WAVELNTH": 0.65646, "WAVEUNIT": "um"}, {}),
             ({"WAVELNTH": "H-alpha", "FILTER": 4}, {}),
+            ({"WAVELNTH": (656.46, "[nm]"), "WAVE": (6562.8, "[A]"), "WAVE_LEN": "6562.8 and 6569.2"}, {}),
+            ({"LINEWAV": 656.28, "WAVEUNIT": -9, "WAVEBAND": "H alpha (656.28 nm)", "WAVEREF": "Air"}, {}),
+            ({"WAVELNTH": 0, "WAVE": True, "WAVELEN": 512, "WAVE_LEN": 1.5}, {}),
+            ({"WAVE": (8542, "[furlong]"), "WAVELEN": (8542, "[s]"), "WAVEREF": "as ever"}, {}),
+            ({"WAVE": 2000.0, "WAVELEN": "", "SPECLINE": "6563 of 2014", "EXTNAME": "18542"}, {}),
             ({"DATE-OBS": "2014-09-06", "DATE-BEG": "06/09/14", "DATE": "2020-01-01T00:00:00"}, {}),
         ],
     )  # fmt: skip

@@ -23,7 +23,7 @@ from pipeline.crisp.cube import COUNTS, DN
 from pipeline.crisp.described import DescribedCube
 from pipeline.crisp.headers import FILTER, other_line, wavelength_stated
 from pipeline.crisp.netcdf_files import NetcdfArray
-from pipeline.crisp.scan import LINES, Frame, Scan
+from pipeline.crisp.scan import LINES, NEAR, Frame, Scan
 from pipeline.crisp.statements import CONTINUUM
 from pipeline.errors import InputError
 
@@ -46,8 +46,21 @@ DIMENSIONS: dict[Axis, tuple[str, ...]] = {
 }
 """How the names of NetCDF's dimensions end, after the last underscore."""
 MEDIUM_OF_TYPE = {"WAVE": "vacuum", "AWAV": "air"}
+MEDIUM_OF_REFERENCE = {"vacuum": "vacuum", "vac": "vacuum", "air": "air"}
+"""What SOLARNET's ``WAVEREF`` says."""
 NAMES = ("standard_name", "long_name")
-LINE_CARDS = ("WDESC1", "EXTNAME", "FILTER", "FILTER1", "WAVEBAND")
+WAVELENGTH_CARDS = ("WAVELNTH", "LINEWAV", "WAVELEN", "WAVE_LEN", "WAVELENGTH", "WAVE")
+"""The line's wavelength: by SOLARNET's recommendations (https://pypi.org/project/solarnet-metadata) and by
+DKIST's (SPEC-214, https://pypi.org/project/dkist-fits-specifications); in FISS', TRACE's and CHASE's headers;
+and in others. Where they hold words, these may name a line."""
+DEFINED = WAVELENGTH_CARDS[:2]
+"""Those whose definition says that they are wavelengths, and in which units: they need not be near a line."""
+LINE_CARDS = ("WDESC1", "EXTNAME", "FILTER", "FILTER1", "WAVEBAND", "SPECLINE")
+OTHER_LINES = (
+    3933.7, 3968.5, 4340.5, 4861.3, 5172.7, 5183.6, 5250.2, 5434.5, 5576.1, 5875.6, 5890.0, 5895.9, 6149.3,
+    6173.3, 6302.0, 6767.8, 7090.4, 7699.0, 8498.0, 8662.1, 10830.3, 15648.5,
+)  # fmt: skip
+"""What instruments for the Sun observe besides, Angstrom: a number near one of them is no other quantity."""
 DATES = ("DATE-OBS", "DATE-BEG", "DATE-AVG", "DATE-END")
 DAY = np.timedelta64(1, "D")
 WHILE = np.timedelta64(5, "m")  # time scales, and what part of a scan its time is, make less than that
@@ -149,18 +162,41 @@ def _of_header(cube: DescribedCube, header: fits.Header) -> Iterator[Contradicti
 def _of_line(cube: DescribedCube, header: fits.Header) -> Iterator[Contradiction]:
     """Cards that name another line, or its wavelength."""
     line = cube.statement.line
-    for card in LINE_CARDS:
+    for card in WAVELENGTH_CARDS:
+        stated = _wavelength(header, card, cube.file)
+        if stated is not None and abs(stated - LINES[line].rest_wavelength) > FILTER:
+            said = f"{card} = {header[card]!r}"
+            yield Contradiction("line", "the header has another wavelength", said, line)
+    words = [card for card in WAVELENGTH_CARDS if not _is_number(_card(header, card))]
+    for card in (*LINE_CARDS, *words):
         if other_line(_card(header, card), line):
             said = f"{card} = {header[card]!r}"
             yield Contradiction("line", "the header names another line", said, line)
+
+
+def _is_number(text: str) -> bool:
     try:
-        number = float(_card(header, "WAVELNTH"))
-        stated = wavelength_stated(header, number, cube.file)
-    except (ValueError, InputError):
-        return
-    if abs(stated - LINES[line].rest_wavelength) > FILTER:
-        said = f"WAVELNTH = {header['WAVELNTH']!r}"
-        yield Contradiction("line", "the header has another wavelength", said, line)
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _wavelength(header: fits.Header, card: str, where: object) -> float | None:
+    """The wavelength in a card, Angstrom; None if it has none, or one in a unit that is not known."""
+    try:
+        number = float(_card(header, card))
+        if not 0.0 < number < np.inf:  # zero: it is not stated
+            return None
+        unit = re.match(r"\s*\[(.*?)\]", header.comments[card])
+        if unit is not None:  # as FITS has it
+            return number * float(u.Unit({"A": "Angstrom"}.get(unit[1], unit[1])).to(u.Angstrom))
+        stated = wavelength_stated(header, number, where)
+    except (ValueError, TypeError, InputError):
+        return None
+    lines = (*OTHER_LINES, *(line.rest_wavelength for line in LINES.values()))
+    known = card in DEFINED or "WAVEUNIT" in header or np.min(np.abs(np.subtract(lines, stated))) < NEAR
+    return stated if known else None
 
 
 def _of_wavelengths(cube: DescribedCube, header: fits.Header) -> Iterator[Contradiction]:
@@ -168,10 +204,15 @@ def _of_wavelengths(cube: DescribedCube, header: fits.Header) -> Iterator[Contra
     kind, unit = _card(header, f"CTYPE{number}"), _card(header, f"CUNIT{number}")
     said = f"CTYPE{number} = {kind!r}"
     medium = MEDIUM_OF_TYPE.get(kind.upper().partition("-")[0])
-    if medium not in (None, stated.medium):
-        yield Contradiction(
-            "wavelength.medium", f"the header's wavelengths are in {medium}", said, stated.medium
-        )
+    reference = _card(header, "WAVEREF")
+    for found, card in (
+        (medium, said),
+        (MEDIUM_OF_REFERENCE.get(reference.lower()), f"WAVEREF = {reference!r}"),
+    ):
+        if found not in (None, stated.medium):
+            yield Contradiction(
+                "wavelength.medium", f"the header's wavelengths are in {found}", card, stated.medium
+            )
     if not stated.header:
         return
     if kind and kind.upper() not in MEDIUM_OF_TYPE:

@@ -5,6 +5,7 @@ Of files that a description describes, `pipeline.crisp.contradictions` knows: th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import astropy.units as u
@@ -18,6 +19,11 @@ from pipeline.errors import InputError
 
 FITS_FORMATS = ("fchroma", "sstred")
 LINE_NUMBERS = {"halpha": "6563", "ca8542": "8542"}
+LINE_NAMES = {
+    "halpha": re.compile(r"(?<!\d)656[2-4]|h[-_ ]?alpha", re.IGNORECASE),
+    "ca8542": re.compile(r"(?<!\d)854[2-4]"),
+}
+"""What texts call the lines: by the wavelength in Angstrom or, without its point, in nm; in air or vacuum."""
 OFF = 0.05  # Angstrom: what two statements about wavelengths may differ by
 FILTER = 10.0  # Angstrom: what a prefilter's wavelength may differ from that of the line
 NANOMETRES = 2000.0  # a wavelength of less, whose unit is not said, is in nm
@@ -63,13 +69,14 @@ def other_line(text: str, line: str) -> str | None:
     Parameters
     ----------
     text : str
-        Such as ``"Ca_II_8542"``.
+        Such as ``"Ca_II_8542"``, ``"Ca II (854.21 nm)"`` or ``"H-alpha"``.
     line : str
         The scan's line, a key of `LINE_NUMBERS`.
     """
-    if LINE_NUMBERS[line] in text:
+    text = re.sub(r"(?<=\d)\.(?=\d)", "", text)
+    if LINE_NAMES[line].search(text):
         return None
-    return next((number for number in LINE_NUMBERS.values() if number in text), None)
+    return next((LINE_NUMBERS[other] for other, name in LINE_NAMES.items() if name.search(text)), None)
 
 
 def wavelength_stated(header: fits.Header, number: float, where: object) -> float:
