@@ -7,16 +7,28 @@ which depends on how bright the Sun is there:
   doi:10.1086/323894). CRISP's pixels sample the diffraction limit 2.4 (H-alpha) and 3.1 times (Ca II 8542),
   so that the neighbours of the brightest pixel of a point have two thirds of its excess over what surrounds
   it, and those beyond two pixels that share a point at least a third; of a spike they have little: of one
-  of a single pixel at least along one axis, of one of up to 2 x 2 pixels along both;
-- it is there at one wavelength, for the others were exposed at other times; that of a single pixel, whose
-  sharpness nothing else has, at two in turn at most. A pixel that sticks out at most wavelengths, towards the
+  of a single pixel at least along one axis, of one of up to 2 x 2 pixels along both. What lies beside a
+  brighter pixel that is no spike is the flank of a structure;
+- it is there at one wavelength, for the others were exposed at other times, and no line is as narrow: of heat
+  alone H-alpha is 0.4 Angstrom wide, two of its steps, Ca II 0.2. A spike of a single pixel, whose sharpness
+  nothing else has, may be there at two in turn. A pixel that sticks out at most wavelengths, towards the
   bright or the dark, is a bad one of the detector;
 - it exceeds the noise, which is taken from the image itself by the median absolute deviation and grows with
   the root of the intensity, many times over.
 
-A single pixel that drops out is found in the same way, where it is darker than half of what is usual in its
-image.
-Spikes wider than two pixels along both axes are not found, nor those wider than one at the field's very edge.
+A single pixel that drops out is found in the same way, where it is darker than four fifths of what is usual
+in its image.
+
+Unresolved points of light as the telescope shows them (Airy's disc), of a line's width or at one wavelength
+alone, are not taken for spikes up to four times the continuum. Restoration may leave rings around them that
+are as sharp as spikes are: where it raises all spatial frequencies up to the telescope's limit alike, a few
+of a hundred points of two to four times the continuum, as wide as heat makes lines, have a pixel flagged in
+their rings; most do that are there at one wavelength alone, as nothing on the Sun is.
+
+Not found are half of the spikes of 10 noise levels; and, for nothing tells them from the Sun, those wider
+than two pixels along both axes, which the telescope can make; those two wide along both that are there at two
+wavelengths; those wider than one at the field's very edge, where one side is not seen. Nor are pixels that
+drop out within two of the edge, where what lies outside may be mixed in, or that lose less than a fifth.
 Nothing is repaired.
 """
 
@@ -43,7 +55,7 @@ SHARP = 0.65
 """Share of a pixel's excess over its surroundings that both of two opposite neighbours lack."""
 SHARP_BLOCK = 0.8
 """The same for a pixel that is one of two side by side along both axes, and those at their ends."""
-DROPPED = 0.5
+DROPPED = 0.8
 """Of an image's usual intensity: a pixel that is darker may have dropped out."""
 ISOLATED = 0.3
 """Largest sharpness of the same pixel at the next wavelengths, of that of the spike."""
@@ -484,9 +496,11 @@ class _Sharp:
     def of(cls, index: int, image: Numbers, places: _Places, noise: _Noise, sign: int = 1) -> _Sharp:
         single, block = places.excess(image, sign)
         own, around = places.contrast(image)
-        chosen = alone = _stands_out(single, SHARP, own, around, noise)
-        if sign == 1:
-            chosen = alone | _stands_out(block, SHARP_BLOCK, own, around, noise)
+        alone = _stands_out(single, SHARP, own, around, noise)
+        both = _stands_out(block, SHARP_BLOCK, own, around, noise) if sign == 1 else np.zeros_like(alone)
+        # The flank of a bright point is sharp along one axis, too.
+        alone &= ~places.beside_brighter(image, alone | both, sign)
+        chosen = alone | both
         excess = np.where(alone, single, block)[chosen]
         none = np.full((3, excess.size), -np.inf, dtype=np.float32)
         return cls(index, places.at(chosen), alone[chosen], excess, none[0], none[1:], sign)
@@ -632,6 +646,13 @@ class _Places:
         ends = np.where(np.isinf(brighter), np.minimum(before, after), ends)
         with np.errstate(invalid="ignore"):
             return own - brighter.min(axis=0), own - ends.max(axis=0)
+
+    def beside_brighter(self, image: Numbers, chosen: Mask, sign: int = 1) -> Mask:
+        """Which of the pixels lie beside a brighter one (a darker one if `sign` is -1) that is not chosen."""
+        own = sign * image.ravel()[self.own].astype(np.float32)
+        values = sign * image.ravel()[self.beside[:, :2]].astype(np.float32)
+        others = ~np.isin(self.beside[:, :2], self.own[chosen])
+        return np.asarray((self.known[:, :2] & others & (values > own)).any(axis=(0, 1)))
 
     def contrast(self, image: Numbers) -> tuple[Image, Image]:
         """Intensities, and the median of what is known of the ring two pixels away."""

@@ -198,6 +198,33 @@ class TestSpikes:
         lit[7, 40, 50] += height
         assert positions(survey(lit, WHOLE)) == [(7, 40, 50)]
 
+    @pytest.mark.parametrize("wavelengths", [1, 2])
+    @pytest.mark.parametrize("height", [1.0, 2.0, 4.0])
+    @pytest.mark.parametrize(("line", "sampling"), [(0, 2.4), (1, 3.1)])
+    def test_points_and_their_flanks_are_none(self, line, sampling, height, wavelengths):
+        """Airy's disc with its rings, wherever it lies between pixels, as long as two exposures take."""
+        rng = np.random.default_rng(12)
+        cube = scene(np.random.default_rng(5), (150, 160))[line]
+        y, x = np.mgrid[:150, :160].astype(float)
+        for row in range(12, 140, 18):
+            for column in range(12, 150, 18):
+                apart = np.hypot(y - row - rng.uniform(-1, 1), x - column - rng.uniform(-1, 1)) + 1e-9
+                first = rng.integers(0, len(cube) - 1)
+                phase = np.pi * apart / sampling
+                light = height * (2800.0, 1900.0)[line] * (2 * j1(phase) / phase) ** 2
+                cube[first : first + wavelengths] += light
+        found = survey(noisy(cube), np.ones((150, 160), bool))
+        assert len(found.spikes) == 0
+        assert not found.dead.any()
+
+    def test_a_spike_on_a_bright_flank_is_found(self, cube):
+        """It outshines what is beside it."""
+        y, x = np.mgrid[: SHAPE[0], : SHAPE[1]]
+        lit = cube + 6000 * np.exp(-4 * np.log(2) * ((y - 40.2) ** 2 + (x - 50.4) ** 2) / 4.8**2)
+        for index, aside in ((3, 2), (8, 4)):
+            lit[index, 40, 50 + aside] += 5000
+        assert positions(survey(lit, WHOLE)) == [(3, 40, 52), (8, 40, 54)]
+
     @pytest.mark.parametrize("height", [10.0, 25.0])
     def test_kernels_of_a_restored_image_are_none(self, height):
         """Points restored beyond Airy's disc, all spatial frequencies up to 0.8 of the telescope's limit
@@ -271,7 +298,7 @@ class TestPixels:
         assert [tuple(place) for place in np.argwhere(found.dead)] == places
         assert len(found.spikes) == 0
 
-    @pytest.mark.parametrize("share", [0.05, 0.3])
+    @pytest.mark.parametrize("share", [0.05, 0.3, 0.55])
     def test_pixels_that_drop_out_at_one_wavelength(self, cube, share):
         spoilt = cube.copy()
         quiet = [(2, 12, 80), (2, 70, 20), (12, 48, 60), (14, 20, 30)]
@@ -282,6 +309,24 @@ class TestPixels:
         assert not found.dead.any()
         scaled = ScaledCube(spoilt, np.full(15, 1e-3), np.zeros(15))
         assert positions(survey(scaled, WHOLE)) == quiet
+
+    def test_what_is_dark_on_the_sun_does_not_drop_out(self):
+        """A pore, and structures down to 0.8 of the telescope's limit, seen in cores or in wings alone."""
+        shape = (150, 160)
+        rng = np.random.default_rng(2)
+        y, x = np.mgrid[:150, :160]
+        frequency = np.hypot(np.fft.fftfreq(150)[:, None], np.fft.fftfreq(160))
+        passed = np.where(frequency < 0.8 / 2.4, np.maximum(frequency, 0.02) ** -1.8, 0.0)
+        pore = 1.0 - 0.8 * np.exp(-((np.hypot(y - 60.0, x - 70.0) / 9.0) ** 4))
+        for line in range(2):
+            cube = scene(rng, shape)[line]
+            core = (cube.mean(axis=(1, 2)) / cube.mean(axis=(1, 2)).max())[:, None, None]
+            for weight in (core, 1.0 - core):
+                structure = np.fft.ifft2(np.fft.fft2(rng.standard_normal(shape)) * passed).real
+                cube *= np.maximum(1.0 + 0.15 * weight * structure / structure.std(), 0.1)
+            found = survey(noisy(cube * pore, line), np.ones(shape, bool))
+            assert len(found.spikes) == 0
+            assert not found.dead.any()
 
     def test_dark_points_that_the_telescope_can_make_are_none(self, cube):
         y, x = np.mgrid[: SHAPE[0], : SHAPE[1]]
