@@ -508,7 +508,10 @@ def _facts(axes: Axes, pixel: xr.Dataset, observation: xr.Dataset | None, time: 
         apart = (scan["time_ca8542"].values - scan["time_halpha"].values) / np.timedelta64(1, "s")
         shift = ", ".join(_signed(float(scan[f"shift_{axis}"]), 2) for axis in ("y", "x"))
         rows += [
-            ("Ca II scan", f"{_signed(float(apart), 1)} s after Hα's"),
+            (
+                "Ca II scan",
+                f"{_signed(float(apart), 1)} s after Hα's" if np.isfinite(apart) else "not known when",
+            ),
             (
                 "Ca II moved",
                 f"by ({shift}) pixels" if bool(scan["shift_applied"]) else "not: shift uncertain",

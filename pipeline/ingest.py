@@ -57,7 +57,7 @@ from pipeline.provenance import flarefield_version, provenance, sha256_source, s
 from pipeline.registration import BANDS, CONFIDENT, STAYS, Mask, Shift
 from pipeline.replacement import discard, finish_swaps, opened_group, replacement, replacements, scratch, swap
 from pipeline.shards import ShardWriter
-from pipeline.storage import Place, array_in, is_url, log_at, out_of_space, place
+from pipeline.storage import Place, array_in, is_url, log_at, out_of_space, place, space
 
 logger = logging.getLogger("flarefield")
 
@@ -335,7 +335,7 @@ def ingest(
         )
     if cluster is not None:
         see_that_workers_find(cluster, output)
-    with target.lock():
+    with target.lock(), space(target):
         finish_swaps(target)
         if target.exists() and not is_observation(target.location):
             raise MisuseError(
@@ -356,12 +356,7 @@ def ingest(
                 series.passed_over,
                 complete_before=True,
             )
-        try:
-            return _make(target, series, wishes, cluster, call)
-        except OSError as failure:
-            if (refusal := out_of_space(failure, target)) is not None:
-                raise refusal from failure
-            raise
+        return _make(target, series, wishes, cluster, call)
 
 
 def _find_series(

@@ -46,11 +46,11 @@ from pipeline.devices import Device
 from pipeline.driver import run_bounded
 from pipeline.errors import FlareFieldError, InputError, MisuseError, StoreError
 from pipeline.journal import Journal, changes, is_receipt, read_journal
-from pipeline.observation import open_observation, see_that_it_is_whole
+from pipeline.observation import open_observation, see_that_it_is_one, see_that_it_is_whole
 from pipeline.plan import Plan, make_plan, see_that_it_fits
 from pipeline.progress import Progress
 from pipeline.provenance import provenance
-from pipeline.replacement import discard, finish_swaps, replacement, replacements, swap
+from pipeline.replacement import as_swapped, discard, finish_swaps, replacement, replacements, swap
 from pipeline.results import (
     PREVIEW,
     SAMPLING,
@@ -62,7 +62,7 @@ from pipeline.results import (
 )
 from pipeline.selection import select
 from pipeline.spectra import Interpolation, shortfall
-from pipeline.storage import Place, lies_in, log_at, out_of_space, place
+from pipeline.storage import Place, gone, lies_in, log_at, place, space
 from pipeline.tiles import (
     KERNEL,
     Tile,
@@ -295,14 +295,9 @@ def invert(
         skip_from=skip_from,
     )
     target, grid = request.output, request.grid
-    if not target.can_hold():
-        raise MisuseError(
-            "the output's directory does not exist",
-            where=Path(target.location).parent,
-            remedy="make it, or choose an output in one that exists",
-        )
     make_store = partial(_make_store, request, call or f"invert({observation}, {output})")
-    with target.lock():
+    with target.lock(), space(target):
+        finish_swaps(target)
         begun = _begun(target, request.fingerprint, overwrite=overwrite)
         if begun is None:
             _see_that_it_fits(request, np.zeros(len(grid), dtype=bool), _beside(request))
@@ -362,7 +357,8 @@ def plan_inversion(
 ) -> Plan:
     """Say what `invert` would do with the same arguments, and what it would take; nothing is written.
 
-    The cluster inverts a few pixels for that; of a SLURM cluster, one job.
+    The cluster inverts a few pixels for that (a worker keeps them in its temporary files meanwhile); of a
+    SLURM cluster, one job.
 
     Parameters
     ----------
@@ -381,7 +377,7 @@ def plan_inversion(
     Raises
     ------
     FlareFieldError
-        Whatever `invert` would refuse, but for space.
+        Whatever `invert` would refuse, but for space, and for what only writing tells of an object store.
     """
     cluster = best_config() if cluster is None else cluster
     see_that_workers_find(cluster, observation, output, model, skip_from)
@@ -406,13 +402,13 @@ def plan_inversion(
         skip_from=skip_from,
     )
     done = np.zeros(len(request.grid), dtype=bool)
-    with request.output.lock():
-        begun = _begun(request.output, request.fingerprint, overwrite=overwrite)
-        if begun is not None:
-            store, journal = begun  # as they are: nothing is mended before the run itself
-            work = _Work(replace(request.spec, store=str(store)), request.grid, request.asked, journal)
-            work.take_up()
-            done = work.done
+    request.output.see_that_it_is_free()
+    begun = _begun(request.output, request.fingerprint, overwrite=overwrite)
+    if begun is not None:
+        store, journal = begun  # as they are: nothing is mended before the run itself
+        work = _Work(replace(request.spec, store=str(store)), request.grid, request.asked, journal)
+        work.take_up()
+        done = work.done
     plan = partial(
         make_plan,
         spec=request.spec,
@@ -497,11 +493,22 @@ def _settle(
                 found=f"a place in {source}",
                 remedy="choose an output beside it",
             )
+    if not target.can_hold():
+        raise MisuseError(
+            "the output's directory does not exist",
+            where=Path(target.location).parent,
+            remedy="make it, or choose an output in one that exists",
+        )
     with fetched_model(model_path) as folder:
         network, weights = load_model(folder), model_hash(folder)
-    dataset = open_observation(observation)
-    identity = observation_hash(observation)  # before it is looked at: what is lost from now on is noticed
-    see_that_it_is_whole(dataset, observation)
+    see_that_it_is_one(observation)
+    sizes = place(observation).sizes()
+    try:
+        identity = observation_hash(observation, sizes)
+    except FileNotFoundError as failure:
+        raise gone(observation, failure) from failure
+    dataset = open_observation(observation, listed=sizes)
+    see_that_it_is_whole(dataset, observation, sizes)
     if calibration_error is None:
         calibration_error = dataset.attrs.get("relative_calibration_uncertainty")
     if tile < 1:
@@ -656,6 +663,10 @@ def _check_observation(
             mu.size,
         )
     mu = mu[on_disc]
+    if (unknown := int(dataset["time_ca8542"].isnull().sum())) > 0:
+        logger.warning(
+            "at %d of %d times it is not known when Ca II was taken", unknown, dataset.sizes["time"]
+        )
     # The novelty measure does not look at these: outside of what was trained, only this warning says so.
     conditions = network.record.get("conditions", {})
     for name, values in (("mu", mu), ("calibration_error", [calibration_error])):
@@ -766,21 +777,23 @@ MakeStore = Callable[[Place, Callable[[Mapping[str, str]], object]], None]
 
 
 def _begun(output: Place, fingerprint: Mapping[str, Any], *, overwrite: bool) -> tuple[Place, Journal] | None:
-    """Find the store to go on with, the output itself or what is to replace it; None if it is to be made."""
-    finish_swaps(output)
-    exists = output.exists() and not _half_laid_out(output)
-    if exists and not is_map(output.location):
+    """Find the store to go on with, the output itself or what is to replace it; None if it is to be made.
+
+    Nothing is written: of a plan, what is there may still be on its way to the output.
+    """
+    standing, journal, unfinished = as_swapped(output)
+    exists = standing.exists() and not _half_laid_out(standing, journal)
+    if exists and not is_map(standing.location):
         raise MisuseError(
             "the output exists and is not a map",
             where=output,
             expected="nothing, or a map store made by `flarefield invert`",
             remedy="choose another output, or remove it yourself",
         )
-    unfinished = replacements(output)
     if overwrite:
         for store in unfinished:
             try:
-                return store, _resume(store, fingerprint)
+                return store, _resume(store, store.journal, fingerprint)
             except FlareFieldError as error:
                 logger.debug("%s is of no use: %s", store, error)
         return None
@@ -788,14 +801,14 @@ def _begun(output: Place, fingerprint: Mapping[str, Any], *, overwrite: bool) ->
         logger.warning(
             "%s holds an unfinished replacement of the map; --overwrite goes on with it", unfinished[0]
         )
-    return (output, _resume(output, fingerprint)) if exists else None
+    return (standing, _resume(standing, journal, fingerprint)) if exists else None
 
 
-def _half_laid_out(output: Place) -> bool:
+def _half_laid_out(store: Place, journal: Path | str) -> bool:
     """Whether a run was killed before its map had appeared: one that has lost its root has tiles, too."""
-    if not output.half_appeared() or not log_at(output.journal).exists():
+    if not store.half_appeared() or not log_at(journal).exists():
         return False
-    return next(read_journal(output.journal)[1], None) is None
+    return next(read_journal(journal)[1], None) is None
 
 
 def _begin(
@@ -810,7 +823,7 @@ def _begin(
     if overwrite:
         for store in replacements(output):
             discard(store)
-    if _half_laid_out(output):
+    if _half_laid_out(output, output.journal):
         output.remove()
     store = replacement(output, run) if output.exists() else output
     return store, _fresh(store, run, fingerprint, make_store)
@@ -818,27 +831,22 @@ def _begin(
 
 def _fresh(store: Place, run: str, fingerprint: Mapping[str, Any], make_store: MakeStore) -> Journal:
     # The journal first: a store without one could not be told from one whose journal was lost.
-    try:
-        make_store(store, partial(Journal.create, store.journal, run, fingerprint))
-    except OSError as error:
-        if (refusal := out_of_space(error, store)) is not None:
-            raise refusal from error
-        raise
+    make_store(store, partial(Journal.create, store.journal, run, fingerprint))
     return Journal.open(store.journal)
 
 
-def _resume(store: Place, fingerprint: Mapping[str, Any]) -> Journal:
-    if not is_map(store.location) or not log_at(store.journal).exists():
+def _resume(store: Place, location: Path | str, fingerprint: Mapping[str, Any]) -> Journal:
+    if not is_map(store.location) or not log_at(location).exists():
         raise StoreError(
             "the map's journal is missing, so it is unknown what is done of it",
-            where=store.journal,
+            where=location,
             remedy="put the journal back beside the map, or start over with --overwrite",
         )
-    journal = Journal.open(store.journal)
+    journal = Journal.open(location)
     if journal.run != zarr.open_group(store.zarr, mode="r").attrs.get("run"):
         raise StoreError(
             "map and journal are of different runs",
-            where=store.journal,
+            where=location,
             remedy="put the right journal back beside the map, or start over with --overwrite",
         )
     differing = changes(journal.fingerprint, fingerprint)

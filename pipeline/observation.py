@@ -57,7 +57,7 @@ observation has no such group; of its chunks less can be told (`see_that_it_is_w
 from __future__ import annotations
 
 import warnings
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +74,15 @@ from pipeline.changes import CHANGED, LONGEST, LONGEST_SECONDS, NAME, SIGNIFICAN
 from pipeline.crisp import LINES, read_headers
 from pipeline.crisp.scan import LONG_NAMES, Scan, cosine_of_pointing
 from pipeline.defects import Defect
-from pipeline.errors import MisuseError, StoreError
+from pipeline.errors import FlareFieldError, MisuseError, StoreError
 from pipeline.pairing import Pair
 from pipeline.registration import STAYS, Shift
-from pipeline.storage import Place, array_in, place
+from pipeline.storage import AsListed, Place, array_in, place
 
 KIND = "observation"
 SCHEMA = 1
+FORMAT = 3
+"""Zarr's."""
 
 SHARD = 512
 """Pixels of a shard along y and x; one shard holds one time and the whole of a line."""
@@ -121,8 +123,9 @@ OPTIONAL: Mapping[str, tuple[tuple[tuple[str, ...], ...], str]] = {
 """Units and dimensions of what an observation may have, and what is then used."""
 
 TIMES = ("time", "time_halpha", "time_ca8542")
-KNOWN = (*TIMES, "y", "x", "longitude", "latitude", "wavelength_halpha", "wavelength_ca8542")
-"""Coordinates that every pixel has. (`mu` is not a number where a frame's middle is off the disc.)"""
+KNOWN = ("time", "time_halpha", "y", "x", "longitude", "latitude", "wavelength_halpha", "wavelength_ca8542")
+"""Coordinates that every pixel has. (`mu` is not a number where a frame's middle is off the disc, and the
+time of Ca II may be unknown: it is not needed.)"""
 EPOCH = np.datetime64(0, "ns")
 """What the time of a chunk reads as that is not there."""
 
@@ -465,25 +468,18 @@ def is_observation(path: str | Path) -> bool:
         return False
 
 
-def open_observation(path: str | Path, *, chunks: Any = None) -> xr.Dataset:  # noqa: ANN401
-    """Open an observation, and check that it is whole.
+def see_that_it_is_one(path: str | Path) -> None:
+    """Refuse what is no observation.
 
     Parameters
     ----------
     path : str or Path
-        The observation store, or its URL.
-    chunks : optional
-        As for `xarray.open_zarr`: None reads what is asked for when asked, ``{}`` makes Dask arrays.
-
-    Returns
-    -------
-    xarray.Dataset
-        See the module's table.
+        Perhaps an observation store, or its URL.
 
     Raises
     ------
     StoreError
-        There is no observation at this path, or it lacks what an observation has.
+        There is no observation at this path, or it is in Zarr's format 2.
     """
     store = place(path)
     if not store.exists():
@@ -497,21 +493,64 @@ def open_observation(path: str | Path, *, chunks: Any = None) -> xr.Dataset:  # 
             expected="a Zarr store made by `flarefield ingest`",
             remedy="check the name",
         )
+    if (version := zarr.open_group(store.zarr, mode="r").metadata.zarr_format) != FORMAT:
+        raise StoreError(
+            "the observation is in another of Zarr's formats",
+            where=path,
+            found=f"format {version}",
+            expected=f"format {FORMAT}",
+            remedy="convert it with xarray: xr.open_zarr('OLD.zarr').drop_encoding().to_zarr('NEW.zarr', "
+            f"zarr_format={FORMAT}, write_empty_chunks=True)",
+        )
+
+
+def open_observation(
+    path: str | Path,
+    *,
+    chunks: Any = None,  # noqa: ANN401
+    listed: Collection[str] | None = None,
+) -> xr.Dataset:
+    """Open an observation, and check that it has what one has.
+
+    Parameters
+    ----------
+    path : str or Path
+        The observation store, or its URL.
+    chunks : optional
+        As for `xarray.open_zarr`: None reads what is asked for when asked, ``{}`` makes Dask arrays.
+    listed : collection of str, optional
+        Its files, none of which may go from now on: what should read one that has gone raises a StoreError.
+
+    Returns
+    -------
+    xarray.Dataset
+        See the module's table.
+
+    Raises
+    ------
+    StoreError
+        There is no observation at this path, or it lacks what an observation has.
+    """
+    see_that_it_is_one(path)
+    store = place(path)
+    source = store.zarr if listed is None else AsListed(store.zarr, listed)
     try:
-        dataset: xr.Dataset = xr.open_zarr(store.zarr, chunks=chunks)
+        dataset: xr.Dataset = xr.open_zarr(source, chunks=chunks)
+    except FlareFieldError:
+        raise
     except Exception as failure:  # which one a damaged file raises is up to its codec
         raise _damaged(path, _unreadable(store) or f"{type(failure).__name__}: {failure}") from failure
     validate(dataset, path)
     return dataset
 
 
-def see_that_it_is_whole(dataset: xr.Dataset, path: str | Path) -> None:
+def see_that_it_is_whole(dataset: xr.Dataset, path: str | Path, listed: Collection[str]) -> None:
     """Refuse an observation that has lost chunks: they would be read as if nothing had been observed.
 
     Of what `pipeline.ingest` made, any chunk but those that it says were never written must be there. Whoever
     saves a part of an observation with xarray writes no chunks that hold nothing; of such a store, chunks of
-    intensities may be missing where no pixel is valid, chunks of `valid` if they are no shards, and all of
-    what is not needed to place and time a pixel.
+    intensities may be missing where no pixel is valid, chunks of `valid` if they are no shards, the first one
+    of times if it holds but one, and all of what is not needed to place and time a pixel.
 
     Parameters
     ----------
@@ -519,16 +558,18 @@ def see_that_it_is_whole(dataset: xr.Dataset, path: str | Path) -> None:
         The observation, opened. Its coordinates, and what else it has no more of than those, are read.
     path : str or Path
         Its store, or its URL.
+    listed : collection of str
+        Its files.
 
     Raises
     ------
     StoreError
-        Chunks are not there, or coordinates cannot be read or are not known.
+        Chunks are not there, coordinates cannot be read or are not known, or times are not in order.
     """
-    store = place(path)
-    group = zarr.open_group(store.zarr, mode="r")
-    missing = list(_missing(group, store.sizes()))
+    group = zarr.open_group(AsListed(place(path).zarr, listed), mode="r")
+    missing = list(_missing(group, listed))
     written = group.get(WRITTEN)
+    again = "write it once more with `to_zarr(..., write_empty_chunks=True)`"
     if written is not None:
         absent: Any = written.attrs["absent"]
         absent = frozenset(absent)
@@ -536,13 +577,19 @@ def see_that_it_is_whole(dataset: xr.Dataset, path: str | Path) -> None:
     else:
         valid = array_in(group, "valid")
         lost = [key for key, name, _ in missing if name == "valid" and valid.shards]
-        lost += [key for key, name, region in missing if name in LINES and np.any(valid[region[:3]])]
+        # A time counted from the first one reads as that one if it is not there; none but the first is.
+        lost += [key for key, name, region in missing if name in TIMES[1:] and region[0].stop > 1]
+        dark = [key for key, name, region in missing if name in LINES and np.any(valid[region[:3]])]
+        if dark and not lost:
+            again += ", or with `valid` false there"
+        lost += dark
     if lost:
         raise StoreError(
             "parts of the observation are not there",
             where=path,
             found=f"no {lost[0]}" + (f", and {len(lost) - 1} more" if len(lost) > 1 else ""),
-            remedy="put them back, or make it again with `flarefield ingest --overwrite`",
+            remedy="put them back, or make it again with `flarefield ingest --overwrite`; if xarray left them"
+            f" out because they hold nothing, {again}",
         )
     unknown = []
     for name, variable in dataset.variables.items():
@@ -550,12 +597,25 @@ def see_that_it_is_whole(dataset: xr.Dataset, path: str | Path) -> None:
             continue
         try:
             variable.load()
+        except FlareFieldError:
+            raise
         except Exception as failure:  # which one a damaged file raises is up to its codec
             raise _damaged(path, f"{name} cannot be read: {type(failure).__name__}: {failure}") from failure
-        if name in KNOWN and (variable.isnull().any() or (name in TIMES and (variable == EPOCH).any())):
+        if (name in KNOWN and variable.isnull().any()) or (name in TIMES and (variable == EPOCH).any()):
             unknown.append(str(name))
     if unknown:
         raise _damaged(path, f"nothing in {', '.join(unknown)}, at some places or at all")
+    times = dataset["time"].values
+    for number in 1 + np.flatnonzero(times[1:] <= times[:-1]):
+        raise StoreError(
+            "the observation's times are not in order",
+            where=path,
+            found=f"time {number} is {times[number]}, the one before it {times[number - 1]}",
+            expected="each later than the one before it",
+            remedy="put its files back (lost parts of `time` read so), or make it again with "
+            "`flarefield ingest --overwrite`; times of your own are put in order by xarray's "
+            "`sortby('time')` and `drop_duplicates('time')`",
+        )
 
 
 def _unreadable(store: Place) -> str | None:
@@ -587,8 +647,11 @@ def _missing(group: zarr.Group, there: Container[str]) -> Iterator[tuple[str, st
         for index in np.ndindex(*parts):
             if (key := "/".join((name, "c", *map(str, index)))) not in there:
                 starts = [number * size for number, size in zip(index, sizes, strict=True)]
-                region = (slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
-                yield key, name, tuple(region)
+                ends = (
+                    min(start + size, whole)
+                    for start, size, whole in zip(starts, sizes, array.shape, strict=True)
+                )
+                yield key, name, tuple(map(slice, starts, ends))
 
 
 def validate(dataset: xr.Dataset, where: object = None) -> None:

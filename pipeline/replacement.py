@@ -9,6 +9,7 @@ that is killed at any moment leaves something that the next one goes on with (`r
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 import zarr
@@ -81,16 +82,37 @@ def discard(store: Place) -> None:
     log_at(store.journal).remove()
 
 
+def as_swapped(output: Place) -> tuple[Place, Path | str, list[Place]]:
+    """Say what `finish_swaps` would leave, and leave everything as it is.
+
+    Parameters
+    ----------
+    output : Place
+        The store.
+
+    Returns
+    -------
+    store : Place
+        Where what is to be found at its place lies now: there, or in a replacement.
+    journal : Path or str
+        Where its journal lies now.
+    unfinished : list of Place
+        Replacements that are not whole.
+    """
+    store, journal = output, output.journal
+    finished = [one for run in output.runs(".new.journal") if _is_finished(one := replacement(output, run))]
+    for one in finished:
+        store = one if one.exists() and not one.half_appeared() else output
+        journal = one.journal
+    known = {one.name for one in finished}
+    return store, journal, [one for one in replacements(output) if one.name not in known]
+
+
 def finish_swaps(output: Place) -> None:
     """Complete what a run that was killed between its last record and its end left undone."""
     for run in output.runs(".new.journal"):
         store = replacement(output, run)
-        try:
-            with Journal.open(store.journal) as journal:
-                finished = journal.finished
-        except StoreError:
-            finished = False
-        if finished:
+        if _is_finished(store):
             swap(output, store)
         elif not store.exists():
             log_at(store.journal).remove()
@@ -100,6 +122,13 @@ def finish_swaps(output: Place) -> None:
     for run in output.runs(f".new{SCRATCH}"):
         if not (store := replacement(output, run)).exists():
             scratch(store).remove()
+
+
+def _is_finished(store: Place) -> bool:
+    try:
+        return Journal.open(store.journal).finished
+    except StoreError:
+        return False
 
 
 def swap(output: Place, store: Place) -> None:

@@ -34,10 +34,11 @@ from uuid import uuid4
 
 import fsspec
 import zarr
-from zarr.abc.store import Store
-from zarr.storage import FsspecStore, LocalStore, MemoryStore
+from zarr.abc.store import ByteRequest, Store
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.storage import FsspecStore, LocalStore, MemoryStore, WrapperStore
 
-from pipeline.errors import MisuseError, StoreError
+from pipeline.errors import FlareFieldError, MisuseError, StoreError
 
 logger = logging.getLogger("flarefield")
 
@@ -216,6 +217,56 @@ class Place(ABC):
             Nothing can be written there.
         """
 
+    @abstractmethod
+    def see_that_it_is_free(self) -> None:
+        """Refuse what `lock` would refuse, as far as that can be told without writing.
+
+        Raises
+        ------
+        MisuseError
+            Another process works on this store.
+        StoreError
+            Nothing can be written there.
+        """
+
+
+class AsListed(WrapperStore[Store]):
+    """A store of which no file may go: one that was listed and is not there is no chunk that holds nothing.
+
+    Parameters
+    ----------
+    store : Store
+        Where they are read from.
+    listed : collection of str
+        Names of the files that there are.
+    """
+
+    def __init__(self, store: Store, listed: Collection[str]) -> None:
+        super().__init__(store)
+        self._listed = frozenset(listed)
+
+    def _with_store(self, store: Store) -> AsListed:
+        return AsListed(store, self._listed)
+
+    async def get(
+        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        found = await super().get(key, prototype, byte_range)
+        if found is None and key in self._listed:
+            raise gone(self._store, f"no {key}")
+        return found
+
+
+def gone(observation: object, found: object) -> StoreError:
+    """Say that a file of an observation that was there is there no more."""
+    return StoreError(
+        "the observation has changed while the map was being made",
+        where=observation,
+        found=found,
+        expected="all files that were there when it was opened",
+        remedy="put it back as it was and run the same command again: it does what is missing",
+    )
+
 
 class Log(ABC):
     """Lines that are only ever added, in blocks; a block is safe when `append` returns.
@@ -261,6 +312,10 @@ class Log(ABC):
 
 
 # A directory
+
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""How a file system says that it has no locks."""
 
 
 class Directory(Place):
@@ -362,7 +417,7 @@ class Directory(Place):
 
         It ends with the process that holds it, however that ends, and a file left behind means nothing.
         """
-        path = self.location.with_name(self.location.name + ".lock")
+        path = self._lock
         while True:
             try:
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -371,11 +426,12 @@ class Directory(Place):
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                holder = os.pread(descriptor, 200, 0).decode(errors="replace")
-                os.close(descriptor)
-                raise _held(self, holder or None) from error
+                try:
+                    raise self._held(descriptor) from error
+                finally:
+                    os.close(descriptor)
             except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                if error.errno not in NO_LOCKS:
                     raise
                 # Some clusters' file systems are mounted so. A warning must do: refusing would help nobody.
                 logger.warning("%s is on a file system without locks: see that one command works on it", self)
@@ -400,6 +456,33 @@ class Directory(Place):
             path.unlink(missing_ok=True)
             os.close(descriptor)
 
+    def see_that_it_is_free(self) -> None:
+        folder = self.location.parent
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise _unwritable(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+        try:
+            descriptor = os.open(self._lock, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise _unwritable(folder, error) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise self._held(descriptor) from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        finally:
+            os.close(descriptor)
+
+    @property
+    def _lock(self) -> Path:
+        return self.location.with_name(self.location.name + ".lock")
+
+    def _held(self, descriptor: int) -> MisuseError:
+        return _held(self, os.pread(descriptor, 200, 0).decode(errors="replace") or None)
+
 
 class FileLog(Log):
     """A file of lines, brought to disk after every block."""
@@ -416,7 +499,7 @@ class FileLog(Log):
 
     def begin(self, line: bytes) -> None:
         beginning = self.location.with_name(self.location.name + ".new")
-        with _space(self.location):
+        with space(self.location):
             with open(beginning, "wb") as file:
                 file.write(line)
                 file.flush()
@@ -432,7 +515,7 @@ class FileLog(Log):
 
     def append(self, block: bytes) -> None:
         assert self._file is not None
-        with _space(self.location):
+        with space(self.location):
             try:
                 written = 0
                 while written < len(block):
@@ -620,10 +703,17 @@ class ObjectStore(Place):
     @contextmanager
     def fetched(self) -> Iterator[Path]:
         with TemporaryDirectory() as folder:
-            keys = [key for key in self.sizes() if "/" not in key]
+            # A listing of sizes does not tell a server that cannot be reached from one that has nothing.
+            there = self.sizes() if self.exists() else {}
+            keys = [key for key in there if "/" not in key]
             for key, content in zip(keys, self.read(keys), strict=True):
                 (Path(folder) / key).write_bytes(content)
-            yield Path(folder)
+            try:
+                yield Path(folder)
+            except FlareFieldError as error:
+                if error.where is not None:
+                    error.where = error.where.replace(folder, self.location, 1)
+                raise
 
     @contextmanager
     def appearing(self) -> Iterator[Store]:
@@ -672,6 +762,9 @@ class ObjectStore(Place):
         finally:
             lease.release()
 
+    def see_that_it_is_free(self) -> None:
+        _Lease(self.location + ".lock", self).left_behind()
+
 
 BEAT = 5.0
 """Seconds after which the holder of an object store's lock renews it."""
@@ -694,7 +787,11 @@ class _Lease:
     def take(self) -> None:
         try:
             while not self._objects.create(self._key, self._content()):
-                self._wait_for_the_dead()
+                if (left := self.left_behind()) is not None and self._objects.get(self._key) == left:
+                    logger.warning(
+                        "%s: %s has not renewed its lock, which is taken over", self._store, _holder(left)
+                    )
+                    self._objects.remove([self._key])
             if not self._objects.excludes(self._key):
                 logger.warning(
                     "%s is on a store where commands cannot exclude each other: see that one works on it",
@@ -711,27 +808,33 @@ class _Lease:
         if self._is_mine():
             self._objects.remove([self._key])
 
-    def _wait_for_the_dead(self) -> None:
-        """Return when the lock is free; its holder is dead if it has not renewed it for long."""
+    def left_behind(self) -> bytes | None:
+        """Wait to see whether a holder is alive: it is dead if it has not renewed the lock for long.
+
+        Returns
+        -------
+        bytes or None
+            What a dead one has left; None if the lock is free.
+
+        Raises
+        ------
+        MisuseError
+            The holder lives.
+        """
         seen = self._objects.get(self._key)
         if seen is None:
-            return
-        try:
-            holder = json.loads(seen)["holder"]
-        except (ValueError, KeyError, TypeError):
-            holder = None
+            return None
+        holder = _holder(seen)
         logger.info("%s: waiting to see whether %s, which holds it, is alive", self._store, holder)
         deadline = time.monotonic() + DEAD * BEAT
         while time.monotonic() < deadline:
             time.sleep(BEAT / 10)
             now = self._objects.get(self._key)
             if now is None:
-                return
+                return None
             if now != seen:
                 raise _held(self._store, holder)
-        if self._objects.get(self._key) == seen:
-            logger.warning("%s: %s has not renewed its lock, which is taken over", self._store, holder)
-            self._objects.remove([self._key])
+        return seen
 
     def _content(self) -> bytes:
         return json.dumps({**self._mine, "beats": self._beats}).encode()
@@ -816,24 +919,32 @@ def array_in(group: zarr.Group, name: str) -> zarr.Array[Any]:
     return array
 
 
+def _holder(lock: bytes) -> str | None:
+    try:
+        return str(json.loads(lock)["holder"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
 def _this_process() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 @contextmanager
 def _reached(url: str) -> Iterator[None]:
-    """Say of a store that does not answer at all which one it is: its software's errors need not."""
+    """Say of a store that does not answer, or refuses, which one it is: its software's errors need not."""
     try:
         yield
-    except OSError:
-        raise  # its answer: refused, or full
+    except FileNotFoundError:
+        raise  # an answer
     except Exception as error:
         raise StoreError(
             "the object store cannot be asked",
             where=url,
             found=f"{type(error).__name__}: {error}",
-            remedy="check the URL, the credentials and the endpoint: for s3:// they are taken from AWS's "
-            "environment variables and files (AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_ENDPOINT_URL)",
+            remedy="check the URL, whether its server can be reached from here, and the credentials and the "
+            "endpoint: for s3:// they are taken from AWS's environment variables and files "
+            "(AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_ENDPOINT_URL)",
         ) from error
 
 
@@ -877,7 +988,8 @@ def out_of_space(error: OSError, where: object) -> StoreError | None:
 
 
 @contextmanager
-def _space(where: Path) -> Iterator[None]:
+def space(where: object) -> Iterator[None]:
+    """Context in which a disk, a quota or a file that is full is said as `out_of_space` says it."""
     try:
         yield
     except OSError as error:

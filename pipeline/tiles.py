@@ -27,10 +27,7 @@ import torch
 import xarray as xr
 import zarr
 from numpy.typing import NDArray
-from zarr.abc.store import ByteRequest, Store
-from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.core.sync import sync
-from zarr.storage import WrapperStore
 
 from inn.checkpoint import Network, load_model, model_hash
 from inn.latent import LatentKind
@@ -46,7 +43,7 @@ from pipeline.replacement import opened_group
 from pipeline.results import NOVELTY_LEVEL, VARIABLES, WITHOUT_ANSWER, Flag, count_flags
 from pipeline.selection import EVERYTHING, Selection
 from pipeline.spectra import Interpolation, check_interpolation, covered, network_lines
-from pipeline.storage import ROOT, array_in, out_of_space, place
+from pipeline.storage import ROOT, AsListed, array_in, out_of_space, place
 
 KERNEL = 4
 """Version of what a tile's numbers depend on in this package; raised whenever they change."""
@@ -330,45 +327,12 @@ def fetched_model(path: str | Path | None) -> AbstractContextManager[Path | None
     return nullcontext() if path is None else place(path).fetched()
 
 
-class _AsListed(WrapperStore[Store]):
-    """A store of which no file may go: one that was listed and is not there is no chunk that holds nothing.
-
-    Parameters
-    ----------
-    store : Store
-        Where they are read from.
-    listed : frozenset of str
-        Names of the files that there are.
-    """
-
-    def __init__(self, store: Store, listed: frozenset[str]) -> None:
-        super().__init__(store)
-        self._listed = listed
-
-    def _with_store(self, store: Store) -> _AsListed:
-        return _AsListed(store, self._listed)
-
-    async def get(
-        self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
-    ) -> Buffer | None:
-        found = await super().get(key, prototype, byte_range)
-        if found is None and key in self._listed:
-            raise StoreError(
-                "the observation has changed while the map was being made",
-                where=self._store,
-                found=f"no {key}",
-                expected="all files that were there when it was opened",
-                remedy="put it back as it was and run the same command again: it does what is missing",
-            )
-        return found
-
-
 @_once
 def _observation(path: str, expected: str) -> xr.Dataset:
     try:
         sizes = place(path).sizes()
-        found = _identity(path, sizes)
-        dataset: xr.Dataset = xr.open_zarr(_AsListed(place(path).zarr, frozenset(sizes)), chunks=None)
+        found = observation_hash(path, sizes)
+        dataset: xr.Dataset = xr.open_zarr(AsListed(place(path).zarr, sizes), chunks=None)
     except FileNotFoundError as error:
         raise StoreError(
             "a worker cannot open the observation",
@@ -385,7 +349,7 @@ def _observation(path: str, expected: str) -> xr.Dataset:
     return dataset
 
 
-def observation_hash(path: str | Path) -> str:
+def observation_hash(path: str | Path, sizes: Mapping[str, int] | None = None) -> str:
     """Identity of an observation store, wherever it lies, without reading all of it.
 
     Small files (metadata with the hashes of the FITS files it was made from, and the coordinates) count with
@@ -395,6 +359,8 @@ def observation_hash(path: str | Path) -> str:
     ----------
     path : str or Path
         The store, or its URL.
+    sizes : mapping of str to int, optional
+        Bytes of each of its files, if they have been listed.
 
     Returns
     -------
@@ -404,13 +370,10 @@ def observation_hash(path: str | Path) -> str:
     Raises
     ------
     FileNotFoundError
-        There is no store.
+        There is no store, or a file that was listed has gone.
     """
-    return _identity(path, place(path).sizes())
-
-
-def _identity(path: str | Path, sizes: Mapping[str, int]) -> str:
     store = place(path)
+    sizes = store.sizes() if sizes is None else sizes
     if ROOT not in sizes:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{store}/{ROOT}")
     digest = hashlib.sha256()

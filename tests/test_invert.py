@@ -651,28 +651,32 @@ def can_mount():
         return False
 
 
-@pytest.mark.skipif(not can_mount(), reason="no small file system can be mounted here")
-def test_a_full_disk_ends_the_run_with_a_remedy_and_loses_nothing(tmp_path, toy, undisturbed, settings):
+def on_a_small_disk(tmp_path, options, script, **settings):
+    """What a script prints, line by line, as JSON, of a file system of its own, whose content is copied."""
     small = tmp_path / "small"
     small.mkdir()
-    (tmp_path / "script.py").write_text(textwrap.dedent(FULL_DISK))
-    arguments = json.dumps({"observation": str(toy), **settings}, default=str)
-    # room for the whole map, until something else fills the disk while it is made
-    size = sum(4096 * (1 + len(content) // 4096) for content in contents(undisturbed).values())
-    script = f"""
-        mount -t tmpfs -o size={4 * size} tmpfs {small} &&
-        {sys.executable} {tmp_path}/script.py {small} '{arguments}' &&
-        cp -r {small}/map.zarr {tmp_path}/copy.zarr
+    (tmp_path / "script.py").write_text(textwrap.dedent(script))
+    command = f"""
+        mount -t tmpfs -o {options} tmpfs {small} &&
+        {sys.executable} {tmp_path}/script.py {small} '{json.dumps(settings, default=str)}' &&
+        cp -r {small} {tmp_path}/copy
     """
     answer = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", textwrap.dedent(script)],
+        ["unshare", "-rm", "sh", "-c", textwrap.dedent(command)],
         capture_output=True,
         text=True,
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    lines = [json.loads(line) for line in answer.stdout.splitlines()]
-    assert len(lines) == 2, answer.stderr
+    assert answer.returncode == 0, answer.stderr
+    return [json.loads(line) for line in answer.stdout.splitlines()]
+
+
+@pytest.mark.skipif(not can_mount(), reason="no small file system can be mounted here")
+def test_a_full_disk_ends_the_run_with_a_remedy_and_loses_nothing(tmp_path, toy, undisturbed, settings):
+    # room for the whole map, until something else fills the disk while it is made
+    size = sum(4096 * (1 + len(content) // 4096) for content in contents(undisturbed).values())
+    lines = on_a_small_disk(tmp_path, f"size={4 * size}", FULL_DISK, observation=str(toy), **settings)
     assert lines[0] == [
         "no space left to write to",
         "free some space and run the same command again: it resumes, finished tiles are kept",
@@ -680,7 +684,7 @@ def test_a_full_disk_ends_the_run_with_a_remedy_and_loses_nothing(tmp_path, toy,
     resumed, failed = lines[1]
     assert 0 < resumed < 18
     assert failed == 0
-    assert contents(tmp_path / "copy.zarr") == contents(undisturbed)
+    assert contents(tmp_path / "copy/map.zarr") == contents(undisturbed)
 
 
 # While it runs

@@ -18,15 +18,16 @@ import fsspec
 import pytest
 import xarray as xr
 from fsspec.implementations.memory import MemoryFileSystem
+from test_plan import outcome
 from toy_observation import toy_observation, write_store
 
 import pipeline.storage as storage
 import pipeline.tiles as tiles
 from pipeline.check import check_map
 from pipeline.cluster import LocalConfig
-from pipeline.errors import InputError, MisuseError, StoreError
+from pipeline.errors import InputError, MisuseError, ModelError, StoreError
 from pipeline.ingest import ingest
-from pipeline.invert import invert
+from pipeline.invert import invert, plan_inversion
 from pipeline.journal import BATCH, Journal, read_journal
 from pipeline.observation import is_observation, open_observation
 from pipeline.results import open_map
@@ -82,8 +83,8 @@ def names(url):
     return sorted(path.rpartition("/")[2] for path in files.ls(root, detail=False))
 
 
-def run(url, client, **settings):
-    return invert(
+def run(url, client, work=invert, **settings):
+    return work(
         f"{url}/o.zarr", f"{url}/map.zarr", model=f"{url}/model", cluster=client, **{**SETTINGS, **settings}
     )
 
@@ -158,6 +159,57 @@ def test_a_first_map_can_be_interrupted_anywhere(bucket, folder, client, monkeyp
     run(bucket, client)
     assert contents(f"{bucket}/map.zarr") == contents(folder / "map.zarr")
     assert check_map(f"{bucket}/map.zarr").sound
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "overwrite", "found"),
+    [
+        (storage._Objects, "put", False, (0, 9)),  # the first map is laid out
+        (storage._Objects, "put", True, "the map was begun with other settings"),
+        (MemoryFileSystem, "cp_file", True, (9, 0)),  # the replacement is on its way to its place
+        (MemoryFileSystem, "rm", True, (9, 0)),
+    ],
+)
+def test_a_plan_writes_nothing_to_a_bucket(bucket, client, monkeypatch, owner, name, overwrite, found):
+    """Wherever a command was interrupted, and it says what the next one does."""
+    monkeypatch.setattr("pipeline.plan.SECONDS", 0.1)
+    if overwrite:
+        run(bucket, client, draws=4)
+    begin = objects_below(bucket)
+    with monkeypatch.context() as patch:
+        calls = dying(patch, owner, name, 0)
+        run(bucket, client, overwrite=overwrite)
+        total = len(calls)
+    said = []
+    for number in (2, total // 2, total - 1, total):
+        put_back(bucket, begin)
+        with monkeypatch.context() as patch:
+            dying(patch, owner, name, number)
+            with pytest.raises(Killed):
+                run(bucket, client, overwrite=overwrite)
+        free_lock(f"{bucket}/map.zarr")
+        for again in (False, True):
+            before = objects_below(bucket)
+            said.append(outcome(lambda over=again: run(bucket, client, plan_inversion, overwrite=over)))
+            assert objects_below(bucket) == before
+            assert said[-1] == outcome(lambda over=again: run(bucket, client, overwrite=over))
+            put_back(bucket, before)
+    assert found in said
+
+
+def objects_below(url):
+    """Every object by its name, itself (another one of the same content is another) and its content."""
+    files = fsspec.filesystem("memory").store
+    here = url.removeprefix("memory:/")
+    return {path: (file, file.getvalue()) for path, file in files.items() if path.startswith(f"{here}/")}
+
+
+def put_back(url, objects):
+    files = fsspec.filesystem("memory").store
+    for path in objects_below(url):
+        del files[path]
+    for path, (_, content) in objects.items():
+        fsspec.filesystem("memory").pipe_file(path, content)
 
 
 def test_a_map_without_its_root_is_not_begun_again(bucket, client):
@@ -411,6 +463,27 @@ def test_a_server_that_does_not_answer_is_said(monkeypatch, client, tmp_path):
         with pytest.raises(StoreError, match="cannot be asked"):
             work("s3://bucket/map.zarr")
     kind.clear_instance_cache()
+
+
+@pytest.mark.parametrize("which", ["observation", "output", "model"])
+@pytest.mark.parametrize("server", ["http://127.0.0.1:9", "http://nowhere.invalid"])
+def test_a_host_that_cannot_be_reached_is_said(folder, client, tmp_path, server, which):
+    pytest.importorskip("aiohttp")
+    places = {"observation": folder / "o.zarr", "output": tmp_path / "map.zarr", "model": folder / "model"}
+    for work in (invert, plan_inversion):
+        with pytest.raises(StoreError, match="cannot be asked") as refusal:
+            work(**(places | {which: f"{server}/{which}"}), cluster=client, **SETTINGS)
+        assert refusal.value.where.startswith(server)
+        assert "Cannot connect to host" in refusal.value.found
+        assert "whether its server can be reached" in refusal.value.remedy
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_is_not_there_is_named_as_it_was_asked_for(bucket, folder, client, tmp_path):
+    for url in (f"{bucket}/other", f"{bucket}/o.zarr"):
+        with pytest.raises(ModelError, match="not a model directory") as refusal:
+            invert(folder / "o.zarr", tmp_path / "map.zarr", model=url, cluster=client)
+        assert refusal.value.where == url
 
 
 def test_what_cannot_be_used_is_said(folder, client):

@@ -1,13 +1,17 @@
 """The plan before a run: what it counts and estimates, against the run; what does not fit is refused."""
 
+import hashlib
 import os
 import re
 import shutil
+import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from test_invert import APPEARED, SWAP_MOMENTS, can_mount, on_a_small_disk, processes  # noqa: F401
+from test_invert import run as run_and_kill
 from toy_observation import toy_observation, write_store
 
 import pipeline.invert
@@ -15,11 +19,11 @@ import pipeline.plan
 from inn.sampling import Sampling
 from pipeline.check import check_map
 from pipeline.cli import main
-from pipeline.errors import InputError, MisuseError, StoreError
+from pipeline.errors import FlareFieldError, InputError, MisuseError, StoreError
 from pipeline.invert import invert, plan_inversion
 from pipeline.plan import Need, Plan, free_files, take_sample
 from pipeline.results import VARIABLES, open_map
-from pipeline.storage import Directory
+from pipeline.storage import Directory, lock
 from pipeline.tiles import TileGrid
 
 SETTINGS = {"draws": 32, "tile": 8, "seed": 3}
@@ -133,6 +137,122 @@ def test_a_plan_changes_nothing_of_a_map_that_was_interrupted(tmp_path, toy, cli
     assert invert(toy, output, cluster=client, **settings).resumed == 8
     assert check_map(output).sound
     assert not (output / "quality/c/0/0/0.1234.partial").exists()
+
+
+def everything(folder):
+    """All that tells whether something has been written in a folder, made, or removed."""
+    found = {}
+    for path in (folder, *folder.rglob("*")):
+        status = path.lstat()
+        content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+        found[path] = (status.st_ino, status.st_mode, status.st_size, status.st_mtime_ns, content)
+    return found
+
+
+def outcome(work):
+    """Tiles that are done, and those to do; or the refusal."""
+    try:
+        answer = work()
+    except FlareFieldError as refusal:
+        return refusal.problem
+    if isinstance(answer, Plan):
+        return answer.tiles_done, answer.need.tiles
+    return answer.resumed, answer.tiles - answer.resumed
+
+
+def foretold(folder, toy, client, settings):
+    """See that a plan leaves a folder as it is, and says what a run does to a copy of it."""
+    said = []
+    for overwrite in (False, True):
+        settings = {**settings, "cluster": client, "overwrite": overwrite}
+        before = everything(folder)
+        said.append(outcome(lambda given=settings: plan_inversion(toy, folder / "map.zarr", **given)))
+        assert everything(folder) == before
+        copy = folder.with_name(f"copy of {folder.name}")
+        shutil.copytree(folder, copy)
+        assert outcome(lambda given=settings, at=copy: invert(toy, at / "map.zarr", **given)) == said[-1]
+        shutil.rmtree(copy)
+    return said
+
+
+@pytest.mark.parametrize(
+    ("moment", "done"),
+    [
+        (("zarr:consolidate_metadata", 1), 0),  # half laid out
+        (("pathlib:Path.rename", 1), 0),  # laid out under another name, the journal is begun
+        (APPEARED, 0),
+        (("pathlib:Path.replace", 40), None),  # a file of a tile lies under a temporary name
+        (("torn record", 7), 6),
+    ],
+)
+def test_a_plan_writes_nothing_to_a_map_that_was_interrupted(
+    processes,  # noqa: F811
+    tmp_path,
+    toy,
+    client,
+    settings,
+    moment,
+    done,
+):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    assert run_and_kill(processes, toy, folder / "map.zarr", moment, **settings) == -signal.SIGKILL
+    assert (folder / "map.zarr.lock").exists()
+    plain, over = foretold(folder, toy, client, settings)
+    assert sum(plain) == sum(over) == 18
+    assert done is None or plain[0] == done
+
+
+def test_a_plan_writes_nothing_to_a_map_that_is_being_replaced(
+    processes,  # noqa: F811
+    tmp_path,
+    toy,
+    client,
+    settings,
+):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    output = folder / "map.zarr"
+    invert(toy, output, cluster=client, **{**settings, "draws": 16})
+    said = []
+    for moment in SWAP_MOMENTS:
+        if output.exists() and moment == SWAP_MOMENTS[3]:
+            moment = ("pathlib:Path.rename", 2)
+        killed = run_and_kill(processes, toy, output, moment, **settings, overwrite=True)
+        assert killed == -signal.SIGKILL, moment
+        said.append(foretold(folder, toy, client, settings)[0])
+    assert said == ["the map was begun with other settings"] + 5 * [(18, 0)]
+
+
+def test_a_plan_for_a_map_that_is_being_made_is_refused_as_the_run_is(tmp_path, toy, client, settings):
+    output = tmp_path / "map.zarr"
+    with lock(output):
+        before = everything(tmp_path)
+        for work in (plan_inversion, invert):
+            with pytest.raises(MisuseError, match="another command") as refusal:
+                work(toy, output, cluster=client, **settings)
+            assert f"process {os.getpid()}" in refusal.value.found
+        assert everything(tmp_path) == before
+
+
+READ_ONLY = """
+    import json, sys
+    from pathlib import Path
+    from pipeline.errors import StoreError
+    from pipeline.invert import invert, plan_inversion
+    settings = json.loads(sys.argv[2])
+    for work in (plan_inversion, invert):
+        try:
+            work(output=Path(sys.argv[1]) / "map.zarr", **settings)
+        except StoreError as error:
+            print(json.dumps([error.problem, error.remedy]))
+"""
+
+
+@pytest.mark.skipif(not can_mount(), reason="no small file system can be mounted here")
+def test_a_plan_for_a_place_that_cannot_be_written_to_is_refused_as_the_run_is(tmp_path, toy, settings):
+    said = on_a_small_disk(tmp_path, "ro", READ_ONLY, observation=str(toy), **settings)
+    assert said == 2 * [["nothing can be written there", "choose an output in a place that you may write to"]]
 
 
 def test_a_plan_for_the_rest_and_for_a_part(tmp_path, toy, client, settings):
