@@ -32,7 +32,8 @@ variable                                           dimensions   meaning
 ``header_contradiction``                           time         a header contradicts itself or its wavelengths
 ``time``, ``time_halpha``                          time         mean time of the H-alpha scan, UTC
 ``time_ca8542``                                    time         mean time of the Ca II scan, UTC; H-alpha's
-                                                                where Ca II is interpolated to it
+                                                                where Ca II is interpolated to it; NaT if
+                                                                it is not known
 ``ca8542_interpolated``                            time         whether it is (`pipeline.common_time`)
 ``y``, ``x``                                       y; x         offset from the reference pixel, arcsec
 ``longitude``, ``latitude``                        y, x         helioprojective, at the first time, arcsec

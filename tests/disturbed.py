@@ -72,14 +72,14 @@ def hold(folder, count):
     replaced("pipeline.tiles:write_tile", wait)
 
 
-def limit_files(size, count):
-    """From the n-th tile on, no file can be larger than `size` bytes."""
+def limit_files(size, count, name="pipeline.tiles:write_tile"):
+    """From the n-th tile on, or the n-th call of something else, no file can be larger than `size` bytes."""
 
     def limit(number):
         if number == count:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
-    replaced("pipeline.tiles:write_tile", limit)
+    replaced(name, limit)
 
 
 def shake_clock():
@@ -128,6 +128,8 @@ def refused(answer, *args, **settings):
     try:
         run(*args, **settings)
     except FlareFieldError as error:
+        most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
         answer.write_text(str(error))
 
 

@@ -1,18 +1,22 @@
 """What can go wrong goes wrong here, and ends in the undisturbed map, bit for bit, or in a refusal."""
 
+import os
 import re
 import shutil
 import signal
 import threading
+import warnings
 
 import dask
 import disturbed
 import numpy as np
 import pytest
+import xarray as xr
 from distributed import Client, LocalCluster
 from test_invert import PATIENCE, contents, processes, records, wait_until  # noqa: F401
 from toy_observation import toy_observation, write_store
 
+import pipeline.invert
 import pipeline.tiles as tiles
 from pipeline.check import check_map
 from pipeline.cluster import SCHEDULER_SETTINGS, WORKER_SETTINGS, AddressConfig
@@ -210,6 +214,23 @@ def test_files_that_cannot_grow_end_the_run_with_a_remedy(
     assert sound(output, undisturbed)
 
 
+def test_a_disk_that_is_full_when_all_tiles_are_done_is_said(
+    tmp_path, observation, settings, client, start, monkeypatch
+):
+    """What is left to write then is what the pixels of a part that were not asked for read as."""
+    output, expected = tmp_path / "map.zarr", tmp_path / "expected.zarr"
+    part = {**settings, "region": "0:10,0:10"}
+    limit = (disturbed.limit_files, 100, 2, "pipeline.invert:mark_unwritten")
+    command = start(disturbed.refused, tmp_path / "refusal", observation, output, disturb=limit, **part)
+    command.join(PATIENCE)
+    said = (tmp_path / "refusal").read_text().splitlines()
+    assert said[0] == f"{output}: no space left to write to"
+    assert "free some space and run the same command again" in said[-1]
+    assert invert(observation, output, cluster=client, **part).resumed == 4
+    invert(observation, expected, cluster=client, **part)
+    assert sound(output, contents(expected))
+
+
 def disturbed_at(monkeypatch, count, action):
     """Do something just before the n-th tile is written."""
 
@@ -351,6 +372,142 @@ def with_coordinates_lost(observation, copy, name, how):
     return copy
 
 
+@pytest.mark.parametrize("name", ["time", "time_halpha", "time_ca8542"])
+def test_times_that_were_lost_are_refused_also_where_they_count_from_the_first(
+    tmp_path, settings, client, name
+):
+    """Zero is what xarray then writes for the first time, and what is read where there is no chunk."""
+    dataset = toy_observation(times=3)
+    write_store(dataset, tmp_path / "o.zarr", encoding={name: {"chunks": (1,)}})
+    assert sorted(os.listdir(tmp_path / "o.zarr" / name / "c")) == ["1", "2"]
+    invert(tmp_path / "o.zarr", tmp_path / "whole.zarr", cluster=client, **settings)
+    for number in (1, 2):
+        shutil.copytree(tmp_path / "o.zarr", tmp_path / f"{number}.zarr")
+        (tmp_path / f"{number}.zarr" / name / "c" / str(number)).unlink()
+        with pytest.raises(StoreError, match=r"not there|not in order") as refusal:
+            invert(tmp_path / f"{number}.zarr", tmp_path / "map.zarr", cluster=client, **settings)
+        assert refusal.value.where == str(tmp_path / f"{number}.zarr")
+        assert refusal.value.found.startswith((f"no {name}/c/{number}", f"time {number} is "))
+        assert "put" in refusal.value.remedy
+    assert not (tmp_path / "map.zarr").exists()
+
+
+def test_times_in_disorder_are_refused_until_they_are_in_order(tmp_path, settings, client):
+    dataset = toy_observation(times=3)
+    write_store(dataset.isel(time=[1, 2, 0, 2]), tmp_path / "o.zarr")
+    with pytest.raises(StoreError, match="not in order") as refusal:
+        invert(tmp_path / "o.zarr", tmp_path / "map.zarr", cluster=client, **settings)
+    assert refusal.value.found.startswith("time 2 is 2014-09-06T15:27:24")
+    for step in ("sortby('time')", "drop_duplicates('time')"):
+        assert f"`{step}`" in refusal.value.remedy
+    sorted_by_time = xr.open_zarr(tmp_path / "o.zarr").sortby("time").drop_duplicates("time")
+    write_store(sorted_by_time, tmp_path / "sorted.zarr")
+    invert(tmp_path / "sorted.zarr", tmp_path / "map.zarr", cluster=client, **settings)
+    np.testing.assert_array_equal(open_map(tmp_path / "map.zarr").time, dataset.time)
+
+
+def test_one_scan_of_ca8542_may_serve_two_times(tmp_path, settings, client):
+    dataset = toy_observation(times=3)
+    dataset["time_ca8542"] = dataset["time_ca8542"].isel(time=[0, 0, 2]).assign_coords(time=dataset.time)
+    write_store(dataset, tmp_path / "o.zarr")
+    invert(tmp_path / "o.zarr", tmp_path / "map.zarr", cluster=client, **settings)
+    np.testing.assert_array_equal(open_map(tmp_path / "map.zarr").time_ca8542, dataset.time_ca8542)
+
+
+def test_a_time_of_ca8542_may_be_unknown(tmp_path, settings, client, caplog):
+    """Nothing is computed from it: its pixels are answered, or flagged if there are no intensities either."""
+    dataset = toy_observation(times=3)
+    write_store(dataset, tmp_path / "known.zarr")
+    invert(tmp_path / "known.zarr", tmp_path / "expected.zarr", cluster=client, **settings)
+    moments = dataset["time_ca8542"].values.copy()
+    moments[1:] = np.datetime64("NaT")
+    dataset["time_ca8542"] = "time", moments
+    dataset["ca8542"][2] = np.nan
+    encoding = {"time_ca8542": {"chunks": (1,)}}
+    write_store(dataset, tmp_path / "o.zarr", encoding=encoding, write_empty_chunks=True)
+    invert(tmp_path / "o.zarr", tmp_path / "map.zarr", cluster=client, **settings)
+    assert "at 2 of 3 times it is not known when Ca II was taken" in caplog.text
+    found, expected = (open_map(tmp_path / name).load() for name in ("map.zarr", "expected.zarr"))
+    np.testing.assert_array_equal(found.time_ca8542, moments)
+    xr.testing.assert_identical(
+        found.temperature[:2].drop_vars("time_ca8542"), expected.temperature[:2].drop_vars("time_ca8542")
+    )
+    valid = dataset["valid"].values[2]
+    np.testing.assert_array_equal(flagged(found, "not_finite").values[2], valid)
+    (tmp_path / "o.zarr/time_ca8542/c/2").unlink()
+    with pytest.raises(StoreError, match="not there"):
+        invert(tmp_path / "o.zarr", tmp_path / "again.zarr", cluster=client, **settings)
+
+
+ONE_TIME = {"halpha": (1, 20, 18, 15), "ca8542": (1, 20, 18, 25), "valid": (1, 20, 18)}
+
+
+def test_a_time_that_was_blanked_is_told_from_a_lost_one_as_the_error_says(tmp_path, settings, client):
+    """xarray writes no chunk of it, which is what a lost one looks like, too."""
+    dataset = toy_observation(times=2)
+    dataset["halpha"][1] = dataset["ca8542"][1] = np.nan
+    encoding = {name: {"chunks": size} for name, size in ONE_TIME.items()}
+    write_store(dataset, tmp_path / "o.zarr", encoding=encoding)
+    with pytest.raises(StoreError, match="not there") as refusal:
+        invert(tmp_path / "o.zarr", tmp_path / "map.zarr", cluster=client, **settings)
+    assert refusal.value.found == "no ca8542/c/1/0/0/0, and 1 more"
+    assert "`to_zarr(..., write_empty_chunks=True)`, or with `valid` false there" in refusal.value.remedy
+    blanked = xr.open_zarr(tmp_path / "o.zarr").load()
+    write_store(blanked, tmp_path / "whole.zarr", write_empty_chunks=True)
+    masked = blanked.copy(deep=True)
+    masked["valid"][1] = False
+    write_store(masked, tmp_path / "masked.zarr")
+    for name, flag in (("whole", "not_finite"), ("masked", "outside_field")):
+        invert(tmp_path / f"{name}.zarr", tmp_path / f"map of {name}.zarr", cluster=client, **settings)
+        found = flagged(open_map(tmp_path / f"map of {name}.zarr"), flag)
+        np.testing.assert_array_equal(found[1], True if name == "masked" else dataset["valid"][1])
+
+
+def test_an_observation_in_zarr_2_is_converted_as_the_error_says(
+    tmp_path, observation, settings, client, undisturbed, monkeypatch
+):
+    old = tmp_path / "OLD.zarr"
+    open_observation(observation).drop_encoding().to_zarr(old, zarr_format=2)
+    for work in (invert, plan_inversion):
+        with pytest.raises(StoreError, match="another of Zarr's formats") as refusal:
+            work(old, tmp_path / "map.zarr", cluster=client, **settings)
+        assert (refusal.value.where, refusal.value.found) == (str(old), "format 2")
+    assert os.listdir(tmp_path) == ["OLD.zarr"]
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
+        eval(refusal.value.remedy.removeprefix("convert it with xarray: "), {"xr": xr})
+    invert(tmp_path / "NEW.zarr", tmp_path / "map.zarr", cluster=client, **settings)
+    found, expected = (
+        open_map(path) for path in (tmp_path / "map.zarr", observation.parent / "undisturbed.zarr")
+    )
+    xr.testing.assert_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("moment", "file"),
+    [
+        ("observation_hash", "mu/c/0"),  # listed, and not yet looked at
+        ("open_observation", "time_ca8542/c/0"),
+        ("see_that_it_is_whole", "mu/c/0"),
+    ],
+)
+def test_what_goes_while_an_observation_is_opened_is_missed(
+    tmp_path, settings, client, monkeypatch, moment, file
+):
+    dataset = toy_observation(times=1)
+    dataset["time_ca8542"].encoding = {"units": "seconds since 2014-09-06", "dtype": "int64"}
+    write_store(dataset, tmp_path / "o.zarr")
+    gone = disturbed.counted(
+        getattr(pipeline.invert, moment), lambda _: (tmp_path / "o.zarr" / file).unlink()
+    )
+    monkeypatch.setattr(pipeline.invert, moment, gone)
+    with pytest.raises(StoreError, match="observation has changed") as refusal:
+        invert(tmp_path / "o.zarr", tmp_path / "map.zarr", cluster=client, **settings)
+    assert file in refusal.value.found
+    assert "put it back" in refusal.value.remedy
+
+
 @pytest.mark.parametrize("how", ["gone", "junk"])
 @pytest.mark.parametrize("name", ["x", "longitude", "wavelength_halpha", "time_ca8542", "time", "mu"])
 def test_coordinates_that_were_lost_are_refused_also_where_nothing_says_what_was_written(
@@ -361,7 +518,7 @@ def test_coordinates_that_were_lost_are_refused_also_where_nothing_says_what_was
         dataset[time].encoding = {"units": "microseconds since 1970-01-01", "dtype": "int64"}
     write_store(dataset, tmp_path / "whole.zarr")
     copy = with_coordinates_lost(tmp_path / "whole.zarr", tmp_path / "o.zarr", name, how)
-    with pytest.raises(FlareFieldError, match=r"damaged|mu is not") as refusal:
+    with pytest.raises(FlareFieldError, match=r"damaged|mu is not|not there") as refusal:
         invert(copy, tmp_path / "map.zarr", cluster=client, **settings)
     assert refusal.value.where == str(copy)
     assert re.search(rf"\b{name}\b", f"{refusal.value.problem} {refusal.value.found}")

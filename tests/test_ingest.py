@@ -99,6 +99,30 @@ def test_every_chunk_that_goes_is_missed(observation, tmp_path, fake_model, clie
     assert not invert(saved, output, **settings).failed
 
 
+def test_what_xarray_writes_into_an_observation_is_told_from_what_was_lost_as_the_error_says(
+    observation, tmp_path, fake_model, client
+):
+    copy = tmp_path / "o.zarr"
+    shutil.copytree(observation[0], copy)
+    settings = {"model": fake_model, "cluster": client, "draws": 4}
+    dataset = open_observation(copy).load()
+    dataset["halpha"][1] = dataset["ca8542"][1] = np.nan
+    moments = dataset["time_ca8542"].values.copy()
+    moments[1] = np.datetime64("NaT")
+    dataset["time_ca8542"] = "time", moments, dataset["time_ca8542"].attrs
+    blanked = dataset[["halpha", "ca8542"]]
+    blanked.to_zarr(copy, mode="a")
+    with pytest.raises(StoreError, match="not there") as refusal:
+        invert(copy, tmp_path / "map.zarr", **settings)
+    assert "once more with `to_zarr(..., write_empty_chunks=True)`" in refusal.value.remedy
+    assert "valid" not in refusal.value.remedy  # what ingest wrote is known, wherever it lies
+    blanked.to_zarr(copy, mode="a", write_empty_chunks=True)
+    assert not invert(copy, tmp_path / "map.zarr", **settings).failed
+    found = open_map(tmp_path / "map.zarr").load()
+    np.testing.assert_array_equal(flagged(found, "not_finite").values[1], dataset["valid"][1])
+    np.testing.assert_array_equal(found.time_ca8542, moments)
+
+
 @pytest.fixture(scope="module")
 def observation(series, tmp_path_factory):
     path = tmp_path_factory.mktemp("observation") / "obs.zarr"
