@@ -41,6 +41,12 @@ def cube():
     return noisy(scene(np.random.default_rng(3), SHAPE)[0])
 
 
+def turned(angle):
+    """The matrix that is ``CROTA2`` for square pixels (Calabretta & Greisen 2002); minus it, mirrored."""
+    cosine, sine = float(np.cos(np.deg2rad(angle))), float(np.sin(np.deg2rad(angle)))
+    return {"PC1_1": cosine, "PC1_2": -sine, "PC2_1": sine, "PC2_2": cosine}
+
+
 def positions(found):
     return sorted(map(tuple, found.spikes.tolist()))
 
@@ -440,6 +446,8 @@ class TestHeaders:
         ("cards", "words"),
         [
             ({"WDESC1": "Ca II 8542"}, "WDESC1 = 'Ca II 8542' names 8542"),
+            ({"CROTA2": 30.0}, "CROTA2 = 30, but the frame's matrix turns it by 0 degrees"),
+            ({"CROTA2": 30.0, **turned(-30.0)}, "turns it by -30 degrees"),
             ({"WWIDTH1": 25}, "WWIDTH1 = 25, but there are 15"),
             ({"TWAVE1": 8542.1}, "TWAVE1 = 8542.1"),
             ({"CDELT3": 0.1}, "up to 0.70 Angstrom off"),
@@ -486,6 +494,10 @@ class TestHeaders:
             {"WAVELNTH": 656.3},
             {"WAVELNTH": 6563.0, "WAVEUNIT": "Angstrom"},
             {"FILTER1": "6563"},
+            {"CROTA2": 0.2},
+            {"CROTA2": 390.0, **turned(30.0)},
+            {"CROTA2": -150.0, **turned(-150.0)},
+            {"CROTA2": 30.0, **turned(-30.0), "CDELT1": -0.057},
         ],
     )
     def test_what_fits_is_no_contradiction(self, tmp_path, cards):

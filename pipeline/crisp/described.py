@@ -530,7 +530,8 @@ class DescribedCube:
         except InputError:
             raise
         except Exception as failure:  # wcslib's, of many kinds
-            self.refuse("pointing.header", "the header's coordinates cannot be read", failure, None, failure)
+            fault = fits_files.wcs_fault(failure)
+            self.refuse("pointing.header", "the header's coordinates cannot be read", fault, None, failure)
         if frame is None:
             self.refuse(
                 "pointing.header",

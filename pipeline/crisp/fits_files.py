@@ -116,6 +116,18 @@ def opened(path: str | Path) -> Iterator[fits.HDUList]:
             yield hdus
 
 
+def wcs_fault(failure: Exception) -> str:
+    """What is wrong with coordinates, in a line: wcslib says where in its own code it found that, too.
+
+    Parameters
+    ----------
+    failure : Exception
+        As astropy raised it.
+    """
+    lines = str(failure).strip().splitlines()
+    return next((line for line in lines if not line.startswith("ERROR")), " ".join(lines)).rstrip(".")
+
+
 def _check_length(hdus: fits.HDUList, file: Path) -> None:
     # astropy maps a truncated file without complaint, and the process dies when it touches the missing part.
     needed = 0

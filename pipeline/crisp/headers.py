@@ -24,6 +24,7 @@ LINE_NAMES = {
     "ca8542": re.compile(r"(?<!\d)854[2-4]"),
 }
 """What texts call the lines: by the wavelength in Angstrom or, without its point, in nm; in air or vacuum."""
+TURNED = 0.5  # degrees: what two statements about a frame's rotation may differ by
 OFF = 0.05  # Angstrom: what two statements about wavelengths may differ by
 FILTER = 10.0  # Angstrom: what a prefilter's wavelength may differ from that of the line
 NANOMETRES = 2000.0  # a wavelength of less, whose unit is not said, is in nm
@@ -60,7 +61,7 @@ def header_contradictions(scan: Scan) -> tuple[str, ...]:
     scan = scan.as_filed
     with fits_files.opened(scan.path) as hdus:
         header = hdus[0].header
-        return (*_about_lines(header, scan), *_about_times(header, scan))
+        return (*_about_lines(header, scan), *_about_pointing(header, scan), *_about_times(header, scan))
 
 
 def other_line(text: str, line: str) -> str | None:
@@ -147,6 +148,18 @@ def _about_lines(header: fits.Header, scan: Scan) -> Iterator[str]:
         uniform = np.ptp(np.diff(axis)) <= OFF
         if not (off := float(away.max() if uniform else away[np.abs(steps).argmin()])) <= OFF:
             yield f"CRVAL3 and {per_pixel} are up to {off:.2f} Angstrom off the wavelengths"
+
+
+def _about_pointing(header: fits.Header, scan: Scan) -> Iterator[str]:
+    """A rotation that is stated twice: where there is a matrix, ``CROTA2`` decides nothing."""
+    if scan.format != "fchroma" or "CROTA2" not in header:
+        return
+    stated = fits_files.number(header, "CROTA2", scan.path)
+    # By FITS' definition y points along (-sin, cos) of it.
+    along_x, along_y = np.sign(scan.frame.scale[1]) * scan.frame.matrix[:, 1]
+    turned = float(np.degrees(np.arctan2(-along_x, along_y)))
+    if not abs((stated - turned + 180.0) % 360.0 - 180.0) <= TURNED:
+        yield f"CROTA2 = {stated:g}, but the frame's matrix turns it by {round(turned, 1) + 0.0:g} degrees"
 
 
 def _about_times(header: fits.Header, scan: Scan) -> Iterator[str]:
