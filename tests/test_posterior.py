@@ -103,8 +103,8 @@ def test_pixels_left_out_keep_their_places_and_whole_batches_of_them_cost_nothin
     try:
         whole = misfit(network, lines, mu, draws=32, batch_rows=256)
         passes = []
-        real = network.inverse_draws
-        monkeypatch.setattr(network, "inverse_draws", lambda *given: (passes.append(1), real(*given))[1])
+        real = network.score_draws
+        monkeypatch.setattr(network, "score_draws", lambda *given: (passes.append(1), real(*given))[1])
         found = misfit(network, some, mu, draws=32, batch_rows=256)
     finally:
         network.emulator = None
