@@ -145,20 +145,20 @@ class Novelty(nn.Module):
         """Mean distance to the nearest training profiles, in whitened units: (n, lines_size) to (n,)."""
         points = self.coordinates(lines)
         references = self.references.to(points)
-        square = references.square().sum(dim=-1)
         # Whole groups: what is added to the last ones is infinitely far away.
         missing = -references.shape[0] % GROUPS
-        references = functional.pad(references, (0, 0, 0, missing))
-        square = functional.pad(square, (0, missing), value=torch.inf)
+        square = functional.pad(references.square().sum(dim=-1), (0, missing), value=torch.inf)
+        # A product with one more dimension is the square distance, less the point's own square.
+        columns = torch.vstack((functional.pad(-2.0 * references, (0, 0, 0, missing)).T, square))
+        extended = functional.pad(points, (0, 1), value=1.0)
         batch = BATCH if points.device.type == "cpu" else DEVICE_BATCH
-        parts = []
-        for start in range(0, points.shape[0], batch):
-            some = points[start : start + batch]
-            separation = torch.addmm(square, some, references.T, alpha=-2.0)
-            nearest = _smallest(separation.reshape(some.shape[0], -1, GROUPS), NEIGHBOURS)
-            nearest = nearest + some.square().sum(dim=-1, keepdim=True)
-            parts.append(nearest.clamp_min(0.0).sqrt().mean(dim=-1))
-        return torch.cat(parts)
+        separation = points.new_empty((min(batch, len(points)), columns.shape[1]))
+        nearest = points.new_empty((len(points), NEIGHBOURS))
+        for start in range(0, len(points), batch):
+            some = extended[start : start + batch]
+            found = torch.mm(some, columns, out=separation[: len(some)])
+            nearest[start : start + batch] = _smallest(found.reshape(len(some), -1, GROUPS), NEIGHBOURS)
+        return (nearest + points.square().sum(dim=-1, keepdim=True)).clamp_min(0.0).sqrt().mean(dim=-1)
 
     def forward(self, lines: Tensor) -> Tensor:
         """Tail probabilities (n,) of profiles (n, lines_size): see `tail_probability`."""
