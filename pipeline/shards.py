@@ -15,7 +15,7 @@ import zarr
 from google_crc32c import value as crc32c
 from numcodecs import Blosc
 from numpy.typing import NDArray
-from zarr.codecs import BloscCodec, ShardingCodec
+from zarr.codecs import BloscCodec, ShardingCodec, TransposeCodec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.metadata import ArrayV3Metadata
 from zarr.core.sync import sync
@@ -26,7 +26,7 @@ SHUFFLES = {"noshuffle": Blosc.NOSHUFFLE, "shuffle": Blosc.SHUFFLE, "bitshuffle"
 
 
 class ShardWriter:
-    """Writes shards of one array, whose chunks are compressed by Blosc.
+    """Writes shards of one array, whose chunks are transposed at most, and compressed by Blosc.
 
     Parameters
     ----------
@@ -38,8 +38,12 @@ class ShardWriter:
         assert isinstance(array.metadata, ArrayV3Metadata)
         (codec,) = array.metadata.codecs
         assert isinstance(codec, ShardingCodec)
-        _, blosc = codec.codecs
+        *filters, _, blosc = codec.codecs
         assert isinstance(blosc, BloscCodec)
+        self._order: tuple[int, ...] = tuple(range(array.ndim))
+        for transposition in filters:
+            assert isinstance(transposition, TransposeCodec)
+            self._order = tuple(self._order[axis] for axis in transposition.order)
         assert codec.index_location.value == "end"
         assert array.shards is not None
         self._array = array
@@ -85,7 +89,8 @@ class ShardWriter:
             if chunk.shape != self._chunks:
                 rest = [(0, size - length) for size, length in zip(self._chunks, chunk.shape, strict=True)]
                 chunk = np.pad(chunk, rest, constant_values=self._array.fill_value)
-            part = self._blosc.encode(np.ascontiguousarray(chunk, dtype=self._array.dtype.newbyteorder("<")))
+            stored = chunk.transpose(self._order)
+            part = self._blosc.encode(np.ascontiguousarray(stored, dtype=self._array.dtype.newbyteorder("<")))
             index[where] = begin, len(part)
             begin += len(part)
             parts.append(part)

@@ -42,10 +42,11 @@ from pipeline.errors import ClusterError, MisuseError, ModelError, StoreError
 from pipeline.replacement import opened_group
 from pipeline.results import NOVELTY_LEVEL, VARIABLES, WITHOUT_ANSWER, Flag, count_flags
 from pipeline.selection import EVERYTHING, Selection
+from pipeline.shards import ShardWriter
 from pipeline.spectra import Interpolation, check_interpolation, covered, network_lines
 from pipeline.storage import ROOT, AsListed, array_in, out_of_space, place
 
-KERNEL = 4
+KERNEL = 5
 """Version of what a tile's numbers depend on in this package; raised whenever they change."""
 
 SPREAD = (0.16, 0.84)
@@ -565,27 +566,22 @@ def _compute(
     # What was not asked for keeps its place among the pixels: that decides the last bits of the others.
     lines_asked = lines.where(torch.from_numpy(kept).to(lines.device)[:, None], torch.nan)
     everything, reproduced = _answer(spec, model, lines_asked, mu, levels)
-    posterior = {quantity: everything[quantity][kept] for quantity in QUANTITIES}
     good &= asked
     wanted = [levels.index(level) for level in spec.quantiles]
-    spread = [levels.index(level) for level in SPREAD]
-    finite = np.ones(np.count_nonzero(kept), dtype=bool)
+    low, high = (levels.index(level) for level in SPREAD)
+    failed = np.zeros(kept.size, dtype=bool)
     for quantity in QUANTITIES:
-        finite &= np.isfinite(posterior[quantity]).all(axis=(1, 2))
+        failed |= ~np.isfinite(everything[quantity]).all(axis=(1, 2))
     steps = rounding_steps(spec, model)
     for quantity in QUANTITIES:
-        low, high = (posterior[quantity][finite][:, index] for index in spread)
-        rounded = np.full((finite.size, len(wanted), low.shape[-1]), np.nan, dtype=np.float32)
-        rounded[finite] = round_to_error(
-            posterior[quantity][finite][:, wanted],
-            low,
-            high,
-            steps[quantity],
-            positive=quantity != "velocity",
+        found = everything[quantity]
+        found[failed] = np.nan
+        rounded = round_to_error(
+            found[:, wanted], found[:, low], found[:, high], steps[quantity], positive=quantity != "velocity"
         )
-        values[quantity][good] = rounded
+        values[quantity][good] = rounded if kept.all() else rounded[kept]
 
-    flags = _where(~finite, Flag.FAILED)
+    flags = _where(failed[kept], Flag.FAILED)
     if isinstance(model.novelty, Novelty):
         novelty = model.novelty.tail_probability(lines)[kept]
         values["novelty"][good] = novelty
@@ -709,7 +705,7 @@ def round_to_error(
     Parameters
     ----------
     values : ndarray, shape (pixels, quantiles, heights)
-        Finite.
+        Finite or NaN, which stays NaN.
     low, high : ndarray, shape (pixels, heights)
         The quantiles `SPREAD`: half their distance (for a positive quantity, of their logarithms) is the
         spread.
@@ -771,7 +767,10 @@ def write_tile(store: str | Path, run: str, tile: Tile, values: Mapping[str, NDA
         for name in keys:
             # An all-NaN tile is a finished tile, too.
             array = array_in(group, name).with_config({"write_empty_chunks": True})
-            array[tile.region] = values[name][None]
+            if array.shards is None:
+                array[tile.region] = values[name][None]
+            else:
+                ShardWriter(array).write((tile.time, tile.row, tile.column, 0, 0), values[name][None])
         return stored_bytes(group.store, tile)
     except OSError as error:
         refusal = out_of_space(error, store)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import zarr
-from zarr.codecs import BloscCodec
+from zarr.codecs import BloscCodec, TransposeCodec
 
 from pipeline.shards import ShardWriter
 
@@ -75,3 +75,31 @@ def test_a_damaged_index_is_noticed(tmp_path):
     file.write_bytes(content)
     with pytest.raises(ValueError, match="checksum"):
         array[0, :16, :32]
+
+
+def test_transposed_chunks_are_what_zarr_writes(tmp_path):
+    """A map's shards: quantile by quantile, in each the heights one after the other."""
+    values = np.rint(np.random.default_rng(4).normal(0.0, 50.0, (2, 16, 24, 5, 7))).astype(np.float32)
+    whole = {}
+    for name in ("ours", "theirs"):
+        array = zarr.create_array(
+            str(tmp_path / name),
+            shape=values.shape,
+            dtype="float32",
+            chunks=(1, 8, 16, 1, 7),
+            shards=(1, 8, 16, 5, 7),
+            fill_value=np.nan,
+            filters=[TransposeCodec(order=(0, 3, 4, 1, 2))],
+            compressors=BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle"),
+        )
+        if name == "theirs":
+            array[:] = values
+        else:
+            writer = ShardWriter(array)
+            for time, y, x in np.ndindex(2, 2, 2):
+                part = values[time : time + 1, 8 * y : 8 * (y + 1), 16 * x : 16 * (x + 1)]
+                writer.write((time, y, x, 0, 0), part)
+        np.testing.assert_array_equal(zarr.open_array(str(tmp_path / name), mode="r")[:], values)
+        files = (file for file in (tmp_path / name / "c").rglob("*") if file.is_file())
+        whole[name] = {str(file.relative_to(tmp_path / name)): file.stat().st_size for file in files}
+    assert whole["ours"] == whole["theirs"]
