@@ -235,8 +235,8 @@ def positions(
     -----
     Errors are standard errors, along both axes together: of times whose error is a pixel, one of three is off
     by more. They are 1.2, 1.4 and 1.7 times too small where steady flows carry the granules whose structures
-    are half as wide as a region of the field, as wide, and twice as wide (0.02 pixels a scan, over 40 scans of
-    96 x 96 pixels whose granules live for 26); and 1.4 times where granules live for six scans and nothing
+    are half as wide as a region of the field, as wide, and twice as wide (0.02 pixels a scan, over 40 scans
+    of 96 x 96 pixels whose granules live for 26); and 1.4 times where granules live for six scans and nothing
     stays: of the times called known there, one of four is off by more than a pixel. Regions joined to larger
     blocks would raise them by less than a tenth, and links close around a flow that goes on.
     """
