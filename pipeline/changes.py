@@ -237,7 +237,8 @@ class BandImages:
         """Write all of it into the store of images, in place of what an earlier attempt has left there."""
         group = opened_group(images)
         for line, values in self._images.items():
-            array_in(group, line)[time] = values
+            # Zarr compares with nothing else, chunk by chunk, to find out whether one is empty.
+            array_in(group, line).with_config({"write_empty_chunks": True})[time] = values
             array_in(group, f"level_{line}")[time] = self._levels[line]
         for folder in image_folders(time):
             images.bring_to_disk(folder)
@@ -253,8 +254,8 @@ def _collect(
     usable = np.empty(columns, np.bool_)
     values = np.empty((len(out), columns), np.float32)
     for y in range(rows):
-        for x in range(columns):
-            for point in range(points):
+        for point in range(points):
+            for x in range(columns):
                 images[point, x] = block[y, x, point]
         usable[:] = True
         values[:] = np.float32(0.0)

@@ -37,6 +37,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntFlag
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -129,7 +130,7 @@ class Survey:
             bits |= np.uint8(Defect.WAVELENGTH_MISSING)
         return bits
 
-    @property
+    @cached_property
     def spoilt(self) -> NDArray[np.intp]:
         """Wavelength, y, x of every number that says nothing of the Sun, shape (n, 3), but missing images."""
         y, x = np.nonzero(self.dead)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,7 +107,7 @@ class MovedScan:
         """Whether it is not moved."""
         return self.move.still
 
-    @property
+    @cached_property
     def field(self) -> Mask:
         """Its field of view (y, x)."""
         return self.own_field if self.stays else move_field(self.own_field, self.move)
