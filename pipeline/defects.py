@@ -68,6 +68,9 @@ FAR = 40.0
 SHALLOW = 0.9
 """Of the brightest part of a mean profile: what is less deep may be noise."""
 
+LARGE_SHIFT = 0.2
+"""Angstrom: CRISP's cavity errors are some hundredths."""
+
 SAMPLE = 128  # pixels of the field's middle from which the noise is taken
 MIDDLE = 512  # and from which the contrast is
 LARGE = 33  # pixels: what is larger than this, granulation is not
@@ -303,7 +306,7 @@ def granulation_contrast(cube: Cube, wavelength: ArrayLike, rest_wavelength: flo
 
 
 def uncorrected_wavelengths(shift: NDArray[np.floating] | None, field: Mask) -> Iterator[str]:
-    """Say in how many pixels of a field it is not known what their wavelengths are.
+    """Say in how many pixels of a field it is not known what their wavelengths are, or if that cannot be.
 
     Parameters
     ----------
@@ -317,6 +320,13 @@ def uncorrected_wavelengths(shift: NDArray[np.floating] | None, field: Mask) -> 
     """
     if shift is not None and (count := int(np.count_nonzero(field & ~np.isfinite(shift)))):
         yield f"{count} pixels in the field have no wavelength correction"
+    if shift is not None and (known := field & np.isfinite(shift)).any():
+        size = float(np.median(np.abs(shift[known])))
+        if size > LARGE_SHIFT:
+            yield (
+                f"the wavelength corrections are {size:.2g} Angstrom in the median, many times what etalons' "
+                "cavity errors are: see whether their unit is right"
+            )
 
 
 class _Held:

@@ -138,11 +138,12 @@ def pair_scans(scans: Sequence[Scan], tolerance: float) -> tuple[tuple[Pair, ...
             )
         for earlier, later in itertools.pairwise(of_line):
             if earlier.time == later.time:
+                alone = earlier.path == later.path
                 raise InputError(
-                    "two files hold the same scan",
+                    "two scans of a file have the same time" if alone else "two files hold the same scan",
                     where=later.name,
                     found=f"{label(later)}, as {earlier.name}",
-                    remedy="leave one of them out",
+                    remedy="mend the scans' times" if alone else "leave one of them out",
                 )
     halpha, ca8542 = by_line["halpha"], by_line["ca8542"]
     times = [np.array([scan.time for scan in of_line]) for of_line in (halpha, ca8542)]

@@ -446,6 +446,7 @@ class TestHeaders:
         ("cards", "words"),
         [
             ({"WDESC1": "Ca II 8542"}, "WDESC1 = 'Ca II 8542' names 8542"),
+            ({"WAVEREF": "air"}, "WAVEREF = 'air', the wavelengths are taken to be in vacuum"),
             ({"CROTA2": 30.0}, "CROTA2 = 30, but the frame's matrix turns it by 0 degrees"),
             ({"CROTA2": 30.0, **turned(-30.0)}, "turns it by -30 degrees"),
             ({"WWIDTH1": 25}, "WWIDTH1 = 25, but there are 15"),
@@ -494,6 +495,8 @@ class TestHeaders:
             {"WAVELNTH": 656.3},
             {"WAVELNTH": 6563.0, "WAVEUNIT": "Angstrom"},
             {"FILTER1": "6563"},
+            {"WAVEREF": "Vacuum"},
+            {"WAVEREF": "the Sun"},
             {"CROTA2": 0.2},
             {"CROTA2": 390.0, **turned(30.0)},
             {"CROTA2": -150.0, **turned(-150.0)},

@@ -6,6 +6,7 @@ import mmap
 import os
 import pickle
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import astropy.units as u
@@ -28,7 +29,9 @@ from pipeline.crisp.cube import PER_ANGSTROM
 from pipeline.crisp.headers import header_contradictions
 from pipeline.crisp.scan import OtherLineError
 from pipeline.crisp.wavelengths import air_to_vacuum
+from pipeline.defects import uncorrected_wavelengths
 from pipeline.errors import InputError
+from pipeline.pairing import pair_scans
 from tests.sstred_files import DAY, PHYSICAL, write_sstred
 
 SCANS, POINTS, ROWS, COLUMNS = 4, 5, 9, 13
@@ -273,6 +276,16 @@ class TestCavityMap:
             assert scan.has_wavelength_shift is applied
             assert (open_wavelength_shift(scan) is not None) is applied
 
+    def test_a_map_in_another_unit_is_told(self, tmp_path, cube, cavity):
+        """It is in Angstrom, where the axis is in nm."""
+        for factor in (1.0, 100.0):
+            path = write(tmp_path / f"{factor}.fits", cube, factor * np.sign(cavity + 1e-9) * 0.03)
+            scan = read_scans(path)[0]
+            said = list(uncorrected_wavelengths(open_wavelength_shift(scan), np.ones(scan.shape, bool)))
+            assert ["see whether their unit is right" in sentence for sentence in said] == [True] * (
+                factor > 1.0
+            )
+
     def test_none(self, tmp_path, cube):
         (scan, *_) = read_scans(write(tmp_path / "cube.fits", cube))
         assert not scan.has_wavelength_shift
@@ -358,6 +371,10 @@ def put(hdus, place, value):
         (lambda h: put(h, (0, 1, 2, 0, 0, 2), np.nan), InputError, "damaged"),
         (lambda h: put(h, (..., 3), 1e12), InputError, "times"),
         (lambda h: put(h, (..., 0, 0, 0), 0.0), InputError, "contradict"),
+        (lambda h: put(h, (..., 0), -700.0), InputError, "on one line"),
+        (lambda h: put(h, (..., slice(2)), -700.0), InputError, "on one line"),
+        (lambda h: put(h, (..., 1, 2), 656.3), InputError, "differ between the field's corners"),
+        (lambda h: h[0].header.update(CUNIT1="deg", CUNIT2="deg"), InputError, "coordinates cannot be read"),
         # A fourth of what one of the four corners is off is left in each, by least squares.
         (
             lambda h: put(h, (..., 0, 0, 0), table(h)[..., 0, 0, 0] + 0.3),
@@ -415,6 +432,13 @@ def test_scaled_integers_of_any_size_are_astropys(tmp_path, cube, unit, kind):
         away = np.abs(open_intensity(scan)[:] - factor * expected[scan.index])
         # to single precision, or a hundredth of what one more is
         assert np.all(away < 1e-7 * factor * expected[scan.index] + 0.01 * factor * step)
+
+
+def test_a_table_that_has_all_scans_at_one_time(file):
+    rewrite(file, lambda hdus: put(hdus, (..., 3), 61000.0))
+    with pytest.raises(InputError, match="two scans of a file have the same time") as caught:
+        pair_scans([*read_scans(file), replace(read_scans(file)[0], line="ca8542")], 15.0)
+    assert caught.value.where == f"{file}, scan 1"
 
 
 @pytest.mark.parametrize("lost", [0.0, 0.02, 0.1, 0.2, 0.3, 0.6, 0.9])

@@ -21,7 +21,7 @@ from pipeline.crisp import fits_files
 from pipeline.crisp.axes import Axis, Stored
 from pipeline.crisp.cube import COUNTS, DN
 from pipeline.crisp.described import DescribedCube
-from pipeline.crisp.headers import FILTER, other_line, wavelength_stated
+from pipeline.crisp.headers import FILTER, MEDIUM_OF_REFERENCE, other_line, wavelength_stated
 from pipeline.crisp.netcdf_files import NetcdfArray
 from pipeline.crisp.scan import LINES, NEAR, Frame, Scan
 from pipeline.crisp.statements import CONTINUUM
@@ -46,8 +46,6 @@ DIMENSIONS: dict[Axis, tuple[str, ...]] = {
 }
 """How the names of NetCDF's dimensions end, after the last underscore."""
 MEDIUM_OF_TYPE = {"WAVE": "vacuum", "AWAV": "air"}
-MEDIUM_OF_REFERENCE = {"vacuum": "vacuum", "vac": "vacuum", "air": "air"}
-"""What SOLARNET's ``WAVEREF`` says."""
 NAMES = ("standard_name", "long_name")
 WAVELENGTH_CARDS = ("WAVELNTH", "LINEWAV", "WAVELEN", "WAVE_LEN", "WAVELENGTH", "WAVE")
 """The line's wavelength: by SOLARNET's recommendations (https://pypi.org/project/solarnet-metadata) and by

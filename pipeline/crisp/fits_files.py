@@ -18,6 +18,7 @@ from astropy.io import fits
 from astropy.io.fits.verify import VerifyError
 from astropy.time import ScaleValueError, Time
 from astropy.utils.exceptions import AstropyWarning
+from astropy.wcs import WcsError
 from numpy.typing import NDArray
 
 from pipeline.crisp.scan import OtherKindError
@@ -69,6 +70,14 @@ def damage(file: str | Path, of: tuple[type[Exception], ...] = DAMAGE) -> Iterat
         # That of the library that unpacks tiles has no public name.
         if not isinstance(failure, of) and type(failure).__name__ != "CfitsioException":
             raise
+        if isinstance(failure, WcsError):
+            raise InputError(
+                "the header's coordinates cannot be read",
+                where=file,
+                found=wcs_fault(failure),
+                expected="angles on the sky of pixels of some size, on axes of their own",
+                remedy="mend CRVAL, CDELT, CUNIT and PC, or what they refer to; or leave the file out",
+            ) from failure
         raise InputError(
             "a damaged FITS file",
             where=file,

@@ -59,6 +59,8 @@ LAYOUTS = [{"HPLN", "HPLT", wave, "STOKES", time} for wave in ("WAVE", "AWAV") f
 """What the five axes are."""
 
 CENTURY = 3.2e9  # s
+SAME_WAVELENGTH = 1e-3  # Angstrom
+FLAT = 1e-3  # of the other side, or arcsec: what pixels have at least
 
 
 @dataclass(frozen=True)
@@ -316,6 +318,15 @@ def _table(hdus: fits.HDUList, sizes: tuple[int, int, int, int], where: str) -> 
         indices.append(pixels)
     for place, size, pixels in ((1, sizes[2], indices[2]), (0, sizes[3], indices[3])):
         values = _between(values, place, pixels, size)
+    wavelength = values[..., 2] * _unit(header, 3, u.Angstrom, where)
+    if (across := float(np.ptp(wavelength, axis=(2, 3)).max())) > SAME_WAVELENGTH:
+        raise InputError(
+            "the wavelengths differ between the field's corners",
+            where=where,
+            found=f"by {across:.3g} Angstrom",
+            expected=f"{SAME_WAVELENGTH} Angstrom at most: pixels have their own by {CAVITY} alone",
+            remedy=FETCH_AGAIN,
+        )
     seconds = values[..., 3].mean(axis=(2, 3)) * _unit(header, 5, u.s, where)
     if not np.all(np.abs(seconds) < CENTURY):
         raise InputError(
@@ -327,7 +338,7 @@ def _table(hdus: fits.HDUList, sizes: tuple[int, int, int, int], where: str) -> 
         )
     to_arcsec = [_unit(header, axis, u.arcsec, where) for axis in (1, 2)]
     return _Coordinates(
-        values[..., 2].mean(axis=(2, 3)) * _unit(header, 3, u.Angstrom, where),
+        wavelength.mean(axis=(2, 3)),
         seconds,
         values[..., :2].mean(axis=1) * to_arcsec,
         (indices[0], indices[1]),
@@ -365,6 +376,14 @@ def _frame(table: _Coordinates, index: int, size: tuple[int, int], where: str) -
             where=where,
             found=f"{away.max():.2f} arcsec from a plane image of the sky in scan {index}",
             expected=f"{ANOTHER_PLACE} arcsec at most",
+            remedy=FETCH_AGAIN,
+        )
+    if not np.linalg.svd(frame.matrix, compute_uv=False)[1] > FLAT * max(1.0, *np.abs(frame.scale)):
+        raise InputError(
+            "the field's corners lie on one line, or all at one place",
+            where=where,
+            found=f"longitudes {longitude}, latitudes {latitude} arcsec in scan {index}",
+            expected="those of a field",
             remedy=FETCH_AGAIN,
         )
     return frame
