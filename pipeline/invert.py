@@ -787,6 +787,9 @@ def _begun(output: Place, fingerprint: Mapping[str, Any], *, overwrite: bool) ->
         raise MisuseError(
             "the output exists and is not a map",
             where=output,
+            found="a map's journal beside it, but no `zarr.json` that can be read"
+            if log_at(journal).exists()
+            else None,
             expected="nothing, or a map store made by `flarefield invert`",
             remedy="choose another output, or remove it yourself",
         )

@@ -270,8 +270,9 @@ def test_a_map_whose_description_is_cut_while_it_is_made_is_refused(
     disturbed_at(monkeypatch, 7, lambda: description.write_bytes(description.read_bytes()[:700]))
     with pytest.raises(StoreError, match="map store"):
         invert(observation, output, cluster=client, window=1, **settings)
-    with pytest.raises(MisuseError, match="is not a map"):
+    with pytest.raises(MisuseError, match="is not a map") as refusal:
         invert(observation, output, cluster=client, **settings)
+    assert "no `zarr.json` that can be read" in refusal.value.found
     with pytest.raises(StoreError, match="not a FlareField map"):
         check_map(output)
 
