@@ -628,6 +628,7 @@ class TestIntensities:
 IMAGES = {"axes": ["wavelength", "y", "x"], "stokes": None, "time": {"values": ["2014-09-06T15:27:24"]}}
 PER_HERTZ = "W m-2 Hz-1 sr-1"
 EVEN = {"CRVAL3": IN_AIR[0], "CRPIX3": 1.0, "CDELT3": 0.2}
+AXIS = {"CTYPE3": "AWAV", "CUNIT3": "Angstrom", **EVEN}
 SKY = {"CTYPE1": "HPLN-TAN", "CTYPE2": "HPLT-TAN"}
 ARCSEC = {"CUNIT1": "arcsec", "CUNIT2": "arcsec"}
 
@@ -697,6 +698,11 @@ class TestContradictions:
             ({**PLACE, "CRVAL1": -715.0}, {}, "pointing.reference_value", "points elsewhere"),
             ({**PLACE, "CRPIX2": 203.5}, {}, "pointing.reference_value", "points elsewhere"),
             ({**PLACE, **DEGREES, "CRVAL2": 0.0}, {}, "pointing.reference_value", "points elsewhere"),
+            ({**PLACE, "CROTA2": 45.0}, {}, "pointing.rotation", "turned otherwise"),
+            ({**PLACE, **TURNED}, {"pointing": {**POINTING, "rotation": 138}}, "pointing.rotation", "turned"),
+            ({**AXIS, "CRVAL3": 8542.1}, {}, "wavelength", "the header has other wavelengths"),
+            ({**AXIS, "CRVAL3": 854.21, "CDELT3": 0.02, "CUNIT3": "nm"}, {}, "wavelength", "has other wave"),
+            ({**AXIS, "CRVAL3": IN_AIR[-1], "CDELT3": -0.2}, {}, "wavelength", "run the other way"),
             ({"WAVELNTH": 8542}, {}, "line", "another wavelength"),
             ({"WAVELNTH": "854.2", "WAVEUNIT": "nm"}, {}, "line", "another wavelength"),
             ({"WAVELNTH": 8.542e-7, "WAVEUNIT": 0}, {}, "line", "another wavelength"),
@@ -711,6 +717,8 @@ class TestContradictions:
             ({"WAVE": 700.0, "WAVEUNIT": -9}, {}, "line", "another wavelength"),
             ({"WAVE": "Ca II 8542"}, {}, "line", "another line"),
             ({"WAVEBAND": "Ca II (854.21 nm)"}, {}, "line", "another line"),
+            ({"TWAVE1": 8542.1}, {}, "line", "another wavelength"),
+            ({"WAVEMIN": 853.0, "WAVEMAX": 855.0, "WAVEUNIT": -9}, {}, "line", "other wavelengths"),
             ({"WDESC1": "Ca II 8542"}, {}, "line", "another line"),
             ({"FILTER": "8542.1"}, {}, "line", "another line"),
             ({"DATE-BEG": "2013-09-06T15:27:20"}, {}, "time", "another date"),
@@ -766,6 +774,13 @@ class TestContradictions:
             ({**PLACE, "CDELT2": -0.1}, {"pointing": {**POINTING, "scale": [0.1, -0.1]}}),
             ({**PLACE, "CDELT1": -0.1, "CTYPE1": "RA---TAN", "CTYPE2": "DEC--TAN"}, {}),
             ({**PLACE, **TURNED}, {"pointing": {**POINTING, "rotation": 140.0}}),
+            ({**PLACE, "CROTA2": 0.0}, {"pointing": {**POINTING, "rotation": 30.0}}),
+            (AXIS, {}),
+            ({**AXIS, "CDELT3": 0.1}, {}),
+            ({**AXIS, "CRVAL3": 0.0, "CDELT3": "none"}, {}),
+            ({**AXIS, "CRVAL3": 8542.1, "CUNIT3": "pixel"}, {}),
+            ({"WAVEMIN": 655.5, "WAVEMAX": 657.0, "WAVEUNIT": -9}, {}),
+            ({"WAVEMIN": 1, "WAVEMAX": 15}, {}),
             ({**PLACE, "CRPIX1": 54.5, "CRVAL1": -724.8}, {}),
             ({**PLACE, **DEGREES}, {}),
             ({**PLACE, "CRVAL1": 0.0, "CRVAL2": 0.0}, {}),

@@ -21,7 +21,7 @@ from pipeline.crisp import fits_files
 from pipeline.crisp.axes import Axis, Stored
 from pipeline.crisp.cube import COUNTS, DN
 from pipeline.crisp.described import DescribedCube
-from pipeline.crisp.headers import FILTER, MEDIUM_OF_REFERENCE, other_line, wavelength_stated
+from pipeline.crisp.headers import FILTER, MEDIUM_OF_REFERENCE, OFF, other_line, wavelength_stated
 from pipeline.crisp.netcdf_files import NetcdfArray
 from pipeline.crisp.scan import LINES, NEAR, Frame, Scan
 from pipeline.crisp.statements import CONTINUUM
@@ -47,7 +47,7 @@ DIMENSIONS: dict[Axis, tuple[str, ...]] = {
 """How the names of NetCDF's dimensions end, after the last underscore."""
 MEDIUM_OF_TYPE = {"WAVE": "vacuum", "AWAV": "air"}
 NAMES = ("standard_name", "long_name")
-WAVELENGTH_CARDS = ("WAVELNTH", "LINEWAV", "WAVELEN", "WAVE_LEN", "WAVELENGTH", "WAVE")
+WAVELENGTH_CARDS = ("WAVELNTH", "LINEWAV", "WAVELEN", "WAVE_LEN", "WAVELENGTH", "WAVE", "TWAVE1")
 """The line's wavelength: by SOLARNET's recommendations (https://pypi.org/project/solarnet-metadata) and by
 DKIST's (SPEC-214, https://pypi.org/project/dkist-fits-specifications); in FISS', TRACE's and CHASE's headers;
 and in others. Where they hold words, these may name a line."""
@@ -63,6 +63,7 @@ DATES = ("DATE-OBS", "DATE-BEG", "DATE-AVG", "DATE-END")
 DAY = np.timedelta64(1, "D")
 WHILE = np.timedelta64(5, "m")  # time scales, and what part of a scan its time is, make less than that
 ALIKE = 0.01  # sizes of pixels: a thousand of them are ten pixels off
+TURNED = 1.0  # degrees: at the end of a thousand pixels twenty
 ELSEWHERE = 10.0  # arcsec: what telescopes' pointing is off by, and drifts in a series, is less
 
 
@@ -100,8 +101,8 @@ def check_file(cube: DescribedCube, stored: Stored) -> None:
 def check_scans(cube: DescribedCube, stored: Stored, scans: Sequence[Scan]) -> None:
     """Hold pixels, pointing and times of a file against those of the scans that were made of it.
 
-    Pixels have the same size and run the same way; the reference pixel lies within 10 arcsec. Dates in FITS
-    headers are a day apart at most, times in NetCDF files five minutes.
+    Pixels have the same size and run the same way, to a degree; the reference pixel lies within 10 arcsec.
+    Dates in FITS headers are a day apart at most, times in NetCDF files five minutes.
 
     Parameters
     ----------
@@ -165,6 +166,11 @@ def _of_line(cube: DescribedCube, header: fits.Header) -> Iterator[Contradiction
         if stated is not None and abs(stated - LINES[line].rest_wavelength) > FILTER:
             said = f"{card} = {header[card]!r}"
             yield Contradiction("line", "the header has another wavelength", said, line)
+    least, most = (_wavelength(header, card, cube.file) for card in ("WAVEMIN", "WAVEMAX"))
+    rest = LINES[line].rest_wavelength
+    if least is not None and most is not None and not least - FILTER < rest < most + FILTER:
+        said = f"WAVEMIN, WAVEMAX = {header['WAVEMIN']!r}, {header['WAVEMAX']!r}"
+        yield Contradiction("line", "the header has other wavelengths", said, line)
     words = [card for card in WAVELENGTH_CARDS if not _is_number(_card(header, card))]
     for card in (*LINE_CARDS, *words):
         if other_line(_card(header, card), line):
@@ -212,6 +218,8 @@ def _of_wavelengths(cube: DescribedCube, header: fits.Header) -> Iterator[Contra
                 "wavelength.medium", f"the header's wavelengths are in {found}", card, stated.medium
             )
     if not stated.header:
+        if kind.upper() in MEDIUM_OF_TYPE:
+            yield from _of_other_wavelengths(cube, said)
         return
     if kind and kind.upper() not in MEDIUM_OF_TYPE:
         yield Contradiction(
@@ -239,6 +247,22 @@ def _of_wavelengths(cube: DescribedCube, header: fits.Header) -> Iterator[Contra
             ", ".join(f"{card} = {header[card]}" for card in mixed),
             "one wavelength for each image",
         )
+
+
+def _of_other_wavelengths(cube: DescribedCube, said: str) -> Iterator[Contradiction]:
+    """A header's wavelengths beside those that are stated, which may be known better, or at uneven steps."""
+    found, axis = cube.wavelengths_of_header(), cube.wavelengths()
+    if found is None:
+        return
+    text = f"{said}: {found[0]:.2f} to {found[-1]:.2f} Angstrom"
+    if np.abs(found - axis).min() > FILTER:
+        yield Contradiction("wavelength", "the header has other wavelengths", text, _ends(axis))
+    elif np.abs(found[::-1] - axis).max() < OFF <= np.abs(found - axis).max():
+        yield Contradiction("wavelength", "the header's wavelengths run the other way", text, _ends(axis))
+
+
+def _ends(axis: NDArray[np.float64]) -> str:
+    return f"{axis[0]:.2f} to {axis[-1]:.2f} Angstrom"
 
 
 def _of_units(cube: DescribedCube) -> Iterator[Contradiction]:
@@ -285,6 +309,17 @@ def _of_pixels(cube: DescribedCube, header: fits.Header, frames: Sequence[Frame]
                 said,
                 f"{scale} arcsec; a negative size, or a rotation, says which way",
             )
+    beside = [f"{matrix}{one}_{two}" for matrix in ("PC", "CD") for one, two in (numbers, numbers[::-1])]
+    # Where the header turns nothing, it may be that nobody has told it.
+    if any(header.get(card, 0.0) != 0.0 for card in (*beside, "CROTA2")):
+        apart = max(_angle(own, other) for own, other in zip(found[0].matrix.T, stated.T, strict=True))
+        if apart > TURNED:
+            yield Contradiction(
+                "pointing.rotation",
+                "the header's frame is turned otherwise",
+                said + (f", CROTA2 = {header['CROTA2']!r}" if "CROTA2" in header else ""),
+                f"{cube.statement.pointing.rotation:g} degrees, {apart:.1f} from that",
+            )
     places = [plane.place(frames[0].reference_pixel) for plane in alike]
     known = [place for place in places if place is not None]
     away = [np.hypot(*np.subtract(place, frame.reference_value)) for place in known for frame in frames]
@@ -298,6 +333,11 @@ def _of_pixels(cube: DescribedCube, header: fits.Header, frames: Sequence[Frame]
             ),
             f"{cube.statement.pointing.reference_value} arcsec",
         )
+
+
+def _angle(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
+    cosine = one @ other / (np.hypot(*one) * np.hypot(*other))
+    return float(np.degrees(np.arccos(np.clip(cosine, -1.0, 1.0))))
 
 
 class _Plane(NamedTuple):

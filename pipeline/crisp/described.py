@@ -168,6 +168,19 @@ class DescribedCube:
             return None
         return self._numbers("wavelength", stated, "spect_pos").size
 
+    def wavelengths_of_header(self) -> NDArray[np.float64] | None:
+        """What the header says of the wavelengths, Angstrom, in the cube's order; None if it says nothing."""
+        unit = str(self.headers[0].get(f"CUNIT{self.fits_number('wavelength')}", "")).strip()
+        try:
+            return self._header_axis() * float(u.Unit(unit).to(u.Angstrom))
+        except (InputError, ValueError, TypeError):
+            return None
+
+    def wavelengths(self) -> NDArray[np.float64]:
+        """The wavelengths that are stated, Angstrom, in their medium and in the cube's order."""
+        axis, order = self._wavelengths()
+        return axis[np.argsort(order)]
+
     def cube(self, stored: Stored, index: int, scan: Scan) -> Cube:
         """The intensities of one of the scans, in its units.
 
