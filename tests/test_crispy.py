@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.crisp import crispy, find_scans, open_intensity, read_headers, read_scans
+from pipeline.crisp.headers import header_contradictions
 from pipeline.crisp.scan import ForeignFileError, OtherKindError, OtherLineError
 from pipeline.crisp.wavelengths import vacuum_to_air
 from pipeline.errors import InputError, MisuseError
@@ -235,3 +236,20 @@ def test_damage_gives_typed_errors_only(group, whole, data):
         message = str(group)
         assert intensity.shape == (len(scan.wavelength), *scan.shape)
     assert str(group) in message
+
+
+@pytest.mark.parametrize(
+    ("element", "said"),
+    [
+        ("Ca II 8542", "names 8542, the wavelengths are around 6563"),
+        ("H I 6563", ""),
+        ("H-alpha", ""),
+        (None, ""),
+    ],
+)
+def test_what_the_line_is_called(tmp_path, cube, element, said):
+    path = write_crispy(tmp_path / "a.zarr", cube, WAVELENGTH_HALPHA, START, element=element)
+    (scan,) = read_scans(path, "vacuum")
+    found = header_contradictions(scan)
+    assert len(found) == bool(said)
+    assert all(said in sentence for sentence in found)

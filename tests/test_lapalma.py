@@ -350,6 +350,7 @@ def test_sidecars_that_are_none(file, text):
         (lambda b: b + b"\0", "not as long as its header says"),
         (lambda b: b.replace(b"datatype=2", b"datatype=9"), "says what cannot be"),
         (lambda b: b.replace(b"endian=l", b"endian=x"), "says what cannot be"),
+        (lambda b: b.replace(b"(integer)", b"(FLOAT)  "), "says what cannot be"),
         (lambda b: b.replace(b"endian=l", b"xxxxxxxx"), "says what cannot be"),
         (lambda b: b.replace(b"nx=13", b"nx=1x"), "says what cannot be"),
         (lambda b: b.replace(b"nx=13", b"nx=00"), "not as long"),

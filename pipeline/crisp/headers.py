@@ -5,6 +5,7 @@ Of files that a description describes, `pipeline.crisp.contradictions` knows: th
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 
@@ -12,7 +13,7 @@ import astropy.units as u
 import numpy as np
 from astropy.io import fits
 
-from pipeline.crisp import fits_files
+from pipeline.crisp import crispy, fits_files
 from pipeline.crisp.scan import Scan
 from pipeline.crisp.wavelengths import vacuum_to_air
 from pipeline.errors import InputError
@@ -39,7 +40,7 @@ LATER = ("ENDOBS", "DATE-END")
 
 
 def header_contradictions(scan: Scan) -> tuple[str, ...]:
-    """In what a scan's FITS header contradicts itself or the scan's wavelengths and times, a sentence each.
+    """In what a scan's header contradicts itself or the scan's wavelengths and times, a sentence each.
 
     What decides (the wavelength axis, the scan's own time) is believed; a contradiction says: somebody has
     to look.
@@ -47,7 +48,7 @@ def header_contradictions(scan: Scan) -> tuple[str, ...]:
     Parameters
     ----------
     scan : Scan
-        The scan; of a format without FITS headers nothing is said.
+        The scan; of a format without headers nothing is said.
 
     Returns
     -------
@@ -58,6 +59,8 @@ def header_contradictions(scan: Scan) -> tuple[str, ...]:
     InputError
         The header cannot be read, or a card that has to be a number is none.
     """
+    if scan.format == crispy.FORMAT:
+        return tuple(_about_element(json.loads(crispy.read_headers(scan.path)[0]), scan))
     if scan.format not in FITS_FORMATS:
         return ()
     scan = scan.as_filed
@@ -105,6 +108,13 @@ def wavelength_stated(header: fits.Header, number: float, where: object) -> floa
         return number * _angstrom(unit)
     exponent = fits_files.number(header, "WAVEUNIT", where, -9 if number < NANOMETRES else -10)
     return float(number * 10.0 ** min(exponent + 10.0, 10.0))
+
+
+def _about_element(header: dict[str, object], scan: Scan) -> Iterator[str]:
+    """What crispy calls the line, if it is another than the wavelengths are of."""
+    element = str(header.get("element", ""))
+    if other := other_line(element, scan.line):
+        yield f"element = {element!r} names {other}, the wavelengths are around {LINE_NUMBERS[scan.line]}"
 
 
 def _about_lines(header: fits.Header, scan: Scan) -> Iterator[str]:

@@ -21,6 +21,9 @@ TYPES = {1: "u1", 2: "i2", 3: "i4", 4: "f4", 5: "f8", 12: "u2", 13: "u4"}
 """Numbers by IDL's codes for them."""
 
 STATEMENT = re.compile(rb"\b(datatype|dims|nx|ny|nt|ns|endian)\s*=\s*(\w+)")
+IN_WORDS = re.compile(r"\bdatatype\s*=\s*\d+\s*\((\w+)\)", re.IGNORECASE)
+KINDS = {"float": "f", "double": "f", "byte": "iu", "integer": "iu", "long": "iu"}
+"""Numpy's kinds of numbers by the words that stand beside IDL's code."""
 STOKES = re.compile(r"\bstokes\s*=\s*\[([^\]]*)\]", re.IGNORECASE)
 
 
@@ -88,14 +91,17 @@ def read_header(file: Path) -> Header:
         stokes = None if named is None else _stokes(named[1])
         if None not in (parameters, stokes) and len(stokes or ()) != parameters:
             raise ValueError("as many Stokes parameters as it names")
+        word = IN_WORDS.search(text)
         dtype = np.dtype({"l": "<", "b": ">"}[said.get("endian", "")] + TYPES[kind])
+        if word is not None and dtype.kind not in KINDS.get(word[1].lower(), dtype.kind):
+            raise ValueError("a code and a word of one kind of numbers")
     except (KeyError, ValueError) as failure:
         raise InputError(
             "the header of the cube says what cannot be",
             where=file,
             found=text,
-            expected=f"datatype one of {', '.join(map(str, TYPES))}; whole numbers; endian l or b; "
-            "stokes a list of I, Q, U, V, ns of them",
+            expected=f"datatype one of {', '.join(map(str, TYPES))}, and its word; whole numbers; "
+            "endian l or b; stokes a list of I, Q, U, V, ns of them",
             remedy="mend the header, or leave the file out",
         ) from failure
     needed = HEADER + nx * ny * nt * dtype.itemsize
