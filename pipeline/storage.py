@@ -944,8 +944,26 @@ def _reached(url: str) -> Iterator[None]:
             found=f"{type(error).__name__}: {error}",
             remedy="check the URL, whether its server can be reached from here, and the credentials and the "
             "endpoint: for s3:// they are taken from AWS's environment variables and files "
-            "(AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_ENDPOINT_URL)",
+            "(AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_ENDPOINT_URL); then run the same command again",
         ) from error
+
+
+@contextmanager
+def answering(store: str | Path | Place) -> Iterator[None]:
+    """Context that tells one task's error from a store that does not answer: then no other could do better.
+
+    Raises
+    ------
+    StoreError
+        It does not answer any more.
+    """
+    try:
+        yield
+    except FlareFieldError:
+        raise
+    except Exception:
+        place(store).exists()
+        raise
 
 
 def _held(store: Place, holder: str | None) -> MisuseError:

@@ -44,7 +44,7 @@ from pipeline.results import NOVELTY_LEVEL, VARIABLES, WITHOUT_ANSWER, Flag, cou
 from pipeline.selection import EVERYTHING, Selection
 from pipeline.shards import ShardWriter
 from pipeline.spectra import Interpolation, check_interpolation, covered, network_lines
-from pipeline.storage import ROOT, AsListed, array_in, out_of_space, place
+from pipeline.storage import ROOT, AsListed, answering, array_in, out_of_space, place
 
 KERNEL = 5
 """Version of what a tile's numbers depend on in this package; raised whenever they change."""
@@ -440,7 +440,8 @@ def compute_tile(spec: TileSpec, tile: Tile) -> dict[str, NDArray[Any]]:
     _prepare(spec)
     library = array_library(spec.device)
     model = _model(spec.model, spec.model_hash).to(spec.device)
-    return _compute(spec, library, model, _observation(spec.observation, spec.observation_hash), tile)
+    with answering(spec.observation):
+        return _compute(spec, library, model, _observation(spec.observation, spec.observation_hash), tile)
 
 
 def quarantine_tile(spec: TileSpec, tile: Tile) -> TileResult:
@@ -752,8 +753,13 @@ def write_tile(store: str | Path, run: str, tile: Tile, values: Mapping[str, NDA
     Raises
     ------
     StoreError
-        The store belongs to another run, or there is no space left.
+        The store belongs to another run or does not answer, or there is no space left.
     """
+    with answering(store):
+        return _write_tile(store, run, tile, values)
+
+
+def _write_tile(store: str | Path, run: str, tile: Tile, values: Mapping[str, NDArray[Any]]) -> int:
     group = opened_group(place(store), what="map store")
     if group.attrs.get("run") != run:
         raise StoreError(

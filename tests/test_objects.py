@@ -523,6 +523,66 @@ def test_a_store_that_cannot_be_asked_is_named(folder, client):
     assert "credentials" in refusal.value.remedy
 
 
+class Losable(MemoryFileSystem):
+    """Memory that may be lost, and found again."""
+
+    protocol = "losable"
+    lost = False
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.replace("losable://", "memory://"))
+
+    @classmethod
+    def ask(cls):
+        if cls.lost:
+            raise RuntimeError("no route to host")  # as botocore's errors, no OSError
+
+    def ls(self, path, **kwargs):
+        self.ask()
+        return super().ls(path, **kwargs)
+
+    def cat_file(self, path, **kwargs):
+        self.ask()
+        return super().cat_file(path, **kwargs)
+
+    def pipe_file(self, path, value, **kwargs):
+        self.ask()
+        return super().pipe_file(path, value, **kwargs)
+
+
+@pytest.mark.parametrize("which", ["o.zarr", "map.zarr"])
+def test_a_store_that_is_lost_ends_the_run_at_once(bucket, folder, client, tmp_path, monkeypatch, which):
+    """Not when each of the tiles in flight has been tried three times: that may take hours."""
+    fsspec.register_implementation("losable", Losable, clobber=True)
+    away = bucket.replace("memory://", "losable://")
+    places = {"o.zarr": folder / "o.zarr", "map.zarr": tmp_path / "map.zarr", which: f"{away}/{which}"}
+    monkeypatch.setattr("pipeline.journal.BATCH", 1)
+    real, tried = tiles.compute_tile, []
+
+    def compute(spec, tile):
+        tried.append(tile)
+        Losable.lost = len(tried) > 3
+        return real(spec, tile)
+
+    monkeypatch.setattr(tiles, "compute_tile", compute)
+    settings = {"model": folder / "model", "cluster": client, **SETTINGS}
+    try:
+        with pytest.raises(StoreError, match="cannot be asked") as refusal:
+            invert(places["o.zarr"], places["map.zarr"], window=2, **settings)
+    finally:
+        Losable.lost = False
+    assert refusal.value.where.startswith(away)
+    assert refusal.value.found == "RuntimeError: no route to host"
+    assert refusal.value.remedy.endswith("run the same command again")
+    assert len(tried) <= 6
+    monkeypatch.setattr(tiles, "compute_tile", real)
+    free_lock(f"{bucket}/map.zarr")
+    assert invert(places["o.zarr"], places["map.zarr"], **settings).resumed > 0
+    assert contents(places["map.zarr"]) == contents(folder / "map.zarr")
+    assert check_map(places["map.zarr"]).sound
+
+
 # A server
 
 
