@@ -327,17 +327,18 @@ def look_into(
     InputError
         A name or pattern that nothing has, or a description that cannot be used.
     """
-    # A link counts as the file that it leads to, but under its own name: sidecars lie beside it.
-    found: dict[Path, tuple[Path, bool]] = {}
+    # A link counts as the file that it leads to, but under its own name: sidecars lie beside it, and a
+    # description may have another cube under that name.
+    found: dict[tuple[Path, tuple[int, ...]], tuple[Path, bool]] = {}
     described = None if description is None else generic.load_description(description)
     suffixes = {suffix for reader in READERS.values() for suffix in reader.SUFFIXES}
     if description is not None:
         suffixes |= set(generic.SUFFIXES)
     for source in sources:
         for path, named in _files(source, suffixes):
-            file = path.resolve()
-            first, already = found.get(file, (path.absolute(), False))
-            found[file] = (first, already or named)
+            key = (path.resolve(), () if described is None else described.cubes_in(path))
+            first, already = found.get(key, (path.absolute(), False))
+            found[key] = (first, already or named)
     for file, named in found.values():
         try:
             yield Look(file, named, read_scans(file, medium, described), None)

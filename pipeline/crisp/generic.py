@@ -100,9 +100,14 @@ class Description:
     path: Path
     cubes: tuple[FileStatement, ...]
 
+    def cubes_in(self, file: str | Path) -> tuple[int, ...]:
+        """Numbers of the cubes that it has in a file, by the file's name."""
+        name = Path(file).name
+        return tuple(number for number, cube in enumerate(self.cubes) if fnmatch(name, cube.files))
+
     def describes(self, file: str | Path) -> bool:
         """Whether it has a cube in a file, by the file's name."""
-        return any(fnmatch(Path(file).name, cube.files) for cube in self.cubes)
+        return bool(self.cubes_in(file))
 
 
 class CompressedImage:
