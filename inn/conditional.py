@@ -146,7 +146,6 @@ class ConditionalNetwork(nn.Module):
                 expected=f"2 to {size}",
             )
         self.layout = layout
-        self.heights = layout.heights.size  # a number: torch's compiler stumbles over NumPy arrays
         self.latent_size = size
         self.components = components
         self.default_calibration_error = default_calibration_error
@@ -292,7 +291,7 @@ class ConditionalNetwork(nn.Module):
         """
         if self.scores is None:
             return scores
-        size = self.heights
+        size = self.layout.atmosphere_size // len(QUANTITIES)
         return torch.cat((scores[..., :size], self.scores.inverse(scores[..., size:], slice(size, None))), -1)
 
     # Conditions
@@ -496,7 +495,7 @@ class ConditionalNetwork(nn.Module):
         with in_full(lines.device):
             columns = scaled_rotation[:, : self.components] @ leading + shared
         if self.scores is not None:
-            size = self.heights
+            size = self.layout.atmosphere_size // len(QUANTITIES)
             both = self.scores.inverse_columns(columns[:, : 2 * size], slice(2 * size))
             columns = torch.cat((both[:, :size] - both[:, size:], columns[:, size:]), dim=1)
         return columns.transpose(1, 2)

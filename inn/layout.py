@@ -90,10 +90,16 @@ class Layout:
         Shape (heights,), in Mm, strictly ascending. The published ones if left out.
     lines : tuple of LineWindow
         The windows, in order. The published H-alpha and Ca II 8542 if left out.
+
+    Attributes
+    ----------
+    atmosphere_size : int
+        Length of an atmosphere vector: three quantities at every height (150).
     """
 
     heights: NDArray[np.float64]
     lines: tuple[LineWindow, ...]
+    atmosphere_size: int  # kept, for torch's compiler cannot ask an array for its size
 
     def __init__(
         self, heights: ArrayLike = HEIGHTS, lines: tuple[LineWindow, ...] = (HALPHA, CA8542)
@@ -108,11 +114,7 @@ class Layout:
         array.setflags(write=False)
         object.__setattr__(self, "heights", array)
         object.__setattr__(self, "lines", tuple(lines))
-
-    @property
-    def atmosphere_size(self) -> int:
-        """Length of an atmosphere vector: three quantities at every height (150)."""
-        return len(QUANTITIES) * self.heights.size
+        object.__setattr__(self, "atmosphere_size", len(QUANTITIES) * array.size)
 
     @property
     def lines_size(self) -> int:

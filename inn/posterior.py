@@ -138,6 +138,24 @@ def draw_atmospheres(
         return model.inverse_draws(lines, latent, mu, calibration_error)
 
 
+def compile_draws(model: Network) -> None:
+    """Have torch compile how a network draws, at its first batch: once for each shape of batches.
+
+    It then takes two thirds of the time on a CPU (`tests.benchmarks.levers`), since intermediate numbers stay
+    in registers, and changes quantiles by a hundred-thousandth of a posterior's spread. The first batch takes
+    seconds, and torch needs a C++ compiler for a CPU, Triton for a GPU.
+
+    Parameters
+    ----------
+    model : Network
+        It is changed.
+    """
+    name = "score_draws" if isinstance(model, ScoreDraws) else "inverse_draws"
+    # A process for each of a worker's compilations would be one too many for the cluster that counts them.
+    quick = torch.compile(getattr(model, name), dynamic=False, fullgraph=True, options={"compile_threads": 1})
+    setattr(model, name, quick)
+
+
 def _per_pixel(values: ArrayLike | None, name: str, pixels: int) -> NDArray[np.float64] | None:
     if values is None:
         return None

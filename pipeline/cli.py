@@ -322,6 +322,14 @@ def invert_command(
             show_default=False,
         ),
     ] = None,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Have torch compile the network on every worker: two thirds of the time for a large map, "
+            "after some seconds at the beginning. Needs a C++ compiler there, whose the last bits are.",
+        ),
+    ] = False,
     gaussian: Annotated[bool, typer.Option("--gaussian", help="Independent Gaussian latents.")] = False,
     quantiles: Annotated[
         str, typer.Option(help="Levels between 0 and 1, separated by commas.")
@@ -435,6 +443,7 @@ def invert_command(
         "latent": "gaussian" if gaussian else None,
         "accuracy": accuracy,
         "precision": precision,
+        "compiled": compiled,
         "quantiles": _numbers("--quantiles", quantiles, "0.05,0.5,0.95"),
         "tile": tile,
         "calibration_error": calibration_error,

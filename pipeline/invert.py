@@ -189,6 +189,7 @@ def invert(
     latent: LatentKind | None = None,
     accuracy: float | None = None,
     precision: Precision | None = None,
+    compiled: bool = False,
     quantiles: Sequence[float] = QUANTILES,
     tile: int = 64,
     calibration_error: float | None = None,
@@ -230,6 +231,8 @@ def invert(
     precision : {"float32", "bfloat16"}, optional
         Of the factors of matrix products; the network's own choice if left out, where this machine (or the
         GPU) can multiply such numbers. All workers must be able to.
+    compiled : bool
+        Have torch compile how the network draws, on every worker (`inn.posterior.compile_draws`).
     quantiles : sequence of float
         Levels between 0 and 1, increasing.
     tile : int
@@ -284,6 +287,7 @@ def invert(
         latent=latent,
         accuracy=accuracy,
         precision=precision,
+        compiled=compiled,
         quantiles=quantiles,
         tile=tile,
         calibration_error=calibration_error,
@@ -344,6 +348,7 @@ def plan_inversion(
     latent: LatentKind | None = None,
     accuracy: float | None = None,
     precision: Precision | None = None,
+    compiled: bool = False,
     quantiles: Sequence[float] = QUANTILES,
     tile: int = 64,
     calibration_error: float | None = None,
@@ -362,7 +367,7 @@ def plan_inversion(
 
     Parameters
     ----------
-    observation, output, model, cluster, draws, seed, latent, accuracy, precision
+    observation, output, model, cluster, draws, seed, latent, accuracy, precision, compiled
         As for `invert`.
     quantiles, tile, calibration_error, interpolation, preview
         As for `invert`.
@@ -391,6 +396,7 @@ def plan_inversion(
         latent=latent,
         accuracy=accuracy,
         precision=precision,
+        compiled=compiled,
         quantiles=quantiles,
         tile=tile,
         calibration_error=calibration_error,
@@ -472,6 +478,7 @@ def _settle(
     latent: LatentKind | None,
     accuracy: float | None,
     precision: Precision | None,
+    compiled: bool,
     quantiles: Sequence[float],
     tile: int,
     calibration_error: float | None,
@@ -522,7 +529,9 @@ def _settle(
         )
     wishes: dict[str, Any] = {"draws": draws, "seed": seed, "latent": latent, "accuracy": accuracy}
     if preview:
-        _see_that_it_can_be_previewed(network, quantiles, wishes | {"precision": precision})
+        _see_that_it_can_be_previewed(
+            network, quantiles, wishes | {"precision": precision, "compile": compiled or None}
+        )
         sampling = Sampling("sobol", 0, 0, None)
         precision = "float32"
     else:
@@ -547,6 +556,7 @@ def _settle(
         device=device,
         interpolation=interpolation,
         precision=precision,
+        compiled=compiled,
         preview=preview,
     )
     if (trained := network.record.get("interpolation", "linear")) != interpolation:
@@ -700,6 +710,7 @@ def _fingerprint(spec: TileSpec, grid: TileGrid, network: Network) -> dict[str, 
         # Left out by default: maps that were begun before there was a choice go on.
         **({"interpolation": spec.interpolation} if spec.interpolation != "linear" else {}),
         **({"precision": spec.precision} if spec.precision != "float32" else {}),
+        **({"compiled": True} if spec.compiled else {}),
         "kernel": KERNEL,
         "torch": spec.torch_version,
         "device": spec.device,

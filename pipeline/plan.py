@@ -370,7 +370,7 @@ def see_that_it_fits(
         return
     answerable, spots = _spots(spec, grid, missing, dataset)
     # In this process, whatever the workers have.
-    here = replace(spec, device="cpu", precision="float32")
+    here = replace(spec, device="cpu", precision="float32", compiled=False)
     need = _need(missing, answerable, [take_sample(here, grid, SECONDS, spots)] if spots else [], beside)
     if need.space > free:
         raise StoreError(

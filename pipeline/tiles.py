@@ -7,6 +7,7 @@ each file is replaced whole.
 
 from __future__ import annotations
 
+import copy
 import errno
 import hashlib
 import math
@@ -33,7 +34,7 @@ from inn.checkpoint import Network, load_model, model_hash
 from inn.latent import LatentKind
 from inn.layout import QUANTITIES
 from inn.novelty import Novelty
-from inn.posterior import quantiles_and_misfit
+from inn.posterior import compile_draws, quantiles_and_misfit
 from inn.precision import Precision, multiplies_bfloat16
 from inn.preview import preview_quantiles, stated_disagreement
 from pipeline.defects import Defect
@@ -215,6 +216,8 @@ class TileSpec:
         As for `pipeline.spectra.network_lines`.
     precision : {"float32", "bfloat16"}
         As for `inn.posterior_quantiles`.
+    compiled : bool
+        Whether torch compiles how the network draws (`inn.posterior.compile_draws`).
     preview : bool
         Whether the model's preview (`inn.preview`) answers, in place of its sampled posterior.
     """
@@ -236,6 +239,7 @@ class TileSpec:
     device: Device = "cpu"
     interpolation: Interpolation = "linear"
     precision: Precision = "float32"
+    compiled: bool = False
     preview: bool = False
 
     def __post_init__(self) -> None:
@@ -320,6 +324,13 @@ def _model(path: str | None, expected: str) -> Network:
         model = load_model(folder)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    return model
+
+
+@_once
+def _compiled_model(path: str | None, expected: str) -> Network:
+    model = copy.deepcopy(_model(path, expected))
+    compile_draws(model)
     return model
 
 
@@ -439,9 +450,21 @@ def compute_tile(spec: TileSpec, tile: Tile) -> dict[str, NDArray[Any]]:
     """
     _prepare(spec)
     library = array_library(spec.device)
-    model = _model(spec.model, spec.model_hash).to(spec.device)
-    with answering(spec.observation):
-        return _compute(spec, library, model, _observation(spec.observation, spec.observation_hash), tile)
+    opener = _compiled_model if spec.compiled else _model
+    model = opener(spec.model, spec.model_hash).to(spec.device)
+    try:
+        with answering(spec.observation):
+            observation = _observation(spec.observation, spec.observation_hash)
+            return _compute(spec, library, model, observation, tile)
+    except Exception as error:
+        if spec.compiled and isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            raise ClusterError(
+                "a worker cannot compile the network",
+                found=str(error).partition("\n")[0],
+                expected="a C++ compiler (`g++`, or what the variable CXX names); on a GPU, Triton",
+                remedy="install one on all workers, or leave --compile out",
+            ) from error
+        raise
 
 
 def quarantine_tile(spec: TileSpec, tile: Tile) -> TileResult:

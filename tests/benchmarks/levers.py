@@ -30,6 +30,7 @@ from torch import nn
 import inn
 from inn.latent import draw_latent
 from inn.layout import QUANTITIES
+from inn.posterior import compile_draws
 from inn.scaling import scale_atmosphere
 from tests.benchmarks.posterior import (
     HIGH,
@@ -185,10 +186,8 @@ def main() -> None:
         row(f"{cores} threads", plain)
         torch.set_num_threads(1)
     if options.compile:
-        # Compiled for the shapes it meets, like the library's fixed batches; compiling itself is not timed.
         compiled = inn.load_model(options.model)
-        name = "score_draws" if hasattr(compiled, "score_draws") else "inverse"
-        setattr(compiled, name, torch.compile(getattr(compiled, name), dynamic=False))
+        compile_draws(compiled)
         started = time.perf_counter()
         try:
             quantiles(compiled, observed, draws=options.draws)
