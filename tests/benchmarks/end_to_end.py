@@ -157,6 +157,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, help="of the posterior; the network's own if left out")
     parser.add_argument("--latent", help="their kind; the network's own if left out")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--compile", action="store_true", help="invert so; the sampler alone stays as it is")
     parser.add_argument("--model", help="a model directory; the bundled one if left out")
     options = parser.parse_args()
     console = Console(width=120)
@@ -170,6 +171,7 @@ def main() -> None:
         "draws": sampling.draws,
         "latent": sampling.latent,
         "tile": options.tile,
+        "compiled": options.compile,
     }
     with TemporaryDirectory() as folder:
         here = Path(folder)
