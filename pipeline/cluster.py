@@ -364,6 +364,35 @@ def see_that_workers_find(cluster: ClusterConfig | Client, *locations: str | Pat
             )
 
 
+def see_that_it_can_be_had(cluster: ClusterConfig | Client) -> None:
+    """Refuse a cluster that cannot be started or reached for what lacks on this machine; nothing is started.
+
+    Parameters
+    ----------
+    cluster : configuration or distributed.Client
+        A client's cluster is there already.
+
+    Raises
+    ------
+    ClusterError
+        There is no GPU for a cluster of GPUs, a package is not installed, or a certificate file is missing.
+    """
+    if isinstance(cluster, CudaConfig):
+        if not gpus():
+            raise ClusterError(
+                "no GPU is found on this machine",
+                found=f"torch {torch.__version__}, built for {torch.version.cuda or 'the CPU'}",
+                expected="a GPU with its driver, and a torch that was built for its CUDA",
+                remedy="compute on the CPU with --cluster local, or mend the driver or torch",
+            )
+        if missing := missing_packages():
+            raise ClusterError("GPUs need packages that are not installed", found=missing, remedy=INSTALL)
+    elif isinstance(cluster, SlurmConfig):
+        _jobqueue()
+    elif isinstance(cluster, AddressConfig):
+        cluster.security()
+
+
 def _validate(settings: dict[str, Any], where: object) -> ClusterConfig:
     try:
         return _ADAPTER.validate_python(settings)
@@ -407,6 +436,7 @@ def connect(config: ClusterConfig) -> Iterator[Client]:
     ClusterError
         The cluster cannot be started or reached, is not safe, or has other software.
     """
+    see_that_it_can_be_had(config)
     with ExitStack() as stack:
         stack.enter_context(dask.config.set({**SCHEDULER_SETTINGS, **WORKER_SETTINGS, **NANNY_SETTINGS}))
         if isinstance(config, LocalConfig):
@@ -492,15 +522,6 @@ def cuda_arguments(config: CudaConfig) -> dict[str, Any]:
 
 @contextmanager
 def _cuda(config: CudaConfig) -> Iterator[Client]:
-    if not gpus():
-        raise ClusterError(
-            "no GPU is found on this machine",
-            found=f"torch {torch.__version__}, built for {torch.version.cuda or 'the CPU'}",
-            expected="a GPU with its driver, and a torch that was built for its CUDA",
-            remedy="compute on the CPU with --cluster local, or mend the driver or torch",
-        )
-    if missing := missing_packages():
-        raise ClusterError("GPUs need packages that are not installed", found=missing, remedy=INSTALL)
     from dask_cuda import LocalCUDACluster
 
     cluster = LocalCUDACluster(**cuda_arguments(config))
@@ -598,6 +619,17 @@ def _wait_for_worker(client: Client, timeout: float) -> None:
         ) from error
 
 
+def _jobqueue() -> type[SpecCluster]:
+    try:
+        from dask_jobqueue import SLURMCluster
+    except ImportError as error:
+        raise ClusterError(
+            "SLURM needs dask-jobqueue, which is not installed", remedy="pip install 'flarefield[slurm]'"
+        ) from error
+    slurm: type[SpecCluster] = SLURMCluster
+    return slurm
+
+
 def slurm_cluster(config: SlurmConfig) -> SpecCluster:
     """Make the Dask cluster of a SLURM configuration, with a scheduler here and no job submitted yet.
 
@@ -606,12 +638,7 @@ def slurm_cluster(config: SlurmConfig) -> SpecCluster:
     ClusterError
         ``dask-jobqueue`` is not installed.
     """
-    try:
-        from dask_jobqueue import SLURMCluster
-    except ImportError as error:
-        raise ClusterError(
-            "SLURM needs dask-jobqueue, which is not installed", remedy="pip install 'flarefield[slurm]'"
-        ) from error
+    slurm = _jobqueue()
     limit = _seconds(config.walltime)
     # A worker leaves before SLURM kills it, and hands its tasks back; not all at the same moment (Dask draws
     # each worker's time from lifetime - stagger to lifetime + stagger).
@@ -620,7 +647,7 @@ def slurm_cluster(config: SlurmConfig) -> SpecCluster:
     settings = {
         key.replace(".", "__").replace("-", "_").upper(): value for key, value in WORKER_SETTINGS.items()
     }
-    return SLURMCluster(
+    return slurm(
         queue=config.partition,
         account=config.account,
         # Dask gives a process as many task threads as its share of `cores`; we want one task a process, on as

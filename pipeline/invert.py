@@ -39,6 +39,7 @@ from pipeline.cluster import (
     best_config,
     device_of,
     opened,
+    see_that_it_can_be_had,
     see_that_workers_find,
     threads_per_task,
 )
@@ -276,6 +277,7 @@ def invert(
     """
     started = time.monotonic()
     cluster = best_config() if cluster is None else cluster
+    see_that_it_can_be_had(cluster)
     see_that_workers_find(cluster, observation, output, model, skip_from)
     request = _settle(
         observation,
@@ -385,6 +387,7 @@ def plan_inversion(
         Whatever `invert` would refuse, but for space, and for what only writing tells of an object store.
     """
     cluster = best_config() if cluster is None else cluster
+    see_that_it_can_be_had(cluster)
     see_that_workers_find(cluster, observation, output, model, skip_from)
     request = _settle(
         observation,

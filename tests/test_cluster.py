@@ -33,6 +33,7 @@ from pipeline.cluster import (
     device_of,
     is_loopback,
     load_config,
+    see_that_it_can_be_had,
     slurm_cluster,
     threads_per_task,
     verified,
@@ -222,6 +223,27 @@ def test_gpus_that_are_not_there_or_cannot_be_used_are_refused(monkeypatch):
     with pytest.raises(ClusterError, match="not installed") as refusal, connect(CudaConfig()):
         pass
     assert refusal.value.found == "['dask_cuda']"
+
+
+def test_what_lacks_on_this_machine_is_told_without_starting_anything(monkeypatch, tmp_path):
+    gpus_found(monkeypatch, 1, "cupy")
+    monkeypatch.setitem(sys.modules, "dask_jobqueue", None)
+    certificate = tmp_path / "ca.pem"
+    for config, lacking in (
+        (CudaConfig(), "rmm"),
+        (slurm_config(), "dask-jobqueue"),
+        (AddressConfig(address="tls://192.0.2.1:8786", tls_ca_file=certificate), "certificate"),
+    ):
+        with pytest.raises(ClusterError, match=lacking):
+            see_that_it_can_be_had(config)
+    gpus_found(monkeypatch, 1, "cupy", "dask_cuda", "rmm")
+    certificate.touch()
+    for config in (
+        LocalConfig(),
+        CudaConfig(),
+        AddressConfig(address="tls://192.0.2.1:8786", tls_ca_file=certificate),
+    ):
+        see_that_it_can_be_had(config)
 
 
 def test_dask_cuda_takes_what_a_cluster_of_gpus_is_started_with():

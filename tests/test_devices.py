@@ -23,7 +23,7 @@ from inn.scaling import scale_atmosphere
 from pipeline.cluster import CudaConfig, LocalConfig
 from pipeline.devices import array_library, gpus, to_torch
 from pipeline.errors import ClusterError, MisuseError
-from pipeline.invert import invert
+from pipeline.invert import invert, plan_inversion
 from pipeline.results import open_map
 from pipeline.spectra import network_lines
 from pipeline.tiles import Tile, TileSpec, compute_tile, observation_hash
@@ -203,12 +203,28 @@ def test_only_what_is_not_the_default_is_among_a_runs_settings(client, toy, fake
     assert open_map(tmp_path / "cubic.zarr").attrs["settings"]["interpolation"] == "pchip"
 
 
-def test_a_map_begun_on_the_cpu_does_not_go_on_on_a_gpu(client, toy, fake_model, tmp_path):
+def test_a_map_begun_on_the_cpu_does_not_go_on_on_a_gpu(client, toy, fake_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr("pipeline.devices.find_spec", lambda name: object())
     settings = {"model": fake_model, "draws": 8, "tile": 20, "times": "0"}
     invert(toy, tmp_path / "map.zarr", cluster=client, **settings)
     with pytest.raises(MisuseError, match="other settings") as refusal:
         invert(toy, tmp_path / "map.zarr", cluster=CudaConfig(), **settings)
     assert (refusal.value.found, refusal.value.expected) == ("device: cuda", "device: cpu")
+
+
+def test_where_there_is_no_gpu_nothing_is_laid_out_and_the_remedy_can_be_followed(
+    client, toy, fake_model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    settings = {"model": fake_model, "draws": 8, "tile": 20, "times": "0"}
+    for ask in (invert, plan_inversion):
+        with pytest.raises(ClusterError, match="no GPU") as refusal:
+            ask(toy, tmp_path / "map.zarr", cluster=CudaConfig(), **settings)
+        assert "--cluster local" in refusal.value.remedy
+        assert list(tmp_path.iterdir()) == []
+    invert(toy, tmp_path / "map.zarr", cluster=client, **settings)
+    assert open_map(tmp_path / "map.zarr").attrs["settings"]["device"] == "cpu"
 
 
 # On a GPU
