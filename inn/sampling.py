@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from decimal import ROUND_CEILING, Context
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -385,9 +386,11 @@ def choose_sampling(
 ) -> Sampling:
     """Choose latents for a network, by what it knows of their errors.
 
-    Without any wish, the fewest draws that reach the error `DEFAULT_ERROR` are taken. Tuned latents, where
-    the network has them, need the fewest; they have no seed, so that one who names a seed gets others. So
-    does one who wants quantiles further out than 5 and 95 %, and enough of them to have some beyond.
+    Without any wish, the fewest draws that reach the error `DEFAULT_ERROR` are taken, of the numbers whose
+    error is measured (`LADDER`, and the sets of tuned latents): fewer in between might reach it, too. Tuned
+    latents, where the network has them, need the fewest; they have no seed, so that one who names a seed gets
+    others. So does one who wants quantiles further out than 5 and 95 %, and enough of them to have some
+    beyond.
 
     Parameters
     ----------
@@ -400,7 +403,8 @@ def choose_sampling(
     latent : {"sobol", "gaussian", "balanced", "tuned"}, optional
         Kind of latents.
     accuracy : float, optional
-        Wanted error of quantiles at 5, 50 and 95 %, in units of the posterior's spread, root mean square.
+        Wanted error of quantiles at 5, 50 and 95 %, in units of the posterior's spread, root mean square. Where no
+        measured number of draws reaches it, errors are taken to fall on as those of independent draws.
     quantiles : sequence of float
         Levels that are wanted.
 
@@ -452,24 +456,25 @@ def choose_sampling(
     needed = {kind: _draws_for(errors, wanted, kind) for kind, errors in curves.items()}
     reached = {kind: found for kind, found in needed.items() if found is not None}
     if not reached:
-        best = min(error for errors in curves.values() for error in errors.values())
-        raise MisuseError(
-            "no tuned latents of this network reach the accuracy",
-            where="accuracy",
-            found=wanted,
-            expected=f"{best:g} or more",
-            remedy="leave the kind of latents out",
-        )
-    kind = min(reached, key=lambda kind: reached[kind][0])
-    if reached[kind][0] > MOST_DRAWS:
-        _, least = _best_at(curves, MOST_DRAWS, latent)
+        least = min(_least_error(errors, kind) for kind, errors in curves.items())
+        # Rounded up: what is told can be asked for.
+        told = f"{Context(prec=3, rounding=ROUND_CEILING).create_decimal(repr(least)):f} or more"
+        if set(curves) == {"tuned"}:
+            raise MisuseError(
+                "no tuned latents of this network reach the accuracy",
+                where="accuracy",
+                found=f"{wanted:g}",
+                expected=told,
+                remedy="leave the kind of latents out",
+            )
         raise MisuseError(
             "no number of draws is known to reach the accuracy",
             where="accuracy",
-            found=f"{wanted:g}, which might take {reached[kind][0]:,} draws",
-            expected=f"{least:.2g} or more, for errors are measured against {MOST_DRAWS:,} draws",
+            found=f"{wanted:g}",
+            expected=f"{told}, for errors are measured against {MOST_DRAWS:,} draws",
             remedy="ask for less, or name the number of draws",
         )
+    kind = min(reached, key=lambda kind: reached[kind][0])
     if reached[kind][0] >= beyond:
         return Sampling(kind, reached[kind][0], seed or 0, reached[kind][1])
     kind, error = _best_at(curves, beyond, latent)
@@ -505,13 +510,20 @@ def _best_at(curves: Curves, draws: int, latent: LatentKind | None) -> tuple[Lat
     return kind, errors[kind]
 
 
+def _least_error(errors: Mapping[int, float], kind: LatentKind) -> float:
+    """Smallest error that any number of draws up to `MOST_DRAWS` is known to reach."""
+    least, most = min(errors.values()), max(errors)
+    # Beyond what was measured: as independent draws.
+    return least if kind == "tuned" else min(least, errors[most] * math.sqrt(most / MOST_DRAWS))
+
+
 def _draws_for(errors: Mapping[int, float], wanted: float, kind: LatentKind) -> tuple[int, float] | None:
-    """Fewest draws that reach a wanted error, and their error; None if tuned latents do not."""
+    """Fewest measured draws that reach a wanted error, or more if none does, and their error; or None."""
     reached = [draws for draws, error in sorted(errors.items()) if error <= wanted]
     if reached:
         return reached[0], errors[reached[0]]
-    if kind == "tuned":
+    if wanted < _least_error(errors, kind):
         return None
     most = max(errors)
-    more = math.ceil(most * (errors[most] / wanted) ** 2)  # beyond what was measured: as independent draws
+    more = min(MOST_DRAWS, math.ceil(most * (errors[most] / wanted) ** 2))  # as for `_least_error`
     return more, errors[most] * math.sqrt(most / more)

@@ -220,7 +220,8 @@ def invert(
     cluster : configuration or distributed.Client, optional
         Where to run; by default the GPUs of this machine, and all its cores where there are none.
     draws : int, optional
-        Draws from each pixel's posterior; if left out, as many as the network needs for `accuracy`.
+        Draws from each pixel's posterior; if left out, the fewest that reach `accuracy` of those measured for
+        the network (`inn.sampling.choose_sampling`).
     seed : int, optional
         Seed of the latent draws, which all pixels share. The latents that a network brings with it have none:
         to name a seed is to ask for others.

@@ -82,11 +82,26 @@ def test_wishes_that_cannot_be_met_are_refused(wishes, problem):
         choose_sampling(KNOWN, **wishes)
 
 
-def test_the_least_error_that_can_be_asked_for_is_said_and_can_be_asked_for():
-    with pytest.raises(MisuseError) as refusal:
-        choose_sampling(KNOWN, accuracy=0.001)
-    assert refusal.value.expected.startswith("0.012 or more")  # 0.07 at 512 draws, 16,384 against them
-    assert choose_sampling(KNOWN, accuracy=0.0124).draws <= 16384
+@pytest.mark.parametrize("refused", [0.01237, 0.001, 1e-300, 5e-324])
+@pytest.mark.parametrize(
+    ("wishes", "least"),
+    [
+        ({}, 0.07 * np.sqrt(512 / 16384)),  # at 512 draws, 16,384 against them
+        ({"latent": "sobol"}, 0.08 * np.sqrt(512 / 16384)),
+        ({"latent": "tuned"}, 0.08),
+    ],
+    ids=str,
+)
+def test_the_least_error_that_can_be_asked_for_is_said_and_can_be_asked_for(wishes, least, refused):
+    with pytest.raises(MisuseError, match="the accuracy") as refusal:
+        choose_sampling(KNOWN, accuracy=refused, **wishes)
+    assert refusal.value.found == f"{refused:g}"
+    told, rest = refusal.value.expected.split(" ", 1)
+    assert rest.startswith("or more")
+    assert least <= float(told) < 1.01 * least
+    chosen = choose_sampling(KNOWN, accuracy=float(told), **wishes)
+    assert chosen.draws <= 16384
+    assert chosen.error <= float(told)
 
 
 def test_half_precision_adds_its_error():
