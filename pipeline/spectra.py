@@ -45,6 +45,15 @@ def _axis(wavelength: ArrayLike) -> NDArray[np.float64]:
     return axis
 
 
+def _points(wavelength: ArrayLike) -> NDArray[np.float64]:
+    points = np.atleast_1d(np.asarray(wavelength, dtype=np.float64))
+    if points.size == 0:
+        raise InputError(
+            "there is no wavelength to interpolate to", found=f"shape {points.shape}", expected="one at least"
+        )
+    return points
+
+
 def shortfall(wavelength: ArrayLike, window: LineWindow) -> float:
     """How far the network's window lies outside of what an axis can serve.
 
@@ -134,7 +143,7 @@ def sampling_matrix(wavelength_from: ArrayLike, wavelength_to: ArrayLike) -> NDA
     Raises
     ------
     InputError
-        A point lies more than half a sampling step beyond the axis.
+        There is no point, or one lies more than half a sampling step beyond the axis.
     """
     axis, points, left = _places(wavelength_from, wavelength_to)
     weight = (points - axis[left]) / (axis[left + 1] - axis[left])
@@ -145,8 +154,7 @@ def _places(
     wavelength_from: ArrayLike, wavelength_to: ArrayLike
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.intp]]:
     """Axis, points, and the interval of the axis that serves each point; those beyond it have the last."""
-    axis = _axis(wavelength_from)
-    points = np.atleast_1d(np.asarray(wavelength_to, dtype=np.float64))
+    axis, points = _axis(wavelength_from), _points(wavelength_to)
     low, high = _reach(axis)
     if points.min() < low - SLACK or points.max() > high + SLACK:
         raise InputError(
@@ -251,7 +259,7 @@ def cubic_matrices(
     Raises
     ------
     InputError
-        A point lies more than half a sampling step beyond the axis.
+        There is no point, or one lies more than half a sampling step beyond the axis.
     """
     axis, points, left = _places(wavelength_from, wavelength_to)
     width = axis[left + 1] - axis[left]
@@ -308,7 +316,7 @@ def interpolate(
     Raises
     ------
     InputError
-        A point lies more than half a sampling step beyond the axis.
+        There is no point, or one lies more than half a sampling step beyond the axis.
     MisuseError
         There is no such interpolation.
     """
@@ -351,13 +359,13 @@ def interpolate_shifted(
     Raises
     ------
     InputError
-        The axis is too short or does not increase.
+        The axis is too short or does not increase, or there is no point.
     MisuseError
         There is no such interpolation.
     """
     check_interpolation(interpolation)
     xp = array_namespace(spectra, shift)
-    axis, points = _axis(wavelength_from), np.atleast_1d(np.asarray(wavelength_to, dtype=np.float64))
+    axis, points = _axis(wavelength_from), _points(wavelength_to)
     # Counted from the middle: single precision would leave a thousandth of an Angstrom of the whole number.
     middle = axis[axis.size // 2]
     knots, steps = _like(axis - middle, spectra), _like(np.diff(axis), spectra)

@@ -172,6 +172,15 @@ def test_monotone_cubics_follow_a_line_core_more_closely():
     assert error["pchip"] < 0.5 * error["linear"]
 
 
+@pytest.mark.parametrize("kind", ["linear", "pchip"])
+def test_no_wavelength_to_interpolate_to_is_refused(kind):
+    spectra, axis = np.ones((2, 4)), np.arange(4.0)
+    with pytest.raises(InputError, match="no wavelength to interpolate to"):
+        interpolate(spectra, axis, [], kind)
+    with pytest.raises(InputError, match="no wavelength to interpolate to"):
+        interpolate_shifted(spectra, axis, [], np.zeros(2), kind)
+
+
 def test_an_interpolation_that_does_not_exist_is_refused():
     with pytest.raises(MisuseError, match="interpolation") as refusal:
         interpolate(np.ones((1, 15)), CRISP_HALPHA, [6564.6], "cubic")
