@@ -403,8 +403,9 @@ def choose_sampling(
     latent : {"sobol", "gaussian", "balanced", "tuned"}, optional
         Kind of latents.
     accuracy : float, optional
-        Wanted error of quantiles at 5, 50 and 95 %, in units of the posterior's spread, root mean square. Where no
-        measured number of draws reaches it, errors are taken to fall on as those of independent draws.
+        Wanted error of quantiles at 5, 50 and 95 %, in units of the posterior's spread, root mean square.
+        Where no measured number of draws reaches it, errors are taken to fall on as those of independent
+        draws.
     quantiles : sequence of float
         Levels that are wanted.
 

@@ -299,9 +299,9 @@ def invert_command(
         typer.Option(
             help="Wanted error of the quantiles that comes of drawing (root mean square at 5, 50 and 95 %, "
             "in units of the posterior's own spread, without the few numbers whose posterior has two states "
-            "far apart). Taken are the fewest draws that reach it of those measured for this network (16, 32, "
-            "64, ...), or more, by the law of independent draws, where none of them does. 0.13 if neither this "
-            "nor --draws is given.",
+            "far apart). Taken are the fewest draws that reach it of those measured for this network (16, "
+            "32, 64, ...), or more, by the law of independent draws, where none of them does. 0.13 if "
+            "neither this nor --draws is given.",
             min=0.0,
             show_default=False,
         ),
