@@ -388,7 +388,8 @@ def invert_command(
         str | None,
         typer.Option(
             metavar="MAP.zarr",
-            help="An earlier map of the same observation, whose flags --skip names.",
+            help="An earlier map of the same observation, whose flags --skip names. Pixels that it has not "
+            "come to, or was not asked for, are not skipped, and the command says how many these are.",
             show_default=False,
         ),
     ] = None,

@@ -8,6 +8,8 @@ the bits of the whole map, and tiles without any are never looked at.
 from __future__ import annotations
 
 import hashlib
+import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +21,16 @@ import zarr
 from numpy.typing import NDArray
 
 from pipeline.errors import MisuseError, StoreError
-from pipeline.results import flag_bits, open_map
+from pipeline.results import Flag, count_flags, flag_bits, open_map
 from pipeline.storage import place
 
 if TYPE_CHECKING:
     from pipeline.tiles import Tile, TileGrid
+
+logger = logging.getLogger("flarefield")
+
+UNKNOWN = np.uint16(Flag.NOT_DONE | Flag.NOT_SELECTED)
+"""Flags in place of all others, of pixels that a map says nothing about."""
 
 Range = tuple[int, int]
 """First index, and the one after the last."""
@@ -47,8 +54,8 @@ class Skip:
     flags: tuple[str, ...]
     bits: int
 
-    def passes(self, pixels: tuple[slice, slice, slice]) -> NDArray[np.bool_]:
-        """Whether pixels of the observation have none of the flags.
+    def quality(self, pixels: tuple[slice, slice, slice]) -> NDArray[np.uint16]:
+        """The earlier map's flags of pixels of the observation.
 
         Parameters
         ----------
@@ -57,7 +64,7 @@ class Skip:
 
         Returns
         -------
-        ndarray of bool
+        ndarray of uint16
 
         Raises
         ------
@@ -65,7 +72,7 @@ class Skip:
             The earlier map cannot be read.
         """
         try:
-            quality = np.asarray(zarr.open_array(place(self.earlier).zarr, path="quality", mode="r")[pixels])
+            return np.asarray(zarr.open_array(place(self.earlier).zarr, path="quality", mode="r")[pixels])
         except (OSError, KeyError, ValueError) as error:
             raise StoreError(
                 "the earlier map, whose flags say what to skip, cannot be read",
@@ -73,6 +80,9 @@ class Skip:
                 found=error,
                 remedy="keep it where all workers see it until the new map is finished",
             ) from error
+
+    def passing(self, quality: NDArray[np.uint16]) -> NDArray[np.bool_]:
+        """Whether pixels with some `quality` have none of the flags."""
         passing: NDArray[np.bool_] = (quality & self.bits) == 0
         return passing
 
@@ -125,11 +135,11 @@ class Selection:
             (y0, y1), (x0, x1) = self.region
             asked = (y >= y0) & (y < y1) & (x >= x0) & (x < x1)
         if self.skip is not None and asked.any():
-            asked &= self.skip.passes(tile.region)[0]
+            asked &= self.skip.passing(self.skip.quality(tile.region)[0])
         return asked
 
     def survey(self, grid: TileGrid) -> tuple[NDArray[np.int64], str | None]:
-        """Count the selected pixels of every tile.
+        """Count the selected pixels of every tile; the log says of how many the earlier map knows no flags.
 
         Parameters
         ----------
@@ -158,11 +168,22 @@ class Selection:
             counts[chosen] = _by_tile(frame, grid.tile)
             return counts.ravel(), None
         digest = hashlib.sha256()
+        unknown: Counter[str] = Counter()
         for time in chosen:  # one after the other: a series need not fit into memory
+            quality = self.skip.quality((slice(time, time + 1), y, x))[0]
+            passing = self.skip.passing(quality)
+            unknown.update(count_flags(quality[passing] & UNKNOWN))
             frame = np.zeros((height, width), dtype=bool)
-            frame[y, x] = self.skip.passes((slice(time, time + 1), y, x))[0]
+            frame[y, x] = passing
             counts[time] = _by_tile(frame, grid.tile)
-            digest.update(np.packbits(frame[y, x]).data)
+            digest.update(np.packbits(passing).data)
+        if unknown:
+            logger.warning(
+                "%s does not know the flags of %s pixels, so none of them is skipped (%s)",
+                self.skip.earlier,
+                f"{unknown.total():,}",
+                ", ".join(f"{name}: {count:,}" for name, count in sorted(unknown.items())),
+            )
         return counts.ravel(), digest.hexdigest()
 
     def settings(self) -> dict[str, Any]:
@@ -217,7 +238,8 @@ def select(
     times : str, optional
         Indices and ranges of indices, separated by commas: ``"0:10"``, ``"3,5,8"``, ``"0:90:10"``.
     skip : sequence of str
-        Names of flags, as in ``flag_meanings`` of `skip_from`: pixels with any of them are left out.
+        Names of flags, as in ``flag_meanings`` of `skip_from`: pixels with any of them are left out. Of
+        those that it has not come to, or was not asked for, no other flags are known, and they stay in.
     skip_from : str or Path, optional
         An earlier map of the same observation, or its URL.
 

@@ -205,6 +205,27 @@ def test_scattered_pixels_have_the_bits_of_the_whole_map(tmp_path, toy, client, 
     assert_part_of(open_map(output).load(), open_map(whole).load(), ~novel)
 
 
+def test_pixels_of_which_the_earlier_map_knows_nothing_are_inverted_and_counted(
+    tmp_path, toy, client, earlier, settings, caplog
+):
+    quality = np.zeros((2, 20, 18), dtype=np.uint16)
+    quality[0, :, :4] = Flag.NOT_DONE
+    quality[0, :3, 4:] = Flag.NOT_SELECTED
+    quality[1] = Flag.NOVEL
+    quality[1, 0, 0] = Flag.NOT_DONE  # at a time that is not asked for
+    flag(earlier, quality)
+    wanted = {"cluster": client, "skip_from": earlier, "times": "0", **settings}
+    report = invert(toy, tmp_path / "map.zarr", skip=["novel"], **wanted)
+    assert report.pixels == 20 * 18
+    assert "not know the flags of 122 pixels" in caplog.text  # 20 x 4 and 3 x 14
+    assert "not_done: 80, not_selected: 42" in caplog.text
+    caplog.clear()
+    # Who names these flags skips the pixels, and need not be told.
+    report = invert(toy, tmp_path / "known.zarr", skip=["not_done,not_selected"], **wanted)
+    assert report.pixels == 20 * 18 - 122
+    assert "not know" not in caplog.text
+
+
 def test_tiles_without_any_pixel_left_are_no_tasks(tmp_path, toy, client, earlier, settings):
     quality = np.full((2, 20, 18), Flag.FAILED, dtype=np.uint16)
     quality[1, 8:20, 0:8] = 0
@@ -333,7 +354,7 @@ def test_an_earlier_map_that_changed_is_refused(tmp_path, toy, client, earlier, 
     assert refusal.value.found.startswith("skip_from: ")
     shutil.rmtree(earlier)
     with pytest.raises(StoreError, match="cannot be read"):
-        Skip(str(earlier), ("novel",), 32).passes((slice(0, 1), slice(0, 8), slice(0, 8)))
+        Skip(str(earlier), ("novel",), 32).quality((slice(0, 1), slice(0, 8), slice(0, 8)))
 
 
 def test_flags_come_by_name_from_a_map_of_the_same_observation(tmp_path, toy, client, whole, settings):
