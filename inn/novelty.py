@@ -26,8 +26,8 @@ NOVEL = 0.01
 NEIGHBOURS = 4
 """Training profiles whose mean distance is taken: one alone may be an oddity itself."""
 
-BATCH = 32
-"""Profiles whose distances to all references are held at once: what stays in a core's cache."""
+BATCH = 256
+"""Profiles whose distances to all references are held at once on a CPU."""
 
 DEVICE_BATCH = 4096
 """The same on any device but the CPU (not measured)."""
@@ -143,22 +143,24 @@ class Novelty(nn.Module):
 
     def distance(self, lines: Tensor) -> Tensor:
         """Mean distance to the nearest training profiles, in whitened units: (n, lines_size) to (n,)."""
-        points = self.coordinates(lines)
-        references = self.references.to(points)
+        references = self.references.to(lines)
         # Whole groups: what is added to the last ones is infinitely far away.
         missing = -references.shape[0] % GROUPS
         square = functional.pad(references.square().sum(dim=-1), (0, missing), value=torch.inf)
         # A product with one more dimension is the square distance, less the point's own square.
         columns = torch.vstack((functional.pad(-2.0 * references, (0, 0, 0, missing)).T, square))
-        extended = functional.pad(points, (0, 1), value=1.0)
-        batch = BATCH if points.device.type == "cpu" else DEVICE_BATCH
-        separation = points.new_empty((min(batch, len(points)), columns.shape[1]))
-        nearest = points.new_empty((len(points), NEIGHBOURS))
-        for start in range(0, len(points), batch):
-            some = extended[start : start + batch]
-            found = torch.mm(some, columns, out=separation[: len(some)])
-            nearest[start : start + batch] = _smallest(found.reshape(len(some), -1, GROUPS), NEIGHBOURS)
-        return (nearest + points.square().sum(dim=-1, keepdim=True)).clamp_min(0.0).sqrt().mean(dim=-1)
+        batch = BATCH if lines.device.type == "cpu" else DEVICE_BATCH
+        separation = lines.new_empty((batch, columns.shape[1]))
+        distance = lines.new_empty((len(lines),))
+        for start in range(0, len(lines), batch):
+            some = lines[start : start + batch]
+            # All batches have the same shape, so that no profile's bits depend on how many there are.
+            points = self.coordinates(functional.pad(some, (0, 0, 0, batch - len(some))))
+            torch.mm(functional.pad(points, (0, 1), value=1.0), columns, out=separation)
+            nearest = _smallest(separation.reshape(batch, -1, GROUPS), NEIGHBOURS)
+            square = (nearest + points.square().sum(dim=-1, keepdim=True)).clamp_min(0.0)
+            distance[start : start + batch] = square.sqrt().mean(dim=-1)[: len(some)]
+        return distance
 
     def forward(self, lines: Tensor) -> Tensor:
         """Tail probabilities (n,) of profiles (n, lines_size): see `tail_probability`."""

@@ -353,7 +353,7 @@ def invert_command(
         bool,
         typer.Option(
             "--preview",
-            help="A first look, thousands of times as fast: quantiles by a network that was taught by the "
+            help="A first look in an eighth of the time: quantiles by a network that was taught by the "
             "sampled posterior, off by what the map then says; no draws, no misfit.",
         ),
     ] = False,

@@ -247,7 +247,7 @@ def invert(
         How profiles are brought to the network's points: linearly, or by monotone cubics. A network expects
         what it was trained with, the former unless its record says otherwise.
     preview : bool
-        Answer with the model's preview (`inn.preview`), thousands of times as fast as sampling, and say so in
+        Answer with the model's preview (`inn.preview`), some twenty times as fast as sampling, and say so in
         the map. Nothing is drawn then, and there is no misfit.
     region, times, skip, skip_from
         The part to invert, as for `pipeline.selection.select`; by default all. The map has the dimensions of

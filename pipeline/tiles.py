@@ -565,11 +565,9 @@ def _compute(
 
     values = _empty(tile, len(spec.quantiles), model.layout.heights.size)
     values["quality"] = quality
+    quality[~spec.selection.asked(tile)] = Flag.NOT_SELECTED
     good = (quality & WITHOUT_ANSWER) == 0
-    asked = spec.selection.asked(tile)
-    quality[~asked] = Flag.NOT_SELECTED
-    kept = asked[good]
-    if not kept.any():
+    if not good.any():
         return values
 
     halpha, ca8542 = names
@@ -587,13 +585,10 @@ def _compute(
     )
     lines = to_torch(normalised)
     levels = sorted({*spec.quantiles, *SPREAD})
-    # What was not asked for keeps its place among the pixels: that decides the last bits of the others.
-    lines_asked = lines.where(torch.from_numpy(kept).to(lines.device)[:, None], torch.nan)
-    everything, reproduced = _answer(spec, model, lines_asked, mu, levels)
-    good &= asked
+    everything, reproduced = _answer(spec, model, lines, mu, levels)
     wanted = [levels.index(level) for level in spec.quantiles]
     low, high = (levels.index(level) for level in SPREAD)
-    failed = np.zeros(kept.size, dtype=bool)
+    failed = np.zeros(len(reproduced), dtype=bool)
     for quantity in QUANTITIES:
         failed |= ~np.isfinite(everything[quantity]).all(axis=(1, 2))
     steps = rounding_steps(spec, model)
@@ -603,14 +598,14 @@ def _compute(
         rounded = round_to_error(
             found[:, wanted], found[:, low], found[:, high], steps[quantity], positive=quantity != "velocity"
         )
-        values[quantity][good] = rounded if kept.all() else rounded[kept]
+        values[quantity][good] = rounded
 
-    flags = _where(failed[kept], Flag.FAILED)
+    flags = _where(failed, Flag.FAILED)
     if isinstance(model.novelty, Novelty):
-        novelty = model.novelty.tail_probability(lines)[kept]
+        novelty = model.novelty.tail_probability(lines)
         values["novelty"][good] = novelty
         flags |= _where(novelty < NOVELTY_LEVEL, Flag.NOVEL)
-    values["misfit"][good] = reproduced[kept]
+    values["misfit"][good] = reproduced
     quality[good] |= flags
     return values
 

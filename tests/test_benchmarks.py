@@ -23,6 +23,7 @@ from benchmarks.posterior import (
     random_joint,
     reference,
 )
+from benchmarks.scale import without_kernel
 from benchmarks.training import products
 from torch import nn
 
@@ -30,6 +31,12 @@ from inn.layout import HEIGHTS
 from pipeline.grids import atmosphere
 from pipeline.grids.store import BUNDLED_GRID, open_grid
 from pipeline.training_set import Batch
+
+
+def test_the_engine_goes_through_tiles_whose_kernel_does_nothing(client):
+    curve = without_kernel(client, 30)
+    assert curve.tiles[-1] == 30
+    assert len(curve.names) == len(curve.memory[-1])
 
 
 def test_the_operations_of_a_step_are_those_of_its_matrix_products():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy.stats import kstest
 
+from inn.checkpoint import load_model
 from inn.errors import MisuseError, ModelError
 from inn.layout import Layout
 from inn.novelty import NOVEL, Novelty
@@ -103,3 +104,11 @@ def test_errors(novelty):
         Novelty.fitted(LAYOUT, family(100, 1), family(20, 2))
     with pytest.raises(MisuseError, match="one row per pixel"):
         novelty.tail_probability(np.zeros((2, 61)))
+
+
+def test_the_novelty_of_a_profile_does_not_depend_on_the_others():
+    measure = load_model().novelty
+    lines = np.random.default_rng(8).uniform(0.2, 1.0, (300, 60)).astype(np.float32)
+    whole = measure.tail_probability(lines)
+    np.testing.assert_array_equal(measure.tail_probability(lines[17:19]), whole[17:19])
+    np.testing.assert_array_equal(measure.tail_probability(lines[::-1]), whole[::-1])

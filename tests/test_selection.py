@@ -268,7 +268,7 @@ def test_a_failed_tile_of_a_part_keeps_what_was_not_selected(
     real, state = tiles.network_lines, {"broken": True}
 
     def unreliable(halpha, *rest, **shifts):
-        if state["broken"] and len(halpha) == 16:  # the tiles at the right edge: 8 x 2 pixels
+        if state["broken"] and len(halpha) == 8:  # what is asked of the tile at the right edge
             raise OSError("a disk coughs")
         return real(halpha, *rest, **shifts)
 
@@ -374,3 +374,16 @@ def test_flags_come_by_name_from_a_map_of_the_same_observation(tmp_path, toy, cl
     with pytest.raises(MisuseError, match="another observation"):
         invert(other, output, cluster=client, skip=["novel"], skip_from=whole, **settings)
     assert not output.exists()
+
+
+def test_a_part_costs_what_its_pixels_cost(tmp_path, toy, client, settings, monkeypatch):
+    asked, real = [], tiles.quantiles_and_misfit
+
+    def counted(network, lines, *rest, **more):
+        asked.append(len(lines))
+        return real(network, lines, *rest, **more)
+
+    monkeypatch.setattr(tiles, "quantiles_and_misfit", counted)
+    report = invert(toy, tmp_path / "map.zarr", cluster=client, region="0:20,3:5", times="0", **settings)
+    assert report.tiles == len(asked)
+    assert sum(asked) == report.answered <= 40

@@ -149,7 +149,7 @@ def without_kernel(client: Client, tiles: int) -> Curve:
             _see_that_the_observation_is_the_same=lambda self: None,
             _see_that_all_is_there=lambda self: None,
         ),
-        mock.patch.object(engine, "invert_tile", receipt),
+        mock.patch.multiple(engine, invert_tile=receipt, mark_unwritten=lambda *_: None),
     ):
         work = engine._Work(spec, grid, asked, journal)
         with sampled(client, lambda: int(work.pixels) // (64 * 64)) as curve:
