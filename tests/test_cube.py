@@ -158,11 +158,16 @@ def test_the_two_lines_differ_by_their_wavelengths_squared():
 
 
 @pytest.mark.parametrize(
-    ("unit", "expected"), [("dn", "DN"), ("DN", "DN"), ("counts", "DN"), ("adu", "DN"), ("", ""), ("1", "")]
+    ("unit", "expected"),
+    [
+        *(("dn", "DN"), ("DN", "DN"), ("counts", "DN"), ("adu", "DN"), ("", ""), ("1", "")),
+        *(("electron", "electron"), ("Electron", "electron"), ("photon", "ph"), ("ph", "ph")),
+    ],
 )
 def test_counts_and_relative_intensities_stay(unit, expected):
     given, factors = intensity_scale(unit, np.array([6563.0, 6564.0]), "file")
     assert given == expected
+    assert u.Unit(given).to_string() == expected
     np.testing.assert_array_equal(factors, 1.0)
 
 

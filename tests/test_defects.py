@@ -447,6 +447,7 @@ class TestHeaders:
         [
             ({"WDESC1": "Ca II 8542"}, "WDESC1 = 'Ca II 8542' names 8542"),
             ({"WAVEREF": "air"}, "WAVEREF = 'air', the wavelengths are taken to be in vacuum"),
+            ({"AIRORVAC": "AIR"}, "AIRORVAC = 'AIR', the wavelengths are taken to be in vacuum"),
             ({"CROTA2": 30.0}, "CROTA2 = 30, but the frame's matrix turns it by 0 degrees"),
             ({"CROTA2": 30.0, **turned(-30.0)}, "turns it by -30 degrees"),
             ({"WWIDTH1": 25}, "WWIDTH1 = 25, but there are 15"),
@@ -497,6 +498,7 @@ class TestHeaders:
             {"FILTER1": "6563"},
             {"WAVEREF": "Vacuum"},
             {"WAVEREF": "the Sun"},
+            {"AIRORVAC": "vac"},
             {"CROTA2": 0.2},
             {"CROTA2": 390.0, **turned(30.0)},
             {"CROTA2": -150.0, **turned(-150.0)},

@@ -725,7 +725,10 @@ class TestContradictions:
             ({"DATE-OBS": "2014-09-08"}, {}, "time", "another date"),
             ({"CTYPE3": "WAVE"}, {}, "wavelength.medium", "in vacuum"),
             ({"CTYPE3": "WAVE-TAB"}, {}, "wavelength.medium", "in vacuum"),
+            ({"BUNIT": "electron"}, {"unit": "DN"}, "unit", "another unit"),
             ({"WAVEREF": "vac"}, {}, "wavelength.medium", "in vacuum"),
+            ({"AIRORVAC": "vac"}, {}, "wavelength.medium", "in vacuum"),
+            ({"AIRORVAC": "AIR", **EVEN}, from_header("vacuum"), "wavelength.medium", "in air"),
             ({"WAVEREF": "Air", **EVEN}, from_header("vacuum"), "wavelength.medium", "in air"),
             ({"CTYPE3": "AWAV-GRA", **EVEN}, from_header("vacuum"), "wavelength.medium", "in air"),
             ({"CTYPE3": "WAVE-LOG", **EVEN}, from_header("vacuum"), "wavelength.header", "even steps"),
@@ -798,6 +801,7 @@ class TestContradictions:
             ({"WAVELNTH": 0, "WAVE": True, "WAVELEN": 512, "WAVE_LEN": 1.5}, {}),
             ({"WAVE": (8542, "[furlong]"), "WAVELEN": (8542, "[s]"), "WAVEREF": "as ever"}, {}),
             ({"WAVE": 2000.0, "WAVELEN": "", "SPECLINE": "6563 of 2014", "EXTNAME": "18542"}, {}),
+            ({"BUNIT": "Electron", "AIRORVAC": "air"}, {"unit": "electron"}),
             ({"DATE-OBS": "2014-09-06", "DATE-BEG": "06/09/14", "DATE": "2020-01-01T00:00:00"}, {}),
         ],
     )  # fmt: skip

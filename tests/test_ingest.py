@@ -809,6 +809,17 @@ class TestBadInput:
         assert "--calibrate quiet-sun" in refusal.value.remedy
         check_alike((Pair(halpha, relative),), calibrated=True)
 
+    def test_lines_of_which_one_is_in_electrons(self, pair, tmp_path):
+        """Of each number of the detector there are some electrons: how many, nobody has said."""
+        change_header(pair[0], BUNIT="DN")
+        change_header(pair[1], BUNIT="electron")
+        said = self.refuse(pair, tmp_path / "obs.zarr")
+        assert "cannot be compared" in said
+        assert "electron" in said
+        (scan,) = read_scans(pair[1])
+        assert scan.saturation == read_scans(pair[0])[0].saturation
+        check_alike((Pair(*read_scans(pair[0]), scan),), calibrated=True)
+
     def test_lines_that_are_both_relative_are_warned_of(self, pair, caplog):
         both = Pair(*(replace(read_scans(path)[0], units="", units_of_file="") for path in pair[:2]))
         check_alike((both,), calibrated=True)

@@ -19,9 +19,16 @@ from numpy.typing import NDArray
 
 from pipeline.crisp import fits_files
 from pipeline.crisp.axes import Axis, Stored
-from pipeline.crisp.cube import COUNTS, DN
+from pipeline.crisp.cube import COUNTS
 from pipeline.crisp.described import DescribedCube
-from pipeline.crisp.headers import FILTER, MEDIUM_OF_REFERENCE, OFF, other_line, wavelength_stated
+from pipeline.crisp.headers import (
+    FILTER,
+    MEDIUM_CARDS,
+    MEDIUM_OF_REFERENCE,
+    OFF,
+    other_line,
+    wavelength_stated,
+)
 from pipeline.crisp.netcdf_files import NetcdfArray
 from pipeline.crisp.scan import LINES, NEAR, Frame, Scan
 from pipeline.crisp.statements import CONTINUUM
@@ -208,10 +215,10 @@ def _of_wavelengths(cube: DescribedCube, header: fits.Header) -> Iterator[Contra
     kind, unit = _card(header, f"CTYPE{number}"), _card(header, f"CUNIT{number}")
     said = f"CTYPE{number} = {kind!r}"
     medium = MEDIUM_OF_TYPE.get(kind.upper().partition("-")[0])
-    reference = _card(header, "WAVEREF")
+    references = [(card, _card(header, card)) for card in MEDIUM_CARDS]
     for found, card in (
         (medium, said),
-        (MEDIUM_OF_REFERENCE.get(reference.lower()), f"WAVEREF = {reference!r}"),
+        *((MEDIUM_OF_REFERENCE.get(text.lower()), f"{card} = {text!r}") for card, text in references),
     ):
         if found not in (None, stated.medium):
             yield Contradiction(
@@ -495,8 +502,7 @@ def _differ(said: str, stated: str) -> bool:
 
 
 def _unit(text: str) -> u.UnitBase | None:
-    if text.strip().lower() in COUNTS:
-        return u.Unit(DN)
+    text = COUNTS.get(text.strip().lower(), text)
     if text == CONTINUUM:
         return u.dimensionless_unscaled
     for word in (text, text.removesuffix("s")):  # CF has degrees and arcseconds

@@ -13,9 +13,15 @@ from numpy.typing import NDArray
 from pipeline.errors import InputError
 
 DN = "DN"
-"""Unit of counts, whatever a file calls them."""
-COUNTS = {"dn", "adu", "ct", "count", "counts", "electron", "ph", "photon"}
-"""Units, in lower case, of detectors' counts: no physical unit, and per no wavelength interval."""
+"""Unit of a detector's numbers, whatever a file calls them."""
+COUNTS = {
+    **dict.fromkeys(("dn", "adu", "ct", "count", "counts"), DN),
+    "electron": "electron",
+    **dict.fromkeys(("ph", "photon"), "ph"),
+}
+"""Units, in lower case, of what detectors count, as astropy has them: no physical unit, and per no wavelength
+interval. A number is some electrons, and an electron some photons: these are not comparable with one another.
+"""
 
 PER_ANGSTROM = u.Unit("erg s-1 cm-2 sr-1 Angstrom-1")
 """Intensity per wavelength interval, as the training grids have it."""
@@ -290,9 +296,9 @@ def intensity_scale(
 ) -> tuple[str, NDArray[np.float64]]:
     """Find what brings intensities to a unit in which two lines can be compared.
 
-    Counts stay counts, dimensionless (relative) intensities stay so; intensities per frequency or per any
-    wavelength interval become those per Angstrom, `PER_ANGSTROM`: per frequency the factor depends on the
-    wavelength, and the ratio of the two lines would be off by 1.69 without it.
+    Counts stay counts, electrons electrons, dimensionless (relative) intensities stay so; intensities per
+    frequency or per any wavelength interval become those per Angstrom, `PER_ANGSTROM`: per frequency the
+    factor depends on the wavelength, and the ratio of the two lines would be off by 1.69 without it.
 
     Parameters
     ----------
@@ -306,7 +312,7 @@ def intensity_scale(
     Returns
     -------
     unit : str
-        ``"DN"``, ``""``, or that of intensities per Angstrom.
+        One of `COUNTS`, ``""``, or that of intensities per Angstrom.
     factors : ndarray, shape (wavelength,)
         What the file's numbers are multiplied by at each wavelength.
 
@@ -316,8 +322,8 @@ def intensity_scale(
         The unit is not understood, or not one of intensity.
     """
     same = np.ones(len(wavelength))
-    if unit.strip().lower() in COUNTS:
-        return DN, same
+    if (counted := COUNTS.get(unit.strip().lower())) is not None:
+        return counted, same
     try:
         found = u.Unit(unit)
         if found.physical_type == "dimensionless":

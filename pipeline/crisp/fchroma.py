@@ -26,7 +26,7 @@ from astropy.wcs import WCS
 from numpy.typing import ArrayLike, NDArray
 
 from pipeline.crisp import fits_files
-from pipeline.crisp.cube import DN, Cube, as_intensities, intensity_scale
+from pipeline.crisp.cube import COUNTS, DN, Cube, as_intensities, intensity_scale
 from pipeline.crisp.fits_files import FETCH_AGAIN, MEND_CARD
 from pipeline.crisp.scan import (
     ForeignFileError,
@@ -324,7 +324,7 @@ def _describe(hdus: fits.HDUList, file: Path, medium: Medium | None) -> tuple[Sc
                 shape=(rows, columns),
                 units=units,
                 units_of_file=units_of_file,
-                saturation=fits_files.saturation(header, file) if units == DN else float("inf"),
+                saturation=fits_files.saturation(header, file) if units in COUNTS.values() else float("inf"),
                 frame=frame,
             )
             for index, time in enumerate(times)

@@ -26,8 +26,10 @@ LINE_NAMES = {
 }
 """What texts call the lines: by the wavelength in Angstrom or, without its point, in nm; in air or vacuum."""
 TURNED = 0.5  # degrees: what two statements about a frame's rotation may differ by
+MEDIUM_CARDS = ("WAVEREF", "AIRORVAC")
+"""What says whether wavelengths are in air: SOLARNET's card, and one of DESI's spectra and others'."""
 MEDIUM_OF_REFERENCE = {"vacuum": "vacuum", "vac": "vacuum", "air": "air"}
-"""What SOLARNET's ``WAVEREF`` says."""
+"""What these say."""
 OFF = 0.05  # Angstrom: what two statements about wavelengths may differ by
 FILTER = 10.0  # Angstrom: what a prefilter's wavelength may differ from that of the line
 NANOMETRES = 2000.0  # a wavelength of less, whose unit is not said, is in nm
@@ -133,9 +135,10 @@ def _about_lines(header: fits.Header, scan: Scan) -> Iterator[str]:
         stated = wavelength_stated(header, fits_files.number(header, "WAVELNTH", scan.path), scan.path)
         if not abs(stated - axis.mean()) < FILTER:
             yield f"WAVELNTH = {header['WAVELNTH']}, the wavelengths are around {own}"
-    reference = str(header.get("WAVEREF", "")).strip()
-    if MEDIUM_OF_REFERENCE.get(reference.lower(), scan.medium) != scan.medium:
-        yield f"WAVEREF = {reference!r}, the wavelengths are taken to be in {scan.medium}"
+    for card in MEDIUM_CARDS:
+        reference = str(header.get(card, "")).strip()
+        if MEDIUM_OF_REFERENCE.get(reference.lower(), scan.medium) != scan.medium:
+            yield f"{card} = {reference!r}, the wavelengths are taken to be in {scan.medium}"
     if lines <= 1 and "WWIDTH1" in header:
         width = fits_files.whole_number(header, "WWIDTH1", scan.path)
         if width != axis.size:

@@ -244,8 +244,8 @@ class Scan:
     shape : tuple of int
         Pixels ``(y, x)``.
     units : str
-        Unit of the intensities as they are opened, which astropy parses: ``"DN"``, ``""`` (relative), or
-        intensity per Angstrom (`pipeline.crisp.cube.PER_ANGSTROM`).
+        Unit of the intensities as they are opened, which astropy parses: what is counted, such as ``"DN"``;
+        ``""`` (relative); or intensity per Angstrom (`pipeline.crisp.cube.PER_ANGSTROM`).
     units_of_file : str
         Unit of the intensities in the file, as it stands there.
     saturation : float

@@ -29,7 +29,7 @@ from astropy.io import fits
 from numpy.typing import NDArray
 
 from pipeline.crisp import fits_files
-from pipeline.crisp.cube import DN, Cube, as_intensities, intensity_scale
+from pipeline.crisp.cube import COUNTS, Cube, as_intensities, intensity_scale
 from pipeline.crisp.fits_files import FETCH_AGAIN
 from pipeline.crisp.scan import (
     ANOTHER_PLACE,
@@ -236,7 +236,7 @@ def _describe(hdus: fits.HDUList, file: Path, medium: Medium | None) -> tuple[Sc
                 shape=(rows, columns),
                 units=units,
                 units_of_file=units_of_file,
-                saturation=fits_files.saturation(header, file) if units == DN else float("inf"),
+                saturation=fits_files.saturation(header, file) if units in COUNTS.values() else float("inf"),
                 frame=_frame(table, index, (columns, rows), str(file)),
                 padding=padding,
                 has_wavelength_shift=shifted,
