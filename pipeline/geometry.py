@@ -162,8 +162,10 @@ def derotated(dataset: xr.Dataset) -> xr.Dataset:
     arcsec from the reference point. Numbers are interpolated linearly between the four pixels around each
     new one, and NaN unless all four have one: nothing is made up at borders or around bad pixels, at the
     price of one pixel there. Linear interpolation averages neighbours: photon noise falls by up to one half,
-    and so does the finest detail. ``valid`` is true where all four pixels are; other flags are the nearest
-    pixel's, or, outside of the old field, ``outside_field`` where they have that flag, else zero.
+    and so does the finest detail. ``valid`` is true where all four pixels are. Flags (what has
+    ``flag_masks``) are those of all pixels that have a part in the new one, ``outside_field`` among them,
+    where there is that flag, if one of the four is not in the old field. Other whole numbers are the nearest
+    pixel's.
 
     Parameters
     ----------
@@ -231,11 +233,11 @@ def derotated(dataset: xr.Dataset) -> xr.Dataset:
 
 
 def _moved(array: xr.DataArray, transform: tuple[Array, Array], shape: tuple[int, int]) -> xr.DataArray:
-    flag = _outside_flag(array)
+    settings = {"flags": "flag_masks" in array.attrs, "outside": _outside_flag(array)}
     result: xr.DataArray = xr.apply_ufunc(
         _resampled,
         array,
-        kwargs={"transform": transform, "shape": shape, "outside": flag},
+        kwargs={"transform": transform, "shape": shape, **settings},
         input_core_dims=[["y", "x"]],
         output_core_dims=[["y", "x"]],
         exclude_dims={"y", "x"},
@@ -252,20 +254,37 @@ def _moved(array: xr.DataArray, transform: tuple[Array, Array], shape: tuple[int
 
 
 def _resampled(
-    image: NDArray[Any], transform: tuple[Array, Array], shape: tuple[int, int], outside: int
+    image: NDArray[Any],
+    transform: tuple[Array, Array],
+    shape: tuple[int, int],
+    flags: bool,
+    outside: int,
 ) -> NDArray[Any]:
     """One image (y, x) in the new frame."""
-    matrix, offset = transform
-    settings: dict[str, Any] = {"matrix": matrix, "offset": offset, "output_shape": shape}
+
+    def moved(old: NDArray[Any], order: int = 1, beyond: float = 0.0) -> NDArray[Any]:
+        matrix, offset = transform
+        # The other modes take what is off the border by rounding alone for outside.
+        return np.asarray(
+            ndimage.affine_transform(
+                old, matrix, offset, shape, order=order, mode="grid-constant", cval=beyond
+            )
+        )
+
+    if flags:
+        result = np.zeros(shape, image.dtype)
+        some = int(np.bitwise_or.reduce(image, axis=None)) | outside
+        for bit in (1 << place for place in range(some.bit_length()) if some >> place & 1):
+            weight = moved((image & bit != 0).astype(np.float64), beyond=float(outside & bit != 0))
+            result[weight > 1.0 - COMPLETE] |= image.dtype.type(bit)
+        return result
     if image.dtype.kind not in "fb":
-        return np.asarray(ndimage.affine_transform(image, order=0, cval=outside, **settings))
+        return moved(image, order=0)
     number = np.isfinite(image) if image.dtype.kind == "f" else image
-    weight = ndimage.affine_transform(number.astype(np.float64), order=1, cval=0.0, **settings)
-    complete = weight >= COMPLETE
+    complete = moved(number.astype(np.float64)) >= COMPLETE
     if image.dtype.kind == "b":
         return np.asarray(complete)
-    filled = np.where(number, image, 0).astype(np.float64)
-    values = ndimage.affine_transform(filled, order=1, cval=0.0, **settings)
+    values = moved(np.where(number, image, 0).astype(np.float64))
     return np.where(complete, values, np.nan).astype(image.dtype)
 
 

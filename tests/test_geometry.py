@@ -229,11 +229,36 @@ class TestDerotation:
             np.testing.assert_array_equal(result.valid.to_numpy()[time][decided], expected[decided])
         flags = result.quality.isel(time=0).to_numpy()
         assert flags.dtype == np.uint16
-        nearest = (np.rint(x) >= 0) & (np.rint(x) < COLUMNS) & (np.rint(y) >= 0) & (np.rint(y) < ROWS)
-        half = np.minimum(abs(x % 1.0 - 0.5), abs(y % 1.0 - 0.5)) > edge
-        within = inside & half
-        assert np.all(flags[within] == 32)
-        assert np.all(flags[~nearest & half] == 1)
+        touched = (x > -1.0) & (x < COLUMNS) & (y > -1.0) & (y < ROWS)
+        clear = decided & (
+            np.minimum.reduce([abs(x + 1), abs(y + 1), abs(x - COLUMNS), abs(y - ROWS)]) > edge
+        )
+        np.testing.assert_array_equal(
+            flags[clear], (np.where(touched, 32, 0) | np.where(inside, 0, 1))[clear]
+        )
+
+    def test_what_has_a_part_of_a_flagged_pixel_is_flagged(self, rotated):
+        spike = np.zeros((ROWS, COLUMNS))
+        spike[20, 30] = 30_000.0
+        defects = np.where(spike > 0, 1, 0).astype(np.uint8)
+        defects[40, 60] = 6
+        dataset = rotated.assign(
+            spike=(("y", "x"), spike),
+            defects=(("y", "x"), defects, {"flag_masks": [1, 2, 4], "flag_meanings": "spike dead missing"}),
+            label=(("y", "x"), np.arange(ROWS * COLUMNS).reshape(ROWS, COLUMNS)),
+        )
+        result = derotated(dataset)
+        found = result.defects.to_numpy()
+        assert found.dtype == np.uint8
+        leaked = np.nan_to_num(result.spike.to_numpy()) > 0.1
+        assert leaked.sum() >= 3
+        np.testing.assert_array_equal(found & 1 > 0, leaked)
+        x, y = self.place(rotated, result)
+        np.testing.assert_array_equal(found & 6, np.where((abs(x - 60) < 1) & (abs(y - 40) < 1), 6, 0))
+        nearest = np.clip(np.rint(y), 0, ROWS - 1) * COLUMNS + np.clip(np.rint(x), 0, COLUMNS - 1)
+        half = np.minimum(abs(x % 1.0 - 0.5), abs(y % 1.0 - 0.5)) > 1e-4
+        within = half & (x >= 0) & (x <= COLUMNS - 1) & (y >= 0) & (y <= ROWS - 1)
+        np.testing.assert_array_equal(result.label.to_numpy()[within], nearest[within])
 
     def test_from_files_to_a_store_and_back(self, tmp_path):
         """A bright point in turned frames, ingested, derotated, stored and opened: where astropy puts it."""
