@@ -30,7 +30,7 @@ ROTATION_AXIS = SkyCoord(286.13 * u.deg, 63.87 * u.deg, frame=ICRS)
 
 SAMPLES = 64  # pixels along each side from which a frame is found: it has six numbers
 COMPLETE = 1.0 - 1e-6  # sums of interpolation weights are one only to rounding
-SLACK = 1e-6  # pixels by which corners may miss a pixel by rounding
+WHOLE = 1e-3  # pixels by which a field that fits whole pixels may miss them: coordinates are rounded
 
 
 def mu_of_pixels(dataset: xr.Dataset) -> xr.DataArray:
@@ -159,13 +159,14 @@ def derotated(dataset: xr.Dataset) -> xr.Dataset:
     """Turn a rotated field so that x points to solar west and y to solar north.
 
     The new frame has the old one's pixel size and holds the whole field; its axes are x and y, still in
-    arcsec from the reference point. Numbers are interpolated linearly between the four pixels around each
-    new one, and NaN unless all four have one: nothing is made up at borders or around bad pixels, at the
-    price of one pixel there. Linear interpolation averages neighbours: photon noise falls by up to one half,
-    and so does the finest detail. ``valid`` is true where all four pixels are. Flags (what has
-    ``flag_masks``) are those of all pixels that have a part in the new one, ``outside_field`` among them,
-    where there is that flag, if one of the four is not in the old field. Other whole numbers are the nearest
-    pixel's.
+    arcsec from the reference point. Its pixels begin at the field's outermost corners, so that a field that
+    is not turned, or by right angles, keeps its pixels, every one with its own number. Else, numbers are
+    interpolated linearly between the four pixels around each new one, and NaN unless all four have one:
+    nothing is made up at borders or around bad pixels, at the price of one pixel there. Linear interpolation
+    averages neighbours: photon noise falls by up to one half, and so does the finest detail. ``valid`` is
+    true where all four pixels are. Flags (what has ``flag_masks``) are those of all pixels that have a part
+    in the new one, ``outside_field`` among them, where there is that flag, if one of the four is not in the
+    old field. Other whole numbers are the nearest pixel's.
 
     Parameters
     ----------
@@ -190,14 +191,21 @@ def derotated(dataset: xr.Dataset) -> xr.Dataset:
     frame = Frame.from_wcs(old, (rows, columns), "the dataset's coordinates")
     reference, size = np.array(frame.reference_pixel), np.abs(frame.scale)
     matrix = frame.matrix
+    if abs(matrix[0, 1]) > abs(matrix[0, 0]):
+        size = size[::-1]
     corners = np.array([[0, 0], [columns - 1, 0], [0, rows - 1], [columns - 1, rows - 1]], dtype=float)
     plane = (corners - reference) @ matrix.T
-    first = np.floor(plane.min(axis=0) / size + SLACK)
-    last = np.ceil(plane.max(axis=0) / size - SLACK)
-    shape = (int(last[1] - first[1]) + 1, int(last[0] - first[0]) + 1)
+    first = plane.min(axis=0) / size
+    steps = np.ceil(plane.max(axis=0) / size - first - WHOLE).astype(int)
+    shape = (int(steps[1]) + 1, int(steps[0]) + 1)
     # The old pixel of a new one; NumPy's order is (y, x).
     back = np.linalg.inv(matrix) @ np.diag(size)
     transform = back[::-1, ::-1], (back @ first + reference)[::-1]
+    whole = transform[0].round(), transform[1].round()
+    ends = np.array([[0, 0], [shape[0], 0], [0, shape[1]]]).T
+    missed = (transform[0] - whole[0]) @ ends + (transform[1] - whole[1])[:, None]
+    if np.abs(missed).max() < WHOLE:
+        transform = whole
     new = Frame(
         (-float(first[0]), -float(first[1])),
         frame.reference_value,
@@ -217,7 +225,10 @@ def derotated(dataset: xr.Dataset) -> xr.Dataset:
         moved = _moved(xr.DataArray(variable), transform, shape)
         variables[name] = moved.transpose(*variable.dims).variable
     coordinates = {name: variables.pop(name) for name in list(variables) if name in dataset.coords}
-    attributes = {name: dataset[name].attrs for name in ("x", "y", "longitude", "latitude")}
+    attributes = {name: dict(dataset[name].attrs) for name in ("x", "y", "longitude", "latitude")}
+    for name in ("longitude", "latitude"):
+        if "pointing" in attributes[name] and f"pointing_{name}" in dataset.variables:
+            attributes[name]["pointing"] = float(dataset[f"pointing_{name}"].to_numpy().flat[0])
     angle = float(np.rad2deg(np.arctan2(matrix[1, 0], matrix[0, 0])))
     return xr.Dataset(
         variables,

@@ -300,9 +300,49 @@ class TestDerotation:
         dataset, _ = observed(tmp_path / "straight", angle=0.0)
         dataset = dataset.assign(halpha=(("y", "x"), np.random.default_rng(3).normal(size=(ROWS, COLUMNS))))
         straight = derotated(dataset)
-        # The reference point lies half a pixel off in y and a quarter in x: pixels are between the old ones.
-        assert abs(straight.sizes["y"] - ROWS) <= 1
-        assert abs(straight.sizes["x"] - COLUMNS) <= 1
+        np.testing.assert_array_equal(straight.halpha, dataset.halpha)
+        for name in ("x", "y", "longitude", "latitude"):
+            np.testing.assert_allclose(straight[name], dataset[name], atol=1e-5)
         again = derotated(straight)
         np.testing.assert_allclose(again.halpha, straight.halpha, rtol=0, atol=1e-9)
         np.testing.assert_allclose(again.longitude, straight.longitude, atol=1e-9)
+
+    @pytest.mark.parametrize("angle", [0.0, 90.0, 180.0, -90.0])
+    @pytest.mark.parametrize("mirrored", [False, True])
+    def test_right_angles_keep_every_pixel(self, tmp_path, angle, mirrored):
+        dataset, _ = observed(tmp_path, angle=angle)
+        rng = np.random.default_rng(4)
+        image = rng.normal(size=(ROWS, COLUMNS)).astype(np.float32)
+        image[0, 3] = image[20, 30] = np.nan
+        flags = rng.integers(0, 8, (ROWS, COLUMNS)).astype(np.uint8)
+        dataset = dataset.assign(
+            halpha=(("y", "x"), image),
+            valid=(("y", "x"), np.isfinite(image)),
+            defects=(("y", "x"), flags, {"flag_masks": [1, 2, 4], "flag_meanings": "spike dead missing"}),
+        )
+        result = derotated(dataset.isel(x=slice(None, None, -1)) if mirrored else dataset)
+        # Rows run to the north, so that counterclockwise on the sky is clockwise in NumPy's order.
+        turned = {
+            name: np.rot90(dataset[name].to_numpy(), -round(angle / 90.0))
+            for name in ("halpha", "valid", "defects", "longitude", "latitude")
+        }
+        for name in ("halpha", "valid", "defects"):
+            np.testing.assert_array_equal(result[name], turned[name])
+        for name in ("longitude", "latitude"):
+            np.testing.assert_allclose(result[name], turned[name], atol=1e-5)
+        np.testing.assert_allclose(np.diff(result.x), 0.5)
+        x, y = np.meshgrid(np.arange(result.sizes["x"]), np.arange(result.sizes["y"]))
+        for found, expected in zip(
+            of_wcs(result.flarefield.wcs, x, y), (result.longitude, result.latitude), strict=True
+        ):
+            np.testing.assert_allclose(found, expected, atol=1e-5)
+
+    def test_a_later_time_keeps_its_place(self, tmp_path):
+        dataset, _ = observed(tmp_path, drift=(4.0, -2.5))
+        for time in (0, 1):
+            later = dataset.isel(time=slice(time, None))
+            result = derotated(later)
+            for number in range(later.sizes["time"]):
+                there = result.isel(time=number).flarefield.wcs
+                old = later.isel(time=number).flarefield.wcs
+                np.testing.assert_allclose(there.wcs.crval, old.wcs.crval, atol=1e-6)
