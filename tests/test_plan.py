@@ -272,7 +272,13 @@ def test_a_plan_for_the_rest_and_for_a_part(tmp_path, toy, client, settings):
     assert (over.need.tiles, over.tiles_done) == (18, 0)
 
 
-def test_the_compression_is_that_of_larger_tiles_too(tmp_path, client, fake_model):
+@pytest.fixture
+def unhurried(monkeypatch):
+    """Samples as large as they are on a machine with nothing else to do."""
+    monkeypatch.setattr("pipeline.plan.SECONDS", 600.0)
+
+
+def test_the_compression_is_that_of_larger_tiles_too(tmp_path, client, fake_model, unhurried):
     path = tmp_path / "o.zarr"
     write_store(toy_observation(times=1, rows=48, columns=64), path)
     settings = {"model": fake_model, "draws": 32, "tile": 64, "cluster": client}
@@ -281,7 +287,7 @@ def test_the_compression_is_that_of_larger_tiles_too(tmp_path, client, fake_mode
     assert plan.need.stored == pytest.approx(report.stored, rel=0.25)
 
 
-def test_the_compression_is_that_of_odd_tiles_too(tmp_path, client, fake_model):
+def test_the_compression_is_that_of_odd_tiles_too(tmp_path, client, fake_model, unhurried):
     path = tmp_path / "o.zarr"
     write_store(toy_observation(times=1, rows=21, columns=21), path)
     settings = {"model": fake_model, "draws": 32, "cluster": client}
