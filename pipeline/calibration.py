@@ -19,6 +19,11 @@ Intensities are compared in the wings alone, 0.9 Angstrom and more from the line
 Sun is the photosphere, the same everywhere but for granulation. They are not continuum: 0.55 to 0.7 of it.
 Cores are chromosphere and differ from place to place; they serve to choose the pixels, and to find the
 wavelengths' zero.
+
+The commonest brightness of the wings, among pixels whose lines have the quiet Sun's shape, is taken to be the
+quiet Sun's. In counts nothing else says how bright it is: a field that is wholly in a penumbra or in plage
+cannot be told from it by its wings, and its scale is then wrong. Cores say it where they are not the quiet
+Sun's on average (`LineCalibration.core`).
 """
 
 from __future__ import annotations
@@ -72,6 +77,10 @@ CORE = 0.35  # and at which the core ends
 FITTED = {"halpha": 0.7, "ca8542": 0.5}
 """Angstrom around the core in which a profile's place is fitted: the core and its steep flanks."""
 STEEP = 0.03  # per Angstrom: a tilt of the wings that is worth a remark
+FILLED_IN = 0.1
+"""Of the logarithm of the mean core over what was expected: what is worth a remark. Known scenes' are within
+0.03, also where the line darkens by a fifth of the logarithm more or less than the table says
+(`DARKENING_ERROR`); what real chromospheres' means differ by comes on top."""
 SHIFT_LIMIT = 0.35
 """Angstrom by which wavelengths may be off: more is no drift, but air taken for vacuum or a wrong line."""
 
@@ -119,7 +128,8 @@ class LineCalibration:
     velocity_uncertainty : float
         km/s, one standard deviation.
     core : float
-        Intensity of the mean core over what was expected; 1 if all is well.
+        Intensity of the mean core over what was expected; 1 to a few per cent if all is well. More is stray
+        light, or plage all over the field.
     slope : float
         Per Angstrom: how much brighter than expected the red wing is than the blue one. A few per cent are a
         prefilter that has been left in.
@@ -180,12 +190,29 @@ class QuietSunCalibration:
                 f"{name}: the files' unit is {line.scale:.5g} {UNITS} (+- {100 * line.uncertainty:.1f} %); "
                 f"wavelengths off by {line.velocity_offset:+.2f} km/s (+- {line.velocity_uncertainty:.2f})"
             )
+        return "\n".join((*lines, *self.remarks()))
+
+    def remarks(self) -> tuple[str, ...]:
+        """Say what the quiet Sun would not show, a sentence each."""
+        found = []
+        for name in LINES:
+            line: LineCalibration = getattr(self, name)
             if abs(line.slope) > STEEP:
-                lines.append(
+                found.append(
                     f"{name}: the wings tilt by {100 * line.slope:+.0f} % an Angstrom against the quiet "
                     "Sun's; is a prefilter left in?"
                 )
-        return "\n".join(lines)
+            if abs(np.log(line.core)) > FILLED_IN:
+                causes = (
+                    "stray light left in, or plage"
+                    if line.core > 1.0
+                    else "too much stray light taken off, or a filament"
+                )
+                found.append(
+                    f"{name}: the mean core is {line.core:.2f} times as bright as the quiet Sun's; is there "
+                    f"{causes}? Then the scale is off as well"
+                )
+        return tuple(found)
 
 
 def _of_line(line: str) -> Table:
@@ -346,7 +373,8 @@ def quiet_pixels(
 
     A pixel is quiet if in both lines (1) the core's mean brightness over the wings' is that of the quiet Sun
     there to a factor of exp(`CORE_TOLERANCE`), (2) its wings are as bright as those of most such pixels, to a
-    factor of exp(`WING_TOLERANCE`), and (3) so are `NEIGHBOURS` of the pixels around it.
+    factor of exp(`WING_TOLERANCE`), and (3) so are `NEIGHBOURS` of the pixels around it. Most are taken to be
+    quiet: a field wholly in a penumbra or plage is not told.
 
     Parameters
     ----------

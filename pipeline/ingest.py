@@ -611,6 +611,8 @@ def _make(output: Place, series: _Series, wishes: _Wishes, cluster: Cluster, cal
         if "quiet-sun" in (wishes.calibrate, wishes.wavelength_zero):
             lit = [time for time in range(len(pairs)) if time not in blank]
             calibration = calibrate_store(store.location, output, among=lit)
+            for remark in calibration.remarks():
+                logger.warning("%s: %s", output, remark)
             applied = write_calibration(
                 store.location,
                 scans,

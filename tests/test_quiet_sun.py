@@ -203,6 +203,42 @@ class TestScenes:
         assert "ca8542: the wings tilt" not in found.summary()
         assert found.ca8542.slope == pytest.approx(0.0, abs=0.005)
 
+    @pytest.mark.parametrize("mu", [1.0, 0.6])
+    def test_stray_light_shows_as_cores_that_are_filled(self, mu):
+        """Grey light as bright as the outermost wings, 5 % and 15 %; of scenes without, nothing is said."""
+        scene, _ = quiet_scene(mu=mu, times=1)
+        assert calibrate(scene).remarks() == ()
+        expected, level = {}, {}
+        for line, axis in AXES.items():
+            sun, offset = quiet_spectrum(line, axis, mu), np.abs(axis - REST[line])
+            seen = 0.95 * sun + 0.05 * sun[[0, -1]].mean()
+            core, wings = offset <= 0.35, (offset >= 0.9) & (offset <= 1.7)
+            expected[line] = seen[core].mean() / sun[core].mean() / (seen[wings] / sun[wings]).mean()
+            level[line] = scene[line].isel({f"wavelength_{line}": [0, -1]}).median()
+        found = {
+            share: calibrate(
+                scene.assign({line: (1 - share) * scene[line] + share * level[line] for line in AXES})
+            )
+            for share in (0.05, 0.15)
+        }
+        for line in AXES:
+            assert getattr(found[0.05], line).core == pytest.approx(expected[line], abs=0.04)
+        for share in found:
+            assert "stray light" in next(said for said in found[share].remarks() if "halpha" in said)
+        assert "halpha: the mean core is 1.2" in found[0.15].summary()
+
+    def test_a_field_that_is_all_plage_shows_as_cores_that_are_filled(self, tmp_path, caplog):
+        scene, _ = quiet_scene(active=False, times=1)
+        for line, axis in AXES.items():
+            core = np.exp(-(((axis - REST[line]) / 0.35) ** 2))
+            scene[line] = scene[line] * (1.1 * (1.0 + 0.2 * core)).astype(np.float32)
+        ingest(
+            [write_scene(tmp_path / "scene", scene)], tmp_path / "obs.zarr", call="", calibrate="quiet-sun"
+        )
+        for line in AXES:
+            (said,) = [text for text in caplog.messages if f"{line}: the mean core" in text]
+            assert "plage" in said
+
     def test_intensities_in_physical_units_have_a_scale_of_one(self):
         dataset, _ = quiet_scene(counts={"halpha": 1.0, "ca8542": 1.0}, times=1)
         found = calibrate(dataset)
