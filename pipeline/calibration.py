@@ -58,6 +58,15 @@ Reference = Literal["none", "quiet-sun"]
 
 UNITS = PER_ANGSTROM.to_string()
 """Unit of calibrated intensities."""
+VELOCITY_UNITS = "km s-1"
+RECORD_UNITS = {
+    "scale": UNITS,
+    "velocity_offset": VELOCITY_UNITS,
+    "velocity_uncertainty": VELOCITY_UNITS,
+    "slope": "Angstrom-1",
+    "area": "arcsec2",
+}
+"""Units of what a store records; the scale's is that of one of the files' unit, other numbers have none."""
 
 LIMB_DARKENING = {
     "halpha": (
@@ -175,6 +184,7 @@ class QuietSunCalibration:
         """As a store's attributes hold it: numbers of four digits more than are known."""
         record: dict[str, Any] = asdict(self)
         record["times"] = list(self.times)
+        record["units"] = RECORD_UNITS
         record["sources"] = "Neckel 1999; Neckel & Labs 1994; FAL-C; CRISP's nominal profile"
         return record
 
@@ -597,10 +607,12 @@ def write_calibration(
             attributes["saturation"] = scan.saturation * scale
         intensity.attrs.put(attributes)
         known = {**axis.attrs}
-        known.pop("velocity_offset", None)
+        for name in ("velocity_offset", "velocity_offset_units"):
+            known.pop(name, None)
         velocity = 0.0
         if line is not None and wavelengths:
             velocity = known["velocity_offset"] = line.velocity_offset
+            known["velocity_offset_units"] = VELOCITY_UNITS
         axis[:] = np.asarray(scan.wavelength) * (1.0 + velocity / LIGHT_SPEED)
         axis.attrs.put(known)
     found: dict[str, Any] = {

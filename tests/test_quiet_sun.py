@@ -303,10 +303,20 @@ class TestIngest:
             np.testing.assert_allclose(
                 moved, dataset[f"wavelength_{line}"].attrs["velocity_offset"] / 299792.458, rtol=1e-6
             )
+            assert u.Unit(dataset[f"wavelength_{line}"].attrs["velocity_offset_units"]) == u.km / u.s
+            assert "velocity_offset_units" not in raw[f"wavelength_{line}"].attrs
             saturation = dataset[line].attrs["saturation"] / raw[line].attrs["saturation"]
             assert saturation == pytest.approx(ratios[line] / COUNTS[line], rel=1e-5)
         relative = abs(np.log(ratios["halpha"] / ratios["ca8542"]))
         assert relative < record["relative_uncertainty"]
+        per_angstrom = u.erg / u.s / u.cm**2 / u.sr / u.Angstrom
+        assert {name: u.Unit(unit) for name, unit in record["units"].items()} == {
+            "scale": per_angstrom,
+            "velocity_offset": u.km / u.s,
+            "velocity_uncertainty": u.km / u.s,
+            "slope": 1 / u.Angstrom,
+            "area": u.arcsec**2,
+        }
         assert "quiet Sun" in store[1].summary()
         assert "km/s" in store[1].summary()
 
