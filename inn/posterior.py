@@ -260,6 +260,13 @@ def filled_batches(
         )
 
 
+def pixels_at_once(draws: int, device: str, batch_rows: int | None = None) -> int:
+    """Pixels of a batch of draws on a kind of device: ``"cpu"``, or any other."""
+    if batch_rows is None:
+        batch_rows = BATCH_ROWS if device == "cpu" else DEVICE_BATCH_ROWS
+    return max(1, batch_rows // draws)
+
+
 def _batches(
     model: Network,
     lines: Tensor,
@@ -272,10 +279,8 @@ def _batches(
 ) -> Iterator[_Batch]:
     """Sample every pixel, batch by batch, all batches of the same shape (`scores`: on its own scale)."""
     weights = next(iter(model.parameters()))
-    if batch_rows is None:
-        batch_rows = BATCH_ROWS if weights.device.type == "cpu" else DEVICE_BATCH_ROWS
     latent = latent.to(weights)
-    size = max(1, batch_rows // latent.shape[0])
+    size = pixels_at_once(latent.shape[0], weights.device.type, batch_rows)
     for pixels, good, observed, cosine, error in filled_batches(model, lines, mu, calibration_error, size):
         atmosphere = draw_atmospheres(
             model, observed, latent, cosine, error, scores=scores, precision=precision

@@ -299,6 +299,11 @@ def stated_disagreement(model: nn.Module) -> dict[str, Any]:
     return stated
 
 
+def previewed_at_once(device: str) -> int:
+    """Pixels of a batch of a preview on a kind of device: ``"cpu"``, or any other."""
+    return BATCH if device == "cpu" else DEVICE_BATCH
+
+
 @torch.inference_mode()
 def preview_quantiles(
     model: Network,
@@ -336,8 +341,7 @@ def preview_quantiles(
     weights = next(iter(model.parameters()))
     shape = (tensor.shape[0], levels.size, model.layout.heights.size)
     found = {name: torch.full(shape, torch.nan, dtype=weights.dtype).numpy() for name in QUANTITIES}
-    size = BATCH if weights.device.type == "cpu" else DEVICE_BATCH
-    for batch in filled_batches(model, tensor, angle, error, size):
+    for batch in filled_batches(model, tensor, angle, error, previewed_at_once(weights.device.type)):
         context = with_context.context(batch.lines, batch.mu, batch.calibration_error)
         values = preview.quantiles(context, levels)[: batch.good.numel()]
         values = values.where(batch.good[:, None, None], torch.nan)

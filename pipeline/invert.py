@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from uuid import uuid4
 
@@ -48,7 +48,7 @@ from pipeline.driver import run_bounded
 from pipeline.errors import FlareFieldError, InputError, MisuseError, StoreError
 from pipeline.journal import Journal, changes, is_receipt, read_journal
 from pipeline.observation import open_observation, see_that_it_is_one, see_that_it_is_whole
-from pipeline.plan import Plan, make_plan, see_that_it_fits
+from pipeline.plan import Beside, Plan, make_plan, see_that_it_fits
 from pipeline.progress import Progress
 from pipeline.provenance import provenance
 from pipeline.replacement import as_swapped, discard, finish_swaps, replacement, replacements, swap
@@ -85,6 +85,8 @@ RECORD_LENGTH = 2000
 
 METADATA = 50_000
 """Bytes of a map's attributes and of what describes its variables, about."""
+METADATA_FILES = 32
+"""Their files and directories, and those of heights, quantiles and the journal."""
 
 PREVIEW_COMMENTS = {
     **dict.fromkeys(QUANTITIES, "a preview of the posterior, not sampled: see the store's comment"),
@@ -315,7 +317,7 @@ def invert(
         with journal:
             work.take_up()
             if 0 < work.resumed < work.tiles:
-                _see_that_it_fits(request, work.done, 0)
+                _see_that_it_fits(request, work.done, Beside(0, 0))
             if work.resumed < work.tiles:
                 with opened(cluster) as client:
                     work.go_on(client, window)
@@ -426,7 +428,7 @@ def plan_inversion(
         asked=request.asked,
         done=done,
         dataset=request.dataset,
-        beside=_beside(request) if begun is None else 0,
+        beside=_beside(request) if begun is None else Beside(0, 0),
         sampling=request.sampling,
     )
     if done[request.asked > 0].all():
@@ -438,14 +440,17 @@ def plan_inversion(
         return plan(client, tasks=tasks)
 
 
-def _beside(request: _Request) -> int:
-    """Bytes of a map's coordinates, which the observation has too, and of its metadata; about."""
+def _beside(request: _Request) -> Beside:
+    """What a map's coordinates, which the observation has too, and its metadata take; about."""
     there = place(request.spec.observation)
-    names = _coordinates(request.dataset).variables
-    return METADATA + sum(sum(there.sizes(str(name)).values()) for name in names)
+    sizes: dict[str, int] = {}
+    for name in _coordinates(request.dataset).variables:
+        sizes |= there.sizes(str(name))
+    folders = {folder for key in sizes for folder in PurePosixPath(key).parents}
+    return Beside(METADATA + sum(sizes.values()), METADATA_FILES + len(sizes) + len(folders))
 
 
-def _see_that_it_fits(request: _Request, done: NDArray[np.bool_], beside: int) -> None:
+def _see_that_it_fits(request: _Request, done: NDArray[np.bool_], beside: Beside) -> None:
     see_that_it_fits(
         request.spec,
         request.grid,

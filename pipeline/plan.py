@@ -1,7 +1,9 @@
 """What a run of the map engine will take: pixels, space on the disk, time; found by inverting a few pixels.
 
 The pixels of the sample are read, inverted, rounded, compressed and written as the engine does it, into a
-temporary map. Nothing is known of the others but how many of them lie within both lines' field.
+temporary map, where they take the places of pixels that are asked for: what lies between these is not free.
+Nothing is known of the others but how many of them lie within both lines' field, and what is computed with
+them.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xarray as xr
@@ -31,7 +33,7 @@ from pipeline.driver import run_bounded
 from pipeline.errors import FlareFieldError, StoreError
 from pipeline.results import VARIABLES, Flag, compressor, lay_out
 from pipeline.storage import Directory, place
-from pipeline.tiles import Tile, TileGrid, TileSpec, compute_tile, write_tile
+from pipeline.tiles import Tile, TileGrid, TileSpec, compute_tile, computed_pixels, within_field, write_tile
 
 logger = logging.getLogger("flarefield")
 
@@ -45,12 +47,14 @@ SIDES = (8, 64)
 """Pixels along the sides of a sample's patches: they begin small, and grow as the time allows."""
 TILES = 4
 """Whole tiles that a sample comes to, at most."""
+LAID_OUT = 16
+"""Tiles in whose places a sample is laid out, at most."""
+LARGEST = 1 << 14
+"""Pixels of a tile that are laid out, at most."""
 TASKS = 256
 """Workers that take a sample at the same time, at most."""
 BLOCK = 4096
 """Bytes by which a file system hands out space, as a rule; every file leaves a part of one unused."""
-BLOCKS_PER_TILE = 3 * len(VARIABLES)
-"""Of each variable a file, and at most two directories that hold nothing else, each of which takes one."""
 FILES_PER_TILE = sum(3 if variable.profile else 1 for variable in VARIABLES)
 """Files of a tile, and directories that hold nothing else: of each a file system has only so many."""
 MARGIN = 1.1
@@ -61,6 +65,21 @@ Spot = tuple[int, int, int]
 """Indices of a pixel: time, y, x."""
 
 
+class Beside(NamedTuple):
+    """What is still to be written beside the tiles: coordinates and attributes.
+
+    Attributes
+    ----------
+    bytes : int
+        Bytes of it.
+    files : int
+        Files and directories.
+    """
+
+    bytes: int
+    files: int
+
+
 @dataclass(frozen=True)
 class Sample:
     """A few pixels that were really inverted.
@@ -69,17 +88,20 @@ class Sample:
     ----------
     pixels : int
         How many, within both lines' field.
-    stored : int
-        Bytes that they add to the files of their tiles.
-    empty : int
+    computed : int
+        What was computed for them (`pipeline.tiles.computed_pixels`).
+    stored : float
+        Bytes that each adds to the files of its tile.
+    empty : float
         Bytes of the files of a tile without any answer.
     seconds : float
         Time it took, without opening model and observation.
     """
 
     pixels: int
-    stored: int
-    empty: int
+    computed: int
+    stored: float
+    empty: float
     seconds: float
 
 
@@ -95,20 +117,29 @@ class Need:
         Pixels to be done.
     answerable : int
         Those of them that lie within both lines' field, by a few times of the series.
+    computed : int
+        What is computed for them (`pipeline.tiles.computed_pixels`), by the same times.
     bytes_per_pixel : float
         Bytes that one of the latter takes in the store, by a sample.
     bytes_per_tile : float
         Bytes that a tile takes without them.
     bytes_beside : int
         Bytes of coordinates and attributes, if they are still to be written.
+    files : int
+        Files and directories to be made for all of this.
+    block : int
+        Bytes by which the file system hands out space.
     """
 
     tiles: int
     pixels: int
     answerable: int
+    computed: int
     bytes_per_pixel: float
     bytes_per_tile: float
     bytes_beside: int
+    files: int
+    block: int = BLOCK
 
     @property
     def stored(self) -> int:
@@ -118,12 +149,7 @@ class Need:
     @property
     def space(self) -> int:
         """Bytes that the disk must have: a margin, directories, and what files' last blocks leave unused."""
-        return round(MARGIN * (self.stored + self.bytes_beside)) + self.tiles * BLOCKS_PER_TILE * BLOCK
-
-    @property
-    def files(self) -> int:
-        """Files and directories that the disk must have room for."""
-        return self.tiles * FILES_PER_TILE
+        return round(MARGIN * (self.stored + self.bytes_beside)) + self.files * self.block
 
 
 @dataclass(frozen=True)
@@ -147,7 +173,7 @@ class Plan:
     threads : int
         Cores of each.
     rate : float
-        Pixels per second of one of them, with all of them at work.
+        Pixels per second that one of them computes, with all of them at work.
     sampling : Sampling or None
         What is drawn for each pixel; None for a preview.
     free_files : int or None
@@ -179,9 +205,9 @@ class Plan:
     @property
     def seconds(self) -> float:
         """Time that the cluster needs for what is missing."""
-        if not self.need.answerable:
+        if not self.need.computed:
             return 0.0
-        return math.ceil(self.need.tiles / self.tasks) * self.need.answerable / self.need.tiles / self.rate
+        return math.ceil(self.need.tiles / self.tasks) * self.need.computed / self.need.tiles / self.rate
 
     def summary(self) -> str:
         """The plan as a person reads it."""
@@ -211,7 +237,7 @@ class Plan:
         if self.sampled:
             lines += [
                 f"  time: about {timedelta(seconds=round(self.seconds))} (h:mm:ss), "
-                f"{self.rate * self.tasks:,.0f} pixels/s",
+                f"{self.rate * self.tasks * need.answerable / max(need.computed, 1):,.0f} pixels/s",
                 f"  assuming {self.tasks} tiles at a time, on {self.threads} cores each, at the pace of "
                 f"{self.sampled:,} pixels inverted just now",
             ]
@@ -245,6 +271,11 @@ def free_files(store: Path | str) -> int | None:
     return status.f_favail if status.f_files else None
 
 
+def _block(store: Path | str) -> int:
+    where = place(store)
+    return os.statvfs(where.location.parent).f_frsize if isinstance(where, Directory) else BLOCK
+
+
 def make_plan(
     client: Client | None,
     spec: TileSpec,
@@ -253,7 +284,7 @@ def make_plan(
     done: NDArray[np.bool_],
     dataset: xr.Dataset,
     *,
-    beside: int,
+    beside: Beside,
     sampling: Sampling | None,
     tasks: int | None = None,
 ) -> Plan:
@@ -275,8 +306,8 @@ def make_plan(
         Tiles that are done.
     dataset : xarray.Dataset
         The observation.
-    beside : int
-        Bytes of coordinates and attributes that are still to be written.
+    beside : Beside
+        Coordinates and attributes that are still to be written.
     sampling : Sampling or None
         What is drawn; None for a preview.
     tasks : int, optional
@@ -292,7 +323,7 @@ def make_plan(
         What `take_sample` raises.
     """
     missing = np.where(done, 0, asked)
-    answerable, spots = _spots(spec, grid, missing, dataset)
+    answerable, computed, spots = _spots(spec, grid, missing, dataset)
     samples, started, threads = [], 1, 1
     if client is not None and spots:
         started, threads = sum(client.nthreads().values()), threads_per_task(client)
@@ -308,13 +339,13 @@ def make_plan(
         output=place(spec.store).location,
         tiles_done=int(np.count_nonzero(done)),
         pixels_done=int(asked[done].sum()),
-        need=_need(missing, answerable, samples, beside),
+        need=_need(spec, grid, missing, (answerable, computed), samples, beside),
         free=free_space(spec.store),
         free_files=free_files(spec.store),
         sampled=sum(sample.pixels for sample in samples),
         tasks=tasks or started,
         threads=threads,
-        rate=float(np.mean([sample.pixels / sample.seconds for sample in samples])) if samples else 0.0,
+        rate=float(np.mean([sample.computed / sample.seconds for sample in samples])) if samples else 0.0,
         sampling=sampling,
     )
 
@@ -326,7 +357,7 @@ def see_that_it_fits(
     done: NDArray[np.bool_],
     dataset: xr.Dataset,
     *,
-    beside: int,
+    beside: Beside,
     heights: int,
 ) -> None:
     """Refuse a run whose tiles the disk cannot hold.
@@ -354,8 +385,8 @@ def see_that_it_fits(
         np.dtype(variable.dtype).itemsize * (len(spec.quantiles) * heights if variable.profile else 1)
         for variable in VARIABLES
     )
-    pixels = int(missing.sum())
-    most = Need(int(np.count_nonzero(missing)), pixels, pixels, raw, bytes_per_tile=0, bytes_beside=beside)
+    # What lies between the pixels that are asked for is compressed, but not to nothing.
+    most = _need(spec, grid, missing, (0, 0), [Sample(0, 0, 0, raw * math.prod(grid.tile), 0)], beside)
     room = free_files(spec.store)
     if room is not None and most.files > room:
         raise StoreError(
@@ -368,10 +399,11 @@ def see_that_it_fits(
         )
     if free is None or most.space <= free:
         return
-    answerable, spots = _spots(spec, grid, missing, dataset)
+    *counts, spots = _spots(spec, grid, missing, dataset)
     # In this process, whatever the workers have.
     here = replace(spec, device="cpu", precision="float32", compiled=False)
-    need = _need(missing, answerable, [take_sample(here, grid, SECONDS, spots)] if spots else [], beside)
+    samples = [take_sample(here, grid, SECONDS, spots)] if spots else []
+    need = _need(spec, grid, missing, counts, samples, beside)
     if need.space > free:
         raise StoreError(
             "the map does not fit on the disk",
@@ -383,40 +415,60 @@ def see_that_it_fits(
         )
 
 
-def _need(missing: NDArray[np.int64], answerable: int, samples: Sequence[Sample], beside: int) -> Need:
-    pixels = sum(sample.pixels for sample in samples)
+def _need(
+    spec: TileSpec,
+    grid: TileGrid,
+    missing: NDArray[np.int64],
+    counts: Sequence[int],
+    samples: Sequence[Sample],
+    beside: Beside,
+) -> Need:
+    """What is needed, with the counts of pixels that `_spots` gives."""
+    answerable, computed = counts
+    tiles = int(np.count_nonzero(missing))
+    rows = missing.reshape(grid.counts).any(axis=2)
+    folders = len(VARIABLES) * int(
+        np.count_nonzero(rows) + np.count_nonzero(missing.reshape(grid.counts[0], -1).any(axis=1))
+    )
     return Need(
-        tiles=int(np.count_nonzero(missing)),
+        tiles=tiles,
         pixels=int(missing.sum()),
         answerable=answerable,
-        bytes_per_pixel=sum(sample.stored for sample in samples) / pixels if pixels else 0.0,
+        computed=computed,
+        bytes_per_pixel=float(np.mean([sample.stored for sample in samples])) if samples else 0.0,
         bytes_per_tile=float(np.mean([sample.empty for sample in samples])) if samples else 0.0,
-        bytes_beside=beside,
+        bytes_beside=beside.bytes,
+        files=tiles * FILES_PER_TILE + folders + beside.files,
+        block=_block(spec.store),
     )
 
 
 def _spots(
     spec: TileSpec, grid: TileGrid, missing: NDArray[np.int64], dataset: xr.Dataset
-) -> tuple[int, list[Spot]]:
-    """Estimate how many missing pixels lie within both lines' field, and draw some of them."""
+) -> tuple[int, int, list[Spot]]:
+    """Estimate how many missing pixels lie within both lines' field, what is computed, and draw some."""
     random = np.random.default_rng(spec.seed)
     per_time = missing.reshape(grid.counts)
     times = np.flatnonzero(per_time.any(axis=(1, 2)))
-    wanted = usable = 0
+    wanted = usable = computed = 0
     spots: list[Spot] = []
     for index in times[np.linspace(0, times.size - 1, min(times.size, FRAMES)).round().astype(int)]:
         frame = Tile(int(index), 0, 0, (0, grid.shape[1]), (0, grid.shape[2]))
         here = np.repeat(np.repeat(per_time[index] > 0, grid.tile[0], axis=0), grid.tile[1], axis=1)
         here = here[: grid.shape[1], : grid.shape[2]] & spec.selection.asked(frame)
         wanted += int(np.count_nonzero(here))
-        here &= dataset["valid"].isel(time=index).transpose("y", "x").values.astype(bool)
+        valid = dataset["valid"].isel(time=index).transpose("y", "x").values.astype(bool)
+        here &= valid
         found = np.argwhere(here)
         usable += len(found)
-        # No more than it takes to invert them all.
-        chosen = random.permutation(len(found))[: min(SPOTS // FRAMES, 1 + len(found) // SIDES[0] ** 2)]
+        for row, column in np.argwhere(per_time[index] > 0):
+            y, x = (slice(n * size, (n + 1) * size) for n, size in zip((row, column), grid.tile, strict=True))
+            computed += computed_pixels(spec, here[y, x][valid[y, x]])
+        chosen = random.permutation(len(found))[: SPOTS // FRAMES]
         spots += [(int(index), int(y), int(x)) for y, x in found[chosen]]
     random.shuffle(spots)
-    return round(int(missing.sum()) * usable / wanted) if wanted else 0, spots
+    share = int(missing.sum()) / wanted if wanted else 0.0
+    return round(share * usable), round(share * computed), spots
 
 
 def take_sample(spec: TileSpec, grid: TileGrid, seconds: float, spots: Sequence[Spot]) -> Sample:
@@ -445,7 +497,7 @@ def take_sample(spec: TileSpec, grid: TileGrid, seconds: float, spots: Sequence[
     _inverted(spec, _patch(grid, spots[0], SIDES[0]))  # opens what is needed by all
     parts: list[dict[str, NDArray[Any]]] = []
     side = kept = SIDES[0]
-    pixels, taken = 0, 0.0
+    pixels, computed, taken = 0, 0, 0.0
     most = TILES * grid.tile[0] * grid.tile[1]
     patches: list[Tile] = []
     for spot in spots:
@@ -458,10 +510,13 @@ def take_sample(spec: TileSpec, grid: TileGrid, seconds: float, spots: Sequence[
         if values is not None:
             if side > kept:  # larger patches say more of how tiles are compressed: the others are left out
                 kept, parts, patches, pixels, taken = side, [], [], 0, 0.0
+                computed = 0
             patches.append(patch)
-            # All patches in a row: their shapes do not matter for the compression.
-            parts.append({name: array.reshape(1, -1, *array.shape[2:]) for name, array in values.items()})
+            answerable = (values["quality"] & (Flag.OUTSIDE_FIELD | Flag.NOT_SELECTED)) == 0
+            parts.append({name: array[answerable] for name, array in values.items()})
             pixels += values["quality"].size
+            asked, valid = _asked(spec, patch)
+            computed += computed_pixels(spec, asked[valid])
         taken += last
         if parts and (taken >= seconds or pixels >= most):
             break
@@ -469,10 +524,15 @@ def take_sample(spec: TileSpec, grid: TileGrid, seconds: float, spots: Sequence[
             side *= 2
     if not parts:
         raise StoreError("no pixel of a sample can be inverted", where=spec.observation)
-    sample = {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}
-    stored, empty, writing = _written(spec, sample, grid.tile[0] * grid.tile[1])
-    answerable = (sample["quality"] & (Flag.OUTSIDE_FIELD | Flag.NOT_SELECTED)) == 0
-    return Sample(int(np.count_nonzero(answerable)), stored, empty, taken + writing)
+    sample = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    stored, empty, writing = _sizes(spec, grid, spots, sample)
+    return Sample(len(sample["quality"]), computed, stored, empty, taken + writing)
+
+
+def _asked(spec: TileSpec, tile: Tile) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Pixels (y, x) that are asked for and lie within both lines' field, and all that lie there."""
+    valid = within_field(spec, tile)
+    return spec.selection.asked(tile) & valid, valid
 
 
 def _inverted(spec: TileSpec, patch: Tile) -> dict[str, NDArray[Any]] | None:
@@ -485,38 +545,89 @@ def _inverted(spec: TileSpec, patch: Tile) -> dict[str, NDArray[Any]] | None:
         return None
 
 
-def _written(spec: TileSpec, sample: Mapping[str, NDArray[Any]], width: int) -> tuple[int, int, float]:
-    """Write a row of pixels in tiles: bytes more than empty ones have, those of an empty one, time."""
-    _, whole, _, heights = sample["temperature"].shape
-    # Smaller tiles than the run's are to be compressed as its are.
-    alike = compressor(width * heights)
-    width = next((n for n in range(min(width, whole), 0, -1) if compressor(n * heights) == alike), whole)
-    tiles = TileGrid((2, 1, whole), (1, width))
+def _sizes(
+    spec: TileSpec, grid: TileGrid, spots: Sequence[Spot], sample: Mapping[str, NDArray[Any]]
+) -> tuple[float, float, float]:
+    """Lay pixels out as tiles hold theirs: bytes that each adds, bytes of an empty tile, time of writing.
+
+    A tile is taken as often as it has pixels among the spots: the mean over tiles is that over pixels.
+    """
+    count, heights, pixels = len(sample["quality"]), sample["temperature"].shape[-1], math.prod(grid.tile)
+    # Parts of tiles are to be compressed as whole ones are.
+    alike = [
+        n
+        for n in range(1, min(pixels, LARGEST) + 1)
+        if compressor(n * heights) == compressor(pixels * heights)
+    ]
+    whole = width = alike[-1] if alike else min(pixels, LARGEST)
+    places: list[NDArray[np.bool_]] = []
+    laid_out = 0
+    for spot in spots[:LAID_OUT]:
+        asked = _places(spec, grid, spot, whole)
+        if places and laid_out + np.count_nonzero(asked) > count:
+            break
+        places.append(asked)
+        laid_out += int(np.count_nonzero(asked))
+    if laid_out > count and 2 * laid_out > whole:  # a part of the first, for which the sample is enough
+        (asked,) = places
+        asked[np.flatnonzero(asked)[count:]] = False
+        last = np.flatnonzero(asked)[-1] + 1
+        width = next((n for n in alike if n >= last), whole)
+        places, laid_out = [asked[:width]], count
+    elif laid_out > count:  # among many others, the same pixels again compress like new ones, in new order
+        random = np.random.default_rng(spec.seed)
+        rounds = [np.arange(count), *(random.permutation(count) for _ in range(laid_out // count))]
+        sample = {name: array[np.concatenate(rounds)] for name, array in sample.items()}
+    nothing = np.zeros(whole, dtype=bool)
+    ((empty, _),) = _written(spec, sample, [nothing])
+    (lost, _), *written = _written(spec, sample, [nothing[:width], *places])
+    added = [
+        (size - lost) / np.count_nonzero(asked) for (size, _), asked in zip(written, places, strict=True)
+    ]
+    seconds = sum(taken for _, taken in written) * count / laid_out
+    return float(np.mean(added)), empty * pixels / whole, seconds
+
+
+def _places(spec: TileSpec, grid: TileGrid, spot: Spot, width: int) -> NDArray[np.bool_]:
+    """Pixels in a row of the tile of a spot, or so many of them around it, that are to be answered."""
+    row, column = (n // size for n, size in zip(spot[1:], grid.tile, strict=True))
+    tile = grid[(spot[0] * grid.counts[1] + row) * grid.counts[2] + column]
+    asked = np.zeros(grid.tile, dtype=bool)  # tiles at the edges are filled up
+    asked[: tile.shape[0], : tile.shape[1]] = _asked(spec, tile)[0]
+    middle = (spot[1] - tile.y[0]) * grid.tile[1] + spot[2] - tile.x[0]
+    first = min(max(middle - width // 2, 0), asked.size - width)
+    return asked.ravel()[first : first + width]
+
+
+def _written(
+    spec: TileSpec, sample: Mapping[str, NDArray[Any]], places: Sequence[NDArray[np.bool_]]
+) -> list[tuple[int, float]]:
+    """Write a tile for each row of places, with the sample's pixels there one after another: bytes, time."""
+    width, heights = places[0].size, sample["temperature"].shape[-1]
+    tiles = TileGrid((len(places), 1, width), (1, width))
+    found, used = [], 0
     with TemporaryDirectory(prefix="flarefield-") as folder:
         store = Path(folder) / "sample.zarr"
         lay_out(
             store,
-            xr.Dataset(coords={"time": range(2), "y": range(1), "x": range(whole)}),
+            xr.Dataset(coords={"time": range(len(places)), "y": range(1), "x": range(width)}),
             heights=range(heights),
             quantiles=spec.quantiles,
             tile=tiles.tile,
             attrs={"run": spec.run},
         )
-
-        def write(tile: Tile) -> int:
-            values = {name: array[:, slice(*tile.x)] for name, array in sample.items()}
-            if tile.time == 1:
-                values = {
-                    variable.name: np.full_like(values[variable.name], variable.fill)
-                    for variable in VARIABLES
-                }
-            return write_tile(store, spec.run, tile, values)
-
-        empty = write(replace(tiles[0], time=1))
-        started = time.monotonic()
-        number = len(tiles) // 2
-        stored = sum(write(tiles[index]) for index in range(number))
-        return stored - number * empty, empty, time.monotonic() - started
+        for tile, asked in zip(tiles, places, strict=True):
+            started = time.monotonic()
+            values = {}
+            for variable in VARIABLES:
+                pixels = sample[variable.name]
+                row = np.full((width, *pixels.shape[1:]), variable.fill, dtype=pixels.dtype)
+                row[asked] = pixels[used : used + np.count_nonzero(asked)]
+                values[variable.name] = row[None]
+            used += int(np.count_nonzero(asked))
+            size = write_tile(store, spec.run, tile, values)
+            found.append((size, time.monotonic() - started))
+    return found
 
 
 def _patch(grid: TileGrid, spot: Spot, side: int) -> Tile:

@@ -34,9 +34,9 @@ from inn.checkpoint import Network, load_model, model_hash
 from inn.latent import LatentKind
 from inn.layout import QUANTITIES
 from inn.novelty import Novelty
-from inn.posterior import compile_draws, quantiles_and_misfit
+from inn.posterior import compile_draws, pixels_at_once, quantiles_and_misfit
 from inn.precision import Precision, multiplies_bfloat16
-from inn.preview import preview_quantiles, stated_disagreement
+from inn.preview import preview_quantiles, previewed_at_once, stated_disagreement
 from pipeline.defects import Defect
 from pipeline.devices import Device, array_library, to_torch
 from pipeline.errors import ClusterError, MisuseError, ModelError, StoreError
@@ -542,7 +542,7 @@ def _compute(
     names = [window.name for window in model.layout.lines]
     intensity = {name: observation[name].isel(here).transpose("y", "x", ...).values for name in names}
     wavelength = {name: observation[f"wavelength_{name}"].values for name in names}
-    valid = observation["valid"].isel(here).transpose("y", "x").values.astype(bool)
+    valid = _valid(observation, tile)
     quality = judge(intensity, valid, {name: saturation(observation, name) for name in names})
     shifts = {name: _shift(observation, name, here) for name in names}
     for window in model.layout.lines:
@@ -610,6 +610,35 @@ def _compute(
     return values
 
 
+def _valid(observation: xr.Dataset, tile: Tile) -> NDArray[np.bool_]:
+    """Pixels (y, x) of a rectangle that lie within both lines' field."""
+    here = {"time": tile.time, "y": slice(*tile.y), "x": slice(*tile.x)}
+    return np.asarray(observation["valid"].isel(here).transpose("y", "x").values, dtype=bool)
+
+
+def within_field(spec: TileSpec, tile: Tile) -> NDArray[np.bool_]:
+    """Find which pixels of a rectangle lie within both lines' field.
+
+    Parameters
+    ----------
+    spec : TileSpec
+        The run.
+    tile : Tile
+        Any rectangle within the observation.
+
+    Returns
+    -------
+    ndarray of bool, shape (y, x)
+
+    Raises
+    ------
+    StoreError
+        The observation cannot be opened, or is another one.
+    """
+    with answering(spec.observation):
+        return _valid(_observation(spec.observation, spec.observation_hash), tile)
+
+
 def _known_defects(observation: xr.Dataset, here: Mapping[str, Any]) -> NDArray[np.uint16]:
     """Flags (y, x) for what ingest has found, where the observation says."""
     shape = (here["y"].stop - here["y"].start, here["x"].stop - here["x"].start)
@@ -658,6 +687,30 @@ def _answer(
         latent=spec.latent,
         precision=spec.precision,
     )
+
+
+def computed_pixels(spec: TileSpec, kept: NDArray[np.bool_]) -> int:
+    """Count the rows that the network is given for a tile, in whole batches, whatever is asked for of them.
+
+    Parameters
+    ----------
+    spec : TileSpec
+        The run.
+    kept : ndarray of bool, shape (pixels,)
+        Which of the tile's good pixels are asked for, in order.
+
+    Returns
+    -------
+    int
+        What a tile takes to compute, in pixels.
+    """
+    if not kept.any():
+        return 0
+    at_once = previewed_at_once(spec.device) if spec.preview else pixels_at_once(spec.draws, spec.device)
+    starts = np.arange(0, kept.size, at_once)
+    # Elsewhere than on the CPU, batches are not looked at: `inn.posterior.filled_batches`.
+    batches = np.logical_or.reduceat(kept, starts).sum() if spec.device == "cpu" else starts.size
+    return at_once * int(batches)
 
 
 def rounding_steps(spec: TileSpec, model: Network) -> dict[str, float]:

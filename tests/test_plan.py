@@ -10,21 +10,26 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import zarr
 from test_invert import APPEARED, SWAP_MOMENTS, can_mount, on_a_small_disk, processes  # noqa: F401
 from test_invert import run as run_and_kill
 from toy_observation import toy_observation, write_store
 
+import inn.posterior
 import pipeline.invert
 import pipeline.plan
+from inn.posterior import draw_atmospheres
+from inn.preview import Preview
 from inn.sampling import Sampling
 from pipeline.check import check_map
 from pipeline.cli import main
 from pipeline.errors import FlareFieldError, InputError, MisuseError, StoreError
 from pipeline.invert import invert, plan_inversion
 from pipeline.plan import Need, Plan, free_files, take_sample
-from pipeline.results import VARIABLES, open_map
+from pipeline.results import VARIABLES, Flag, open_map
+from pipeline.selection import EVERYTHING
 from pipeline.storage import Directory, lock
-from pipeline.tiles import TileGrid
+from pipeline.tiles import TileGrid, computed_pixels
 
 SETTINGS = {"draws": 32, "tile": 8, "seed": 3}
 
@@ -44,7 +49,7 @@ def disk(monkeypatch):
 
 
 def need(**changes):
-    return replace(Need(10, 40_000, 30_000, 300.0, 1000.0, bytes_beside=0), **changes)
+    return replace(Need(10, 40_000, 30_000, 30_000, 300.0, 1000.0, bytes_beside=0, files=180), **changes)
 
 
 def plan_of(needed, **changes):
@@ -61,8 +66,12 @@ def test_time_goes_by_whole_tiles_and_space_by_whole_blocks():
     assert plan_of(need()).seconds == pytest.approx(90.0)
     assert plan_of(need(), tasks=20).seconds == pytest.approx(30.0)
     assert need().stored == 9_000_000 + 10 * 1000
-    # A file and two directories of each of six variables, a block each; a tenth more than expected.
-    assert need().space == 1.1 * need().stored + 10 * 18 * 4096
+    # Each of the files and directories leaves as much as a block unused; a tenth more than expected.
+    assert need().space == 1.1 * need().stored + 180 * 4096
+    assert need(block=1 << 16).space == 1.1 * need().stored + 180 * 65536
+    # Whole batches are computed, whatever is asked for of them.
+    assert plan_of(need(computed=90_000)).seconds == pytest.approx(270.0)
+    assert "0:04:30 (h:mm:ss), 133 pixels/s" in plan_of(need(computed=90_000)).summary()
     assert plan_of(need(), free=need().space).fits
     assert not plan_of(need(), free=need().space - 1).fits
     assert plan_of(need(), free=None).fits
@@ -86,11 +95,9 @@ def test_a_plan_says_what_it_assumes():
 
 
 def test_a_disk_that_runs_out_of_files_is_as_full_as_one_without_space(tmp_path, monkeypatch):
-    # Six files a tile, and those of the three quantities in two directories of their own each.
-    assert need().files == 10 * (6 + 3 * 2)
-    assert plan_of(need(), free_files=120).fits
-    assert not plan_of(need(), free_files=119).fits
-    assert "119 more files" in plan_of(need(), free_files=119).summary()
+    assert plan_of(need(), free_files=180).fits
+    assert not plan_of(need(), free_files=179).fits
+    assert "179 more files" in plan_of(need(), free_files=179).summary()
     for files, free in ((1000, 77), (0, None)):  # file systems that have no such limit say 0
         monkeypatch.setattr(
             pipeline.plan.os, "statvfs", lambda path, n=files: SimpleNamespace(f_files=n, f_favail=77)
@@ -109,8 +116,10 @@ def test_a_plan_foretells_the_map(tmp_path, toy, client, settings):
     report = invert(toy, output, cluster=client, **settings)
     assert (plan.need.tiles, plan.need.pixels, plan.tiles_done) == (report.tiles, report.pixels, 0)
     assert plan.need.answerable == report.pixels - report.flags["outside_field"]
-    # Tiles at the edges are smaller, and therefore less well compressed, than those of the sample.
-    assert plan.need.stored == pytest.approx(report.stored, rel=0.3)
+    assert plan.need.stored == pytest.approx(report.stored, rel=0.15)
+    there = [*output.rglob("*"), output, Directory(output).journal]
+    assert len(there) <= plan.need.files <= 1.1 * len(there)
+    assert sum(512 * path.stat().st_blocks for path in there) <= plan.need.space
     whole = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     assert plan.need.bytes_beside == pytest.approx(whole - report.stored, rel=0.5)
     assert plan.fits
@@ -296,6 +305,58 @@ def test_the_compression_is_that_of_odd_tiles_too(tmp_path, client, fake_model, 
     assert plan.need.stored == pytest.approx(report.stored, rel=0.15)
 
 
+def test_pixels_among_others_take_more_and_as_long_as_whole_batches(
+    tmp_path, client, fake_model, monkeypatch
+):
+    path, earlier = tmp_path / "o.zarr", tmp_path / "earlier.zarr"
+    write_store(toy_observation(times=1, rows=64, columns=64), path)
+    always = {"model": fake_model, "draws": 32, "tile": 64, "cluster": client}
+    invert(path, earlier, preview=True, **always)
+    quality = zarr.open_array(earlier, path="quality", mode="r+")
+    quality[:] = np.uint16(Flag.NOVEL) * (np.random.default_rng(5).random(quality.shape) < 0.9)
+    asked = []
+
+    def counted(model, lines, *given, **settings):
+        asked.append(len(lines))
+        return draw_atmospheres(model, lines, *given, **settings)
+
+    def previewed(preview, context, levels):
+        asked.append(len(context))
+        return quantiles(preview, context, levels)
+
+    quantiles = Preview.quantiles
+    monkeypatch.setattr(inn.posterior, "draw_atmospheres", counted)
+    monkeypatch.setattr(Preview, "quantiles", previewed)
+    parts = {
+        "columns": {"region": "0:64,30:34"},
+        "rows": {"region": "30:34,0:64"},
+        "one": {"region": "30:31,30:31"},
+        "scattered": {"skip": ["novel"], "skip_from": earlier},
+        "preview": {"region": "30:34,0:64", "preview": True},
+    }
+    for name, part in parts.items():
+        output = tmp_path / f"{name}.zarr"
+        plan = plan_inversion(path, output, **part, **always)
+        asked.clear()
+        report = invert(path, output, **part, **always)
+        assert plan.need.computed == sum(asked) > 0, name
+        assert plan.need.stored == pytest.approx(report.stored, rel=0.15), name
+        there = [*output.rglob("*"), output, Directory(output).journal]
+        assert sum(512 * path.stat().st_blocks for path in there) <= plan.need.space, name
+
+
+def test_batches_with_nothing_asked_for_are_not_computed_on_a_processor():
+    def spec(device="cpu", preview=False):
+        return SimpleNamespace(device=device, draws=64, preview=preview)
+
+    kept = np.zeros(1000, dtype=bool)
+    assert computed_pixels(spec(), kept) == computed_pixels(spec("cuda"), kept) == 0
+    kept[[63, 64, 999]] = True
+    assert computed_pixels(spec(), kept) == 3 * 64
+    assert computed_pixels(spec("cuda"), kept) == 2048
+    assert computed_pixels(spec(preview=True), kept) == 2 * 512
+
+
 def test_no_pixel_is_sampled_twice(monkeypatch):
     # Of a field of 20 x 20 pixels, squares around many spots: the same numbers again compress to nothing.
     seen = np.zeros((2, 20, 20), dtype=int)
@@ -311,7 +372,16 @@ def test_no_pixel_is_sampled_twice(monkeypatch):
 
     monkeypatch.setattr(pipeline.plan, "_inverted", inverted)
     spots = [(when, y, x) for when in (0, 1) for y in (3, 9, 15) for x in (3, 9, 15)]
-    spec = SimpleNamespace(quantiles=(0.05, 0.16, 0.5, 0.84, 0.95), run="a test")
+    monkeypatch.setattr(pipeline.plan, "within_field", lambda spec, tile: np.ones(tile.shape, dtype=bool))
+    spec = SimpleNamespace(
+        quantiles=(0.05, 0.16, 0.5, 0.84, 0.95),
+        run="a test",
+        selection=EVERYTHING,
+        device="cpu",
+        draws=32,
+        preview=False,
+        seed=0,
+    )
     sample = take_sample(spec, TileGrid((2, 20, 20), (16, 16)), 3600.0, spots)
     assert seen.max() == 1
     assert seen[1].sum() > 0
@@ -336,8 +406,8 @@ def test_pixels_that_cannot_be_read_do_not_keep_from_planning(tmp_path, client, 
 
 def test_what_surely_fits_is_not_even_sampled(tmp_path, toy, client, settings, disk, monkeypatch):
     monkeypatch.setattr(pipeline.plan, "take_sample", lambda *given: pytest.fail("pixels were inverted"))
-    raw = 720 * (3 * 5 * 50 * 4 + 4 + 4 + 2)
-    disk.free = round(1.1 * (raw + 60_000)) + 18 * 18 * 4096  # with coordinates and attributes
+    raw = 18 * 64 * (3 * 5 * 50 * 4 + 4 + 4 + 2)  # as whole tiles, beyond the edges, too
+    disk.free = round(1.1 * (raw + 60_000)) + 400 * 4096  # with coordinates and attributes
     assert not invert(toy, tmp_path / "map.zarr", cluster=client, **settings).failed
 
 
@@ -369,7 +439,7 @@ def test_only_what_is_left_has_to_fit(tmp_path, toy, client, settings, disk):
     disk.free = 100_000
     with pytest.raises(StoreError, match="does not fit"):
         invert(toy, output, cluster=client, **{**settings, "overwrite": True})
-    disk.free = round(1.1 * 64 * 3010) + 18 * 4096
+    disk.free = round(1.1 * 64 * 3010) + 24 * 4096
     assert invert(toy, output, cluster=client, **settings).resumed == 17
     disk.free = 0
     assert invert(toy, output, cluster=client, **settings).resumed == 18
