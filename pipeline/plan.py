@@ -50,7 +50,7 @@ TILES = 4
 LAID_OUT = 16
 """Tiles in whose places a sample is laid out, at most."""
 LARGEST = 1 << 14
-"""Pixels of a tile that are laid out, at most."""
+"""Pixels of these, at most; larger tiles are laid out in part."""
 TASKS = 256
 """Workers that take a sample at the same time, at most."""
 BLOCK = 4096
@@ -559,33 +559,24 @@ def _sizes(
         for n in range(1, min(pixels, LARGEST) + 1)
         if compressor(n * heights) == compressor(pixels * heights)
     ]
-    whole = width = alike[-1] if alike else min(pixels, LARGEST)
-    places: list[NDArray[np.bool_]] = []
-    laid_out = 0
-    for spot in spots[:LAID_OUT]:
-        asked = _places(spec, grid, spot, whole)
-        if places and laid_out + np.count_nonzero(asked) > count:
-            break
-        places.append(asked)
-        laid_out += int(np.count_nonzero(asked))
-    if laid_out > count and 2 * laid_out > whole:  # a part of the first, for which the sample is enough
-        (asked,) = places
-        asked[np.flatnonzero(asked)[count:]] = False
-        last = np.flatnonzero(asked)[-1] + 1
-        width = next((n for n in alike if n >= last), whole)
-        places, laid_out = [asked[:width]], count
-    elif laid_out > count:  # among many others, the same pixels again compress like new ones, in new order
-        random = np.random.default_rng(spec.seed)
-        rounds = [np.arange(count), *(random.permutation(count) for _ in range(laid_out // count))]
-        sample = {name: array[np.concatenate(rounds)] for name, array in sample.items()}
+    whole = width = alike[-1]
+    chosen = spots[: min(LAID_OUT, LARGEST // whole)]
+    places = [_places(spec, grid, spot, whole) for spot in chosen]
+    if any(np.count_nonzero(asked) > max(count, whole // 2) for asked in places):
+        # The same pixels again would compress to nothing: parts of tiles, for which there are enough.
+        width = max((n for n in alike if n <= count), default=alike[0])
+        places = [_places(spec, grid, spot, width) for spot in chosen]
+    # Among many others, the same pixels in new order compress like new ones.
+    random, most = np.random.default_rng(spec.seed), max(np.count_nonzero(asked) for asked in places)
+    rounds = [np.arange(count), *(random.permutation(count) for _ in range(most // count))]
+    sample = {name: array[np.concatenate(rounds)] for name, array in sample.items()}
     nothing = np.zeros(whole, dtype=bool)
     ((empty, _),) = _written(spec, sample, [nothing])
     (lost, _), *written = _written(spec, sample, [nothing[:width], *places])
-    added = [
-        (size - lost) / np.count_nonzero(asked) for (size, _), asked in zip(written, places, strict=True)
-    ]
-    seconds = sum(taken for _, taken in written) * count / laid_out
-    return float(np.mean(added)), empty * pixels / whole, seconds
+    sizes = [np.count_nonzero(asked) for asked in places]
+    added = [(stored - lost) / size for (stored, _), size in zip(written, sizes, strict=True)]
+    seconds = sum(taken for _, taken in written) * count / sum(sizes)
+    return float(np.mean(added)), empty * pixels / whole, float(seconds)
 
 
 def _places(spec: TileSpec, grid: TileGrid, spot: Spot, width: int) -> NDArray[np.bool_]:
@@ -602,10 +593,10 @@ def _places(spec: TileSpec, grid: TileGrid, spot: Spot, width: int) -> NDArray[n
 def _written(
     spec: TileSpec, sample: Mapping[str, NDArray[Any]], places: Sequence[NDArray[np.bool_]]
 ) -> list[tuple[int, float]]:
-    """Write a tile for each row of places, with the sample's pixels there one after another: bytes, time."""
+    """Write a tile for each row of places, with the sample's pixels there: bytes, and time."""
     width, heights = places[0].size, sample["temperature"].shape[-1]
     tiles = TileGrid((len(places), 1, width), (1, width))
-    found, used = [], 0
+    found = []
     with TemporaryDirectory(prefix="flarefield-") as folder:
         store = Path(folder) / "sample.zarr"
         lay_out(
@@ -622,9 +613,8 @@ def _written(
             for variable in VARIABLES:
                 pixels = sample[variable.name]
                 row = np.full((width, *pixels.shape[1:]), variable.fill, dtype=pixels.dtype)
-                row[asked] = pixels[used : used + np.count_nonzero(asked)]
+                row[asked] = pixels[: np.count_nonzero(asked)]
                 values[variable.name] = row[None]
-            used += int(np.count_nonzero(asked))
             size = write_tile(store, spec.run, tile, values)
             found.append((size, time.monotonic() - started))
     return found

@@ -311,7 +311,8 @@ def test_pixels_among_others_take_more_and_as_long_as_whole_batches(
     path, earlier = tmp_path / "o.zarr", tmp_path / "earlier.zarr"
     write_store(toy_observation(times=1, rows=64, columns=64), path)
     always = {"model": fake_model, "draws": 32, "tile": 64, "cluster": client}
-    invert(path, earlier, preview=True, **always)
+    previewing = {**always, "draws": None, "preview": True}
+    invert(path, earlier, **previewing)
     quality = zarr.open_array(earlier, path="quality", mode="r+")
     quality[:] = np.uint16(Flag.NOVEL) * (np.random.default_rng(5).random(quality.shape) < 0.9)
     asked = []
@@ -332,13 +333,13 @@ def test_pixels_among_others_take_more_and_as_long_as_whole_batches(
         "rows": {"region": "30:34,0:64"},
         "one": {"region": "30:31,30:31"},
         "scattered": {"skip": ["novel"], "skip_from": earlier},
-        "preview": {"region": "30:34,0:64", "preview": True},
+        "preview": {"region": "30:34,0:64", "draws": None, "preview": True},
     }
     for name, part in parts.items():
         output = tmp_path / f"{name}.zarr"
-        plan = plan_inversion(path, output, **part, **always)
+        plan = plan_inversion(path, output, **{**always, **part})
         asked.clear()
-        report = invert(path, output, **part, **always)
+        report = invert(path, output, **{**always, **part})
         assert plan.need.computed == sum(asked) > 0, name
         assert plan.need.stored == pytest.approx(report.stored, rel=0.15), name
         there = [*output.rglob("*"), output, Directory(output).journal]
