@@ -30,6 +30,7 @@ ROTATION_AXIS = SkyCoord(286.13 * u.deg, 63.87 * u.deg, frame=ICRS)
 
 SAMPLES = 64  # pixels along each side from which a frame is found: it has six numbers
 COMPLETE = 1.0 - 1e-6  # sums of interpolation weights are one only to rounding
+REPRODUCED = 0.05  # arcsec by which a WCS may miss the dataset's own coordinates
 WHOLE = 1e-3  # pixels by which a field that fits whole pixels may miss them: coordinates are rounded
 
 
@@ -95,7 +96,8 @@ class FlareField:
         StoreError
             The dataset does not say where its pixels are.
         MisuseError
-            It has one row or one column only, which is not enough to know the pixels' orientation.
+            It has one row or one column only, which does not tell the pixels' orientation; or no time,
+            or pixels that are no regular cut of an image.
         """
         return celestial_wcs(self._dataset)
 
@@ -121,7 +123,7 @@ def celestial_wcs(dataset: xr.Dataset) -> WCS:
     StoreError
         The dataset does not say where its pixels are.
     MisuseError
-        It has one row or one column only.
+        It has one row or one column only, no time, or pixels that are no regular cut of an image.
     """
     longitude, latitude = _coordinates(dataset)
     rows, columns = longitude.shape
@@ -133,6 +135,16 @@ def celestial_wcs(dataset: xr.Dataset) -> WCS:
             expected="two rows and two columns at least",
             remedy="take the WCS of a larger part",
         )
+    axes = [dataset[name].to_numpy() for name in ("y", "x") if name in dataset.coords]
+    ends = [
+        (longitude[0, 0], latitude[0, 0]),
+        (longitude[0, -1], latitude[0, -1]),
+        (longitude[-1, 0], latitude[-1, 0]),
+    ]
+    if not all(np.isfinite(values).all() for values in (longitude, latitude, *axes)):
+        raise _irregular("pixels without coordinates")
+    if any(values[0] == values[-1] for values in axes) or len(set(ends)) < 3:
+        raise _irregular("the first and the last pixel at one place")
     row, column = (
         np.linspace(0, size - 1, min(size, SAMPLES)).round().astype(int) for size in (rows, columns)
     )
@@ -144,6 +156,11 @@ def celestial_wcs(dataset: xr.Dataset) -> WCS:
     step = (_step(dataset, "x", matrix[:, 0]), _step(dataset, "y", matrix[:, 1]))
     rotation = matrix / np.array(step)[:, None]
     wcs = Frame(reference, through.reference_value, step, (_pair(rotation[0]), _pair(rotation[1]))).wcs
+    x, y = np.meshgrid(np.arange(columns, dtype=np.float64), np.arange(rows, dtype=np.float64))
+    found = through.coordinates(x, y)
+    missed = float(np.hypot(found[0] - longitude, found[1] - latitude).max())
+    if not missed <= REPRODUCED:
+        raise _irregular(f"pixels up to {missed:.2g} arcsec from where a WCS puts them")
     time = _first_time(dataset)
     wcs.wcs.dateavg = Time(time, scale="utc").isot
     wcs.wcs.dateobs = wcs.wcs.dateavg
@@ -153,6 +170,16 @@ def celestial_wcs(dataset: xr.Dataset) -> WCS:
     wcs.wcs.aux.hglt_obs = heliographic_latitude(time)
     wcs.wcs.set()
     return wcs
+
+
+def _irregular(found: str) -> MisuseError:
+    return MisuseError(
+        "the pixels are no regular cut of an image, so that no WCS says where they are",
+        where="wcs",
+        found=found,
+        expected=f"longitude and latitude of all pixels, as a WCS gives them to {REPRODUCED} arcsec",
+        remedy="cut with slices along y and x, and pad or roll nothing",
+    )
 
 
 def derotated(dataset: xr.Dataset) -> xr.Dataset:
@@ -310,15 +337,23 @@ def _outside_flag(array: xr.DataArray) -> int:
 def _coordinates(dataset: xr.Dataset) -> tuple[Array, Array]:
     """Longitude and latitude of the pixels at the dataset's first time, arcsec, (y, x)."""
     missing = [name for name in ("longitude", "latitude", "time") if name not in dataset.variables]
-    if missing or dataset["longitude"].dims != ("y", "x"):
+    if missing or set(dataset["longitude"].dims) != {"y", "x"} or set(dataset["latitude"].dims) != {"y", "x"}:
         raise StoreError(
             "the dataset does not say where its pixels are",
             found=f"no {', '.join(missing)}" if missing else f"longitude over {dataset['longitude'].dims}",
             expected="longitude and latitude over y and x, and time, as in an observation or a map",
         )
+    if dataset["time"].size == 0 or np.isnat(_first_time(dataset)):
+        raise MisuseError(
+            "without a time the pixels have no place on the Sun",
+            where="wcs",
+            found="no first time",
+            expected="one time at least",
+            remedy="select a time that there is",
+        )
     found = []
     for name in ("longitude", "latitude"):
-        values = dataset[name].to_numpy().astype(np.float64)
+        values = dataset[name].transpose("y", "x").to_numpy().astype(np.float64)
         pointing = f"pointing_{name}"
         # The pixels' coordinates are at one time of the whole series, of which this may be a part.
         if pointing in dataset.variables and "pointing" in dataset[name].attrs:

@@ -123,6 +123,29 @@ def test_a_cut_has_the_wcs_of_what_is_left(tmp_path):
         dataset.drop_vars("longitude").flarefield.wcs  # noqa: B018
 
 
+@pytest.mark.parametrize(
+    "selected",
+    [
+        lambda dataset: dataset.isel(x=[0, 1, 5, 6, 20, 50]),
+        lambda dataset: dataset.isel(x=[5, 5]),
+        lambda dataset: dataset.roll(x=5, roll_coords=True),
+        lambda dataset: dataset.pad(x=3),
+    ],
+)
+def test_pixels_of_no_regular_cut_have_no_wcs(tmp_path, selected):
+    dataset, _ = observed(tmp_path)
+    with pytest.raises(MisuseError, match="no regular cut"):
+        selected(dataset).flarefield.wcs  # noqa: B018
+
+
+def test_no_time_has_no_wcs_and_the_order_of_axes_does_not_matter(tmp_path):
+    dataset, _ = observed(tmp_path)
+    with pytest.raises(MisuseError, match="without a time"):
+        dataset.isel(time=slice(0, 0)).flarefield.wcs  # noqa: B018
+    other = dataset.transpose("x", "y", ...).flarefield.wcs
+    assert other.wcs.compare(dataset.flarefield.wcs.wcs)
+
+
 def test_every_time_has_its_own_pointing(tmp_path):
     dataset, headers = observed(tmp_path, drift=(4.0, -2.5))
     x, y = np.meshgrid([0, 44, 89], [0, 30, 59])
