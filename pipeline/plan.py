@@ -463,7 +463,7 @@ def _spots(
         usable += len(found)
         for row, column in np.argwhere(per_time[index] > 0):
             y, x = (slice(n * size, (n + 1) * size) for n, size in zip((row, column), grid.tile, strict=True))
-            computed += computed_pixels(spec, here[y, x][valid[y, x]])
+            computed += computed_pixels(spec, int(np.count_nonzero(here[y, x])))
         chosen = random.permutation(len(found))[: SPOTS // FRAMES]
         spots += [(int(index), int(y), int(x)) for y, x in found[chosen]]
     random.shuffle(spots)
@@ -516,7 +516,7 @@ def take_sample(spec: TileSpec, grid: TileGrid, seconds: float, spots: Sequence[
             parts.append({name: array[answerable] for name, array in values.items()})
             pixels += values["quality"].size
             asked, valid = _asked(spec, patch)
-            computed += computed_pixels(spec, asked[valid])
+            computed += computed_pixels(spec, int(np.count_nonzero(asked & valid)))
         taken += last
         if parts and (taken >= seconds or pixels >= most):
             break

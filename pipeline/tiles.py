@@ -689,28 +689,23 @@ def _answer(
     )
 
 
-def computed_pixels(spec: TileSpec, kept: NDArray[np.bool_]) -> int:
-    """Count the rows that the network is given for a tile, in whole batches, whatever is asked for of them.
+def computed_pixels(spec: TileSpec, asked: int) -> int:
+    """Count the pixels that the network is given for a tile, in whole batches.
 
     Parameters
     ----------
     spec : TileSpec
         The run.
-    kept : ndarray of bool, shape (pixels,)
-        Which of the tile's good pixels are asked for, in order.
+    asked : int
+        How many of the tile's good pixels are asked for.
 
     Returns
     -------
     int
         What a tile takes to compute, in pixels.
     """
-    if not kept.any():
-        return 0
     at_once = previewed_at_once(spec.device) if spec.preview else pixels_at_once(spec.draws, spec.device)
-    starts = np.arange(0, kept.size, at_once)
-    # Elsewhere than on the CPU, batches are not looked at: `inn.posterior.filled_batches`.
-    batches = np.logical_or.reduceat(kept, starts).sum() if spec.device == "cpu" else starts.size
-    return at_once * int(batches)
+    return at_once * math.ceil(asked / at_once)
 
 
 def rounding_steps(spec: TileSpec, model: Network) -> dict[str, float]:

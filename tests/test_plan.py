@@ -305,9 +305,7 @@ def test_the_compression_is_that_of_odd_tiles_too(tmp_path, client, fake_model, 
     assert plan.need.stored == pytest.approx(report.stored, rel=0.15)
 
 
-def test_pixels_among_others_take_more_and_as_long_as_whole_batches(
-    tmp_path, client, fake_model, monkeypatch
-):
+def test_pixels_among_others_take_more_of_the_disk_and_no_longer(tmp_path, client, fake_model, monkeypatch):
     path, earlier = tmp_path / "o.zarr", tmp_path / "earlier.zarr"
     write_store(toy_observation(times=1, rows=64, columns=64), path)
     always = {"model": fake_model, "draws": 32, "tile": 64, "cluster": client}
@@ -346,16 +344,13 @@ def test_pixels_among_others_take_more_and_as_long_as_whole_batches(
         assert sum(512 * path.stat().st_blocks for path in there) <= plan.need.space, name
 
 
-def test_batches_with_nothing_asked_for_are_not_computed_on_a_processor():
+def test_what_is_asked_for_is_computed_in_whole_batches():
     def spec(device="cpu", preview=False):
         return SimpleNamespace(device=device, draws=64, preview=preview)
 
-    kept = np.zeros(1000, dtype=bool)
-    assert computed_pixels(spec(), kept) == computed_pixels(spec("cuda"), kept) == 0
-    kept[[63, 64, 999]] = True
-    assert computed_pixels(spec(), kept) == 3 * 64
-    assert computed_pixels(spec("cuda"), kept) == 2048
-    assert computed_pixels(spec(preview=True), kept) == 2 * 512
+    assert [computed_pixels(spec(), asked) for asked in (0, 1, 64, 65)] == [0, 64, 64, 128]
+    assert computed_pixels(spec("cuda"), 3) == 2048
+    assert computed_pixels(spec(preview=True), 513) == 2 * 512
 
 
 def test_no_pixel_is_sampled_twice(monkeypatch):
