@@ -200,9 +200,11 @@ def test_a_plan_writes_nothing_to_a_map_that_was_interrupted(
     toy,
     client,
     settings,
+    monkeypatch,
     moment,
     done,
 ):
+    monkeypatch.setattr("pipeline.plan.SECONDS", 0.1)
     folder = tmp_path / "folder"
     folder.mkdir()
     assert run_and_kill(processes, toy, folder / "map.zarr", moment, **settings) == -signal.SIGKILL
@@ -218,7 +220,9 @@ def test_a_plan_writes_nothing_to_a_map_that_is_being_replaced(
     toy,
     client,
     settings,
+    monkeypatch,
 ):
+    monkeypatch.setattr("pipeline.plan.SECONDS", 0.1)
     folder = tmp_path / "folder"
     folder.mkdir()
     output = folder / "map.zarr"
