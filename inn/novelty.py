@@ -146,9 +146,9 @@ class Novelty(nn.Module):
         references = self.references.to(lines)
         # Whole groups: what is added to the last ones is infinitely far away.
         missing = -references.shape[0] % GROUPS
-        square = functional.pad(references.square().sum(dim=-1), (0, missing), value=torch.inf)
+        squares = functional.pad(references.square().sum(dim=-1), (0, missing), value=torch.inf)
         # A product with one more dimension is the square distance, less the point's own square.
-        columns = torch.vstack((functional.pad(-2.0 * references, (0, 0, 0, missing)).T, square))
+        columns = torch.vstack((functional.pad(-2.0 * references, (0, 0, 0, missing)).T, squares))
         batch = BATCH if lines.device.type == "cpu" else DEVICE_BATCH
         separation = lines.new_empty((batch, columns.shape[1]))
         distance = lines.new_empty((len(lines),))

@@ -497,7 +497,8 @@ def _misfit(
     """
     median = drawn.new_full((len(drawn),), torch.nan)
     draws = drawn.shape[1]
-    size = max(1, (MISFIT_ROWS if drawn.device.type == "cpu" else DEVICE_BATCH_ROWS) // draws)
+    device = drawn.device.type
+    size = pixels_at_once(draws, device, MISFIT_ROWS if device == "cpu" else None)
     for batch in filled_batches(model, lines, mu, calibration_error, size):
         assert batch.mu is not None
         atmosphere = functional.pad(drawn[batch.pixels], (0, 0, 0, 0, 0, size - len(batch.good)))

@@ -520,7 +520,8 @@ def open_observation(
     chunks : optional
         As for `xarray.open_zarr`: None reads what is asked for when asked, ``{}`` makes Dask arrays.
     listed : collection of str, optional
-        Its files, none of which may go from now on: what should read one that has gone raises a StoreError.
+        Its files, once `see_that_it_is_one` has been asked. None of them may go from now on: what should read
+        one that has gone raises a StoreError.
 
     Returns
     -------
@@ -532,7 +533,8 @@ def open_observation(
     StoreError
         There is no observation at this path, or it lacks what an observation has.
     """
-    see_that_it_is_one(path)
+    if listed is None:
+        see_that_it_is_one(path)
     store = place(path)
     source = store.zarr if listed is None else AsListed(store.zarr, listed)
     try:

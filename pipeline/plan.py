@@ -457,8 +457,7 @@ def _spots(
         here = np.repeat(np.repeat(per_time[index] > 0, grid.tile[0], axis=0), grid.tile[1], axis=1)
         here = here[: grid.shape[1], : grid.shape[2]] & spec.selection.asked(frame)
         wanted += int(np.count_nonzero(here))
-        valid = dataset["valid"].isel(time=index).transpose("y", "x").values.astype(bool)
-        here &= valid
+        here &= dataset["valid"].isel(time=index).transpose("y", "x").values.astype(bool)
         found = np.argwhere(here)
         usable += len(found)
         for row, column in np.argwhere(per_time[index] > 0):
@@ -515,8 +514,7 @@ def take_sample(spec: TileSpec, grid: TileGrid, seconds: float, spots: Sequence[
             answerable = (values["quality"] & (Flag.OUTSIDE_FIELD | Flag.NOT_SELECTED)) == 0
             parts.append({name: array[answerable] for name, array in values.items()})
             pixels += values["quality"].size
-            asked, valid = _asked(spec, patch)
-            computed += computed_pixels(spec, int(np.count_nonzero(asked & valid)))
+            computed += computed_pixels(spec, int(np.count_nonzero(_asked(spec, patch))))
         taken += last
         if parts and (taken >= seconds or pixels >= most):
             break
@@ -529,10 +527,9 @@ def take_sample(spec: TileSpec, grid: TileGrid, seconds: float, spots: Sequence[
     return Sample(len(sample["quality"]), computed, stored, empty, taken + writing)
 
 
-def _asked(spec: TileSpec, tile: Tile) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Pixels (y, x) that are asked for and lie within both lines' field, and all that lie there."""
-    valid = within_field(spec, tile)
-    return spec.selection.asked(tile) & valid, valid
+def _asked(spec: TileSpec, tile: Tile) -> NDArray[np.bool_]:
+    """Pixels (y, x) that are asked for and lie within both lines' field."""
+    return spec.selection.asked(tile) & within_field(spec, tile)
 
 
 def _inverted(spec: TileSpec, patch: Tile) -> dict[str, NDArray[Any]] | None:
@@ -584,7 +581,7 @@ def _places(spec: TileSpec, grid: TileGrid, spot: Spot, width: int) -> NDArray[n
     row, column = (n // size for n, size in zip(spot[1:], grid.tile, strict=True))
     tile = grid[(spot[0] * grid.counts[1] + row) * grid.counts[2] + column]
     asked = np.zeros(grid.tile, dtype=bool)  # tiles at the edges are filled up
-    asked[: tile.shape[0], : tile.shape[1]] = _asked(spec, tile)[0]
+    asked[: tile.shape[0], : tile.shape[1]] = _asked(spec, tile)
     middle = (spot[1] - tile.y[0]) * grid.tile[1] + spot[2] - tile.x[0]
     first = min(max(middle - width // 2, 0), asked.size - width)
     return asked.ravel()[first : first + width]

@@ -112,6 +112,11 @@ class Tile:
         """Its place in arrays over time, y, x."""
         return slice(self.time, self.time + 1), slice(*self.y), slice(*self.x)
 
+    @property
+    def indexers(self) -> dict[str, Any]:
+        """Its place in xarray's objects, of one time."""
+        return {"time": self.time, "y": slice(*self.y), "x": slice(*self.x)}
+
     def __str__(self) -> str:
         return f"time {self.time}, y {self.y[0]}:{self.y[1]}, x {self.x[0]}:{self.x[1]}"
 
@@ -538,7 +543,7 @@ def _compute(
 
     Arrays of the library, and the model, lie where the tile is computed: see `pipeline.devices`.
     """
-    here = {"time": tile.time, "y": slice(*tile.y), "x": slice(*tile.x)}
+    here = tile.indexers
     names = [window.name for window in model.layout.lines]
     intensity = {name: observation[name].isel(here).transpose("y", "x", ...).values for name in names}
     wavelength = {name: observation[f"wavelength_{name}"].values for name in names}
@@ -612,8 +617,7 @@ def _compute(
 
 def _valid(observation: xr.Dataset, tile: Tile) -> NDArray[np.bool_]:
     """Pixels (y, x) of a rectangle that lie within both lines' field."""
-    here = {"time": tile.time, "y": slice(*tile.y), "x": slice(*tile.x)}
-    return np.asarray(observation["valid"].isel(here).transpose("y", "x").values, dtype=bool)
+    return np.asarray(observation["valid"].isel(tile.indexers).transpose("y", "x").values, dtype=bool)
 
 
 def within_field(spec: TileSpec, tile: Tile) -> NDArray[np.bool_]:

@@ -6,9 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import textwrap
 import threading
 import time
 from pathlib import Path
@@ -19,6 +16,7 @@ import psutil
 import pytest
 import xarray as xr
 from distributed import Client, LocalCluster
+from small_disks import can_mount, on_a_small_disk
 from toy_observation import toy_observation, write_store, write_toy_observation
 
 import pipeline.invert
@@ -640,36 +638,6 @@ FULL_DISK = """
     report = invert(output=small / "map.zarr", cluster=client, **settings)
     print(json.dumps([report.resumed, len(report.failed)]))
 """
-
-
-def can_mount():
-    """Whether a small file system of our own can be had, without being asked who we are."""
-    try:
-        command = ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
-    except FileNotFoundError:
-        return False
-
-
-def on_a_small_disk(tmp_path, options, script, **settings):
-    """What a script prints, line by line, as JSON, of a file system of its own, whose content is copied."""
-    small = tmp_path / "small"
-    small.mkdir()
-    (tmp_path / "script.py").write_text(textwrap.dedent(script))
-    command = f"""
-        mount -t tmpfs -o {options} tmpfs {small} &&
-        {sys.executable} {tmp_path}/script.py {small} '{json.dumps(settings, default=str)}' &&
-        cp -r {small} {tmp_path}/copy
-    """
-    answer = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", textwrap.dedent(command)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert answer.returncode == 0, answer.stderr
-    return [json.loads(line) for line in answer.stdout.splitlines()]
 
 
 @pytest.mark.skipif(not can_mount(), reason="no small file system can be mounted here")

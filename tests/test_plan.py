@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import zarr
-from test_invert import APPEARED, SWAP_MOMENTS, can_mount, on_a_small_disk, processes  # noqa: F401
+from small_disks import can_mount, on_a_small_disk
+from test_invert import APPEARED, SWAP_MOMENTS, processes  # noqa: F401
 from test_invert import run as run_and_kill
 from toy_observation import toy_observation, write_store
 
@@ -184,6 +185,15 @@ def foretold(folder, toy, client, settings):
     return said
 
 
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """For a map, of which plans take short samples."""
+    monkeypatch.setattr("pipeline.plan.SECONDS", 0.1)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    return folder
+
+
 @pytest.mark.parametrize(
     ("moment", "done"),
     [
@@ -196,17 +206,13 @@ def foretold(folder, toy, client, settings):
 )
 def test_a_plan_writes_nothing_to_a_map_that_was_interrupted(
     processes,  # noqa: F811
-    tmp_path,
+    folder,
     toy,
     client,
     settings,
-    monkeypatch,
     moment,
     done,
 ):
-    monkeypatch.setattr("pipeline.plan.SECONDS", 0.1)
-    folder = tmp_path / "folder"
-    folder.mkdir()
     assert run_and_kill(processes, toy, folder / "map.zarr", moment, **settings) == -signal.SIGKILL
     assert (folder / "map.zarr.lock").exists()
     plain, over = foretold(folder, toy, client, settings)
@@ -216,15 +222,11 @@ def test_a_plan_writes_nothing_to_a_map_that_was_interrupted(
 
 def test_a_plan_writes_nothing_to_a_map_that_is_being_replaced(
     processes,  # noqa: F811
-    tmp_path,
+    folder,
     toy,
     client,
     settings,
-    monkeypatch,
 ):
-    monkeypatch.setattr("pipeline.plan.SECONDS", 0.1)
-    folder = tmp_path / "folder"
-    folder.mkdir()
     output = folder / "map.zarr"
     invert(toy, output, cluster=client, **{**settings, "draws": 16})
     said = []

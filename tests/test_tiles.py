@@ -17,6 +17,7 @@ import pytest
 import torch
 import xarray as xr
 from distributed.core import error_message
+from small_disks import can_mount
 from toy_observation import FULL, NOT_A_NUMBER, OUTSIDE, ZERO, toy_observation, write_store
 
 import pipeline.tiles as tiles
@@ -551,19 +552,6 @@ FULL_DISK = """
         partial = list(Path(spec.store).rglob("*.partial"))
         print(error.problem, "|", error.remedy, "|", left + partial)
 """
-
-
-def can_mount():
-    """Whether a small file system of our own can be had, without being asked who we are."""
-    try:
-        return (
-            subprocess.run(
-                ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True, check=False
-            ).returncode
-            == 0
-        )
-    except FileNotFoundError:
-        return False
 
 
 @pytest.mark.skipif(not can_mount(), reason="no small file system can be mounted here")
