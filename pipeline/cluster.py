@@ -24,7 +24,6 @@ from urllib.parse import urlsplit
 from uuid import uuid4
 
 import dask
-import torch
 import yaml
 from dask.system import CPU_COUNT
 from dask.utils import key_split
@@ -379,6 +378,8 @@ def see_that_it_can_be_had(cluster: ClusterConfig | Client) -> None:
     """
     if isinstance(cluster, CudaConfig):
         if not gpus():
+            import torch
+
             raise ClusterError(
                 "no GPU is found on this machine",
                 found=f"torch {torch.__version__}, built for {torch.version.cuda or 'the CPU'}",

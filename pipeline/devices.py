@@ -15,12 +15,12 @@ from __future__ import annotations
 import importlib
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any, Literal
-
-import torch
-from torch.utils.dlpack import from_dlpack
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.errors import ClusterError
+
+if TYPE_CHECKING:
+    import torch  # workers that compute no network (those of ingest) need not wait for it, or hold it
 
 Device = Literal["cpu", "cuda"]
 """Where tiles are computed: torch's name of the kind of device."""
@@ -36,6 +36,8 @@ INSTALL = "pip install 'flarefield[cuda13]', or [cuda12] with a torch that was b
 
 def gpus() -> int:
     """Number of GPUs that torch can use in this process (as ``CUDA_VISIBLE_DEVICES`` says)."""
+    import torch
+
     return torch.cuda.device_count()
 
 
@@ -61,12 +63,15 @@ def array_library(device: Device) -> ModuleType:
     ClusterError
         This process has no such device, or lacks its library.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ClusterError(
-            "a worker has no GPU that its torch can use",
-            found=f"torch {torch.__version__}, {gpus()} GPUs",
-            remedy="start workers on GPUs with a torch that was built for CUDA, or compute on the CPU",
-        )
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ClusterError(
+                "a worker has no GPU that its torch can use",
+                found=f"torch {torch.__version__}, {gpus()} GPUs",
+                remedy="start workers on GPUs with a torch that was built for CUDA, or compute on the CPU",
+            )
     try:
         return importlib.import_module(LIBRARIES[device])
     except ImportError as error:
@@ -85,4 +90,6 @@ def to_torch(array: Any) -> torch.Tensor:  # noqa: ANN401
     -------
     torch.Tensor
     """
+    from torch.utils.dlpack import from_dlpack
+
     return from_dlpack(array)

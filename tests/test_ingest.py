@@ -320,6 +320,8 @@ class TestContent:
             path = tmp_path / "obs.zarr"
             ingest([series[0]], path, cluster=client, call="flarefield ingest series obs.zarr")
             assert contents(path) == contents(observation[0])
+            # No network is computed: torch would take each worker seconds, and memory.
+            assert not any(client.run(lambda: "torch" in sys.modules).values())
             again = ingest([series[0]], path, cluster=client, call="again")
             assert again.complete_before
             with pytest.raises(MisuseError, match="other files"):
