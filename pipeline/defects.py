@@ -45,6 +45,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
+from pipeline.compiled import compiled
 from pipeline.crisp import Scan
 from pipeline.crisp.cube import Cube, stored_numbers
 from pipeline.crisp.wavelengths import LIGHT_SPEED
@@ -449,25 +450,27 @@ class _Search:
         On the way those whose values are of no use are marked.
         """
         values = image.ravel()
-        hits = _candidates(image, saturation, least, unusable)
+        for start in range(0, values.size if unusable is not None else 0, SEGMENT):
+            part = values[start : start + SEGMENT]
+            # Whatever is not a number is not positive either.
+            if not (part.min() > 0 and part.max() < saturation):
+                unusable.ravel()[start : start + SEGMENT] |= ~((part > 0) & (part < saturation))
+        found = np.empty(values.size, dtype=np.intp)
+        hits = found[: _candidates(image, self.deep, _step(image, least), found)]
         rim = self.rim.own[
             np.fmin.reduce(values[self.near], axis=0) < values[self.rim.own] - np.float32(least)
         ]
-        own = np.concatenate([hits[self.deep.ravel()[hits]], rim])
+        own = np.concatenate([hits, rim])
         # What is saturated is known as that.
         return _Places.of(self.rim.field, own[values[own] < saturation])
 
     def dropped(self, image: Numbers, limit: float, least: float) -> _Places:
         """Pixels two from the field's edge, below a limit and by more than `least` below what is beside."""
         values, row = image.ravel(), image.shape[1]
-        found = [np.empty(0, dtype=np.intp)]
-        for start in range(0, values.size, SEGMENT):
-            part = values[start : start + SEGMENT]
-            # What is not a number is not below the limit, and may hide what is.
-            if not part.min() >= limit:
-                found.append(np.flatnonzero((part < limit) & (part > 0)) + start)
-        own = np.concatenate(found)
-        own = own[self.deep.ravel()[own]]
+        found = np.empty(values.size, dtype=np.intp)
+        # A whole number is below a limit if it is below the next whole one.
+        below = image.dtype.type(np.ceil(limit) if image.dtype.kind in "iu" else limit)
+        own = found[: _dark(image, self.deep, _step(image, least), below, found)]
         beside = values[own + np.array([[-row], [row], [-1], [1]])].astype(np.float32)
         brighter = np.fmax(np.minimum(*beside[:2]), np.minimum(*beside[2:]))
         return _Places.of(self.rim.field, own[brighter - values[own] > least])
@@ -551,45 +554,64 @@ def _stands_out(excess: Image, share: float, own: Image, around: Image, noise: _
         return np.asarray(more & (excess > share * np.abs(own - around)))
 
 
-def _candidates(image: Numbers, saturation: float, least: float, unusable: Mask | None) -> NDArray[np.intp]:
-    """Where in a flattened image pixels may exceed what surrounds them; those of no use are marked.
+def _step(image: Numbers, least: float) -> Any:
+    """By how much at least numbers of an image's kind differ that differ by more than this."""
+    if image.dtype.kind in "iu":
+        return image.dtype.type(min(np.floor(least), np.iinfo(image.dtype).max))
+    return image.dtype.type(least)
 
-    Along y the pixels at both ends of one or two, along x both neighbours. None is missed but at the frame's
-    edges, beyond which rows go on in the next. Whole numbers overflow, if ever, in darkness, whose pixels are
-    then candidates in vain.
+
+@compiled
+def _candidates(image: Numbers, deep: Mask, step: Any, found: NDArray[np.intp]) -> int:
+    """Find where in an image pixels may exceed what surrounds them; none is missed.
+
+    Along y the pixels at both ends of one or two, along x both neighbours. Whole numbers overflow, if ever,
+    in darkness, whose pixels are then candidates in vain.
     """
-    flat, row = image.ravel(), image.shape[1]
-    step = image.dtype.type(
-        min(np.floor(least), np.iinfo(image.dtype).max) if image.dtype.kind in "iu" else least
-    )
-    # What is not a number along one axis is looked at along the other; whole numbers are sooner compared.
-    lower = np.minimum if image.dtype.kind in "iu" else np.fmin
-    # The same memory for all: it stays in the processor's cache.
-    along_y, others = np.empty((2, SEGMENT), dtype=image.dtype)
-    hits = np.empty(SEGMENT, dtype=np.bool_)
-    found = [np.empty(0, dtype=np.intp)]
-    for start in range(0, flat.size, SEGMENT):
-        if unusable is not None:
-            own = flat[start : start + SEGMENT]
-            # Whatever is not a number is not positive either.
-            if not (own.min() > 0 and own.max() < saturation):
-                unusable.ravel()[start : start + SEGMENT] |= ~((own > 0) & (own < saturation))
-        first, end = max(start, 2 * row), min(start + SEGMENT, flat.size - 2 * row)
-        if end <= first:
-            continue
+    rows, columns = image.shape
+    level, hit = np.empty(columns, image.dtype), np.empty(columns, np.bool_)
+    count = 0
+    for y in range(2, rows - 2):
+        above, own, below = image[y - 1], image[y], image[y + 1]
+        second_above, second_below = image[y - 2], image[y + 2]
+        for x in range(columns):
+            level[x] = own[x] - step
+        some = False
+        for x in range(2, columns - 2):
+            up, down = above[x] < level[x], below[x] < level[x]
+            ends = (up & down) | (up & (second_below[x] < level[x])) | (down & (second_above[x] < level[x]))
+            hit[x] = ends | ((own[x - 1] < level[x]) & (own[x + 1] < level[x]))
+            some |= hit[x]
+        if some:
+            for x in range(2, columns - 2):
+                if hit[x] and deep[y, x]:
+                    found[count] = y * columns + x
+                    count += 1
+    return count
 
-        def away(pixels: int, first: int = first, end: int = end) -> Numbers:
-            return flat[first + pixels : end + pixels]
 
-        ends, other, hit = along_y[: end - first], others[: end - first], hits[: end - first]
-        np.maximum(away(-row), np.minimum(away(row), away(2 * row), out=ends), out=ends)
-        np.maximum(away(row), np.minimum(away(-row), away(-2 * row), out=other), out=other)
-        np.minimum(ends, other, out=ends)
-        lower(ends, np.maximum(away(-1), away(1), out=other), out=ends)
-        np.less(ends, np.subtract(away(0), step, out=other), out=hit)
-        if hit.any():
-            found.append(np.flatnonzero(hit) + first)
-    return np.concatenate(found)
+@compiled
+def _dark(image: Numbers, deep: Mask, step: Any, limit: Any, found: NDArray[np.intp]) -> int:
+    """Find where in an image pixels below a limit may lie below both neighbours along an axis, as above."""
+    rows, columns = image.shape
+    level, hit = np.empty(columns, image.dtype), np.empty(columns, np.bool_)
+    count = 0
+    for y in range(2, rows - 2):
+        above, own, below = image[y - 1], image[y], image[y + 1]
+        for x in range(columns):
+            level[x] = own[x] + step
+        some = False
+        for x in range(2, columns - 2):
+            between = (above[x] > level[x]) & (below[x] > level[x])
+            between |= (own[x - 1] > level[x]) & (own[x + 1] > level[x])
+            hit[x] = between & (own[x] < limit) & (own[x] > 0)
+            some |= hit[x]
+        if some:
+            for x in range(2, columns - 2):
+                if hit[x] and deep[y, x]:
+                    found[count] = y * columns + x
+                    count += 1
+    return count
 
 
 def _negative(image: Numbers) -> Numbers:

@@ -61,7 +61,7 @@ from pipeline.storage import Place, array_in, is_url, log_at, out_of_space, plac
 
 logger = logging.getLogger("flarefield")
 
-KERNEL = 11
+KERNEL = 12
 """Version of what an observation's numbers depend on in this package; raised whenever they change."""
 
 

@@ -70,6 +70,25 @@ class TestSpikes:
         bits = found.defects
         assert {(y, x) for y, x in np.argwhere(bits & Defect.SPIKE)} == {hit[1:] for hit in hits}
 
+    @pytest.mark.parametrize("kind", [">i2", "<i2", ">u2", "<u2", "<i4", ">i8", "<u4", ">f4", "<f8"])
+    def test_whatever_kind_of_numbers_a_file_holds(self, cube, kind):
+        spoilt = cube.copy()
+        spoilt[4, 30, 40:42] += 2500
+        spoilt[9, 60, 70] += 2500
+        spoilt[7, 20, 90] = 1  # a pixel that dropped out
+        assert cube.min() > 0
+        spikes = [(4, 30, 40), (4, 30, 41), (7, 20, 90), (9, 60, 70)]
+        assert positions(survey(spoilt.astype(kind), WHOLE)) == spikes
+
+    def test_beside_what_is_not_a_number(self, cube):
+        spoilt = cube.astype(np.float32)
+        spoilt[9, 60, 70] += 2500
+        for y, x in ((62, 70), (60, 68), (60, 72), (59, 69)):
+            spoilt[9, y, x] = np.nan
+        # along x there is a structure as high, so that only y tells
+        spoilt[9, 60, 71] = spoilt[9, 60, 70]
+        assert (9, 60, 70) in positions(survey(spoilt, WHOLE))
+
     def test_tracks_along_an_axis(self, cube):
         spoilt = cube.copy()
         spoilt[4, 30, 40:43] += 2500
