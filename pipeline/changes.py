@@ -474,14 +474,12 @@ class _Scans:
         known = np.asarray(self._images(line, time)[0][0] != 0)
         sample = self._sums(line, time, weights, *middle_box(known, SAMPLE))
         noise = np.array([_noise(*of_band) for of_band in zip(*sample, strict=True)], np.float32)
+        least = (SIGNIFICANT * noise) ** 2
         largest = np.empty(known.shape, np.float32)
         for top in range(0, len(known), STRIP):
             rows = slice(top, min(top + STRIP, len(known)))
-            square, intensity = self._sums(line, time, weights, rows, slice(0, known.shape[1]))
-            square *= square
-            square -= (SIGNIFICANT * noise[:, None, None]) ** 2 * intensity
-            largest[rows] = square.max(axis=0)
-        np.sqrt(np.maximum(largest, np.float32(0.0), out=largest), out=largest)
+            sums = self._sums(line, time, weights, rows, slice(0, known.shape[1]))
+            _exceeding(*sums, least, largest[rows])
         return largest
 
     def _sums(
@@ -489,26 +487,17 @@ class _Scans:
     ) -> tuple[Image, Image]:
         """Change in each band (band, rows, columns), and the mean intensity of what it was found from."""
         total = sum(map(abs, weights.values()))
-        if not total:
-            intensity = self._moved(line, time, time, rows, columns)
-            return 0.0 * intensity, intensity
-        parts = {other: self._moved(line, other, time, rows, columns) for other in weights}
-        change, intensity = (np.zeros_like(parts[time]) for _ in range(2))
-        for other, part in parts.items():
-            change += np.float32(weights[other]) * part
-            intensity += np.float32(abs(weights[other]) / total) * part
+        # A line that was not interpolated has not changed.
+        parts = {other: (weight, abs(weight) / total) for other, weight in weights.items()} if total else {}
+        shape = (len(BANDS), rows.stop - rows.start, columns.stop - columns.start)
+        change, intensity = np.zeros((2, *shape), np.float32)
+        for other, (weight, share) in (parts or {time: (0.0, 1.0)}).items():
+            images, unit = self._images(line, other)
+            move = self._move(other, time)
+            factors = (unit, np.float32(weight), np.float32(share))
+            corner = (rows.start, columns.start)
+            _add_moved(images, *_taps(move.y), *_taps(move.x), *factors, *corner, change, intensity)
         return change, intensity
-
-    def _moved(self, line: str, time: int, onto: int, rows: slice, columns: slice) -> Image:
-        """Part of a scan's images, as they are in another time's frame."""
-        images, unit = self._images(line, time)
-        move = self._move(time, onto)
-        if (move.y, move.x) == (0.0, 0.0):
-            part = _known(images[:-1, rows, columns])
-        else:
-            part = moved(images[:-1], (move.y, move.x), rows, columns)
-        part *= unit
-        return part
 
 
 def _known(images: NDArray[np.uint16]) -> Image:
@@ -538,38 +527,88 @@ def moved(images: NDArray[np.uint16], move: tuple[float, float], rows: slice, co
     ndarray of float32, shape (n, rows, columns)
         NaN where any of the four by four pixels that count is not known, or outside of the image.
     """
-    firsts, taps = zip(*(_taps(one) for one in move), strict=True)
-    spans = [
-        (span.start + first, span.stop + first + len(weights) - 1)
-        for span, first, weights in zip((rows, columns), firsts, taps, strict=True)
-    ]
-    inside = [
-        slice(max(first, 0), min(last, size))
-        for (first, last), size in zip(spans, images.shape[1:], strict=True)
-    ]
-    source = np.full((len(images), *(last - first for first, last in spans)), np.nan, np.float32)
-    if all(one.start < one.stop for one in inside):
-        place = [
-            slice(one.start - first, one.stop - first) for one, (first, _) in zip(inside, spans, strict=True)
-        ]
-        source[:, *place] = _known(images[:, *inside])
-    height, width = rows.stop - rows.start, columns.stop - columns.start
-    along_y = sum(weight * source[:, step : step + height] for step, weight in enumerate(taps[0]))
-    return np.asarray(
-        sum(weight * along_y[:, :, step : step + width] for step, weight in enumerate(taps[1])), np.float32
-    )
+    shape = (len(images), rows.stop - rows.start, columns.stop - columns.start)
+    result, unused = np.zeros((2, *shape), np.float32)
+    factors, corner = (np.float32(1.0),) * 3, (rows.start, columns.start)
+    _add_moved(images, *_taps(move[0]), *_taps(move[1]), *factors, *corner, result, unused)
+    return result
 
 
-def _taps(move: float) -> tuple[int, list[np.float32]]:
+@compiled
+def _add_moved(
+    images: NDArray[np.uint16],
+    first_y: int,
+    along_y: Image,
+    first_x: int,
+    along_x: Image,
+    unit: np.float32,
+    weight: np.float32,
+    share: np.float32,
+    top: int,
+    left: int,
+    change: Image,
+    intensity: Image,
+) -> None:
+    """Add a block of moved images, times two factors, to two others (band, rows, columns)."""
+    _, height, width = images.shape
+    bands, rows, columns = change.shape
+    reach = columns + len(along_x) - 1
+    line, values = np.empty(reach, np.float32), np.empty(columns, np.float32)
+    start = left + first_x
+    first = min(max(0, -start), reach)
+    last = max(min(reach, width - start), first)
+    for band in range(bands):
+        for y in range(rows):
+            line[:] = np.float32(0.0)
+            line[:first] = np.float32(np.nan)
+            line[last:] = np.float32(np.nan)
+            for step in range(len(along_y)):
+                row = top + y + first_y + step
+                if row < 0 or row >= height:
+                    line[:] = np.float32(np.nan)
+                    continue
+                factor, part = along_y[step], line[first:last]
+                source = images[band, row, start + first : start + last]
+                for x in range(len(part)):
+                    number = source[x]
+                    part[x] += factor * (np.float32(number) if number != 0 else np.float32(np.nan))
+            values[:] = np.float32(0.0)
+            for step in range(len(along_x)):
+                factor, part = along_x[step], line[step : step + columns]
+                for x in range(columns):
+                    values[x] += factor * part[x]
+            changed, seen = change[band, y], intensity[band, y]
+            for x in range(columns):
+                value = values[x] * unit
+                changed[x] += weight * value
+                seen[x] += share * value
+
+
+@compiled
+def _exceeding(change: Image, intensity: Image, least: Image, largest: Image) -> None:
+    """Largest of changes (band, rows, columns), of what their squares exceed of the noise's."""
+    bands, rows, columns = change.shape
+    for y in range(rows):
+        for x in range(columns):
+            most = np.float32(0.0)
+            for band in range(bands):
+                square = change[band, y, x] * change[band, y, x] - least[band] * intensity[band, y, x]
+                # What is not a number in one is none in all.
+                if square > most or square != square:
+                    most = square
+            largest[y, x] = np.sqrt(most)
+
+
+def _taps(move: float) -> tuple[int, NDArray[np.float32]]:
     """Where, from a pixel, those begin that it is made of, and their weights."""
     whole = int(np.floor(-move))
     fraction = -move - whole
     if fraction == 0.0:
-        return whole, [np.float32(1.0)]
+        return whole, np.ones(1, np.float32)
     distance = np.abs(np.arange(-1, 3) - fraction)
     near = 1.5 * distance**3 - 2.5 * distance**2 + 1.0
     far = -0.5 * distance**3 + 2.5 * distance**2 - 4.0 * distance + 2.0
-    return whole - 1, [np.float32(weight) for weight in np.where(distance <= 1.0, near, far)]
+    return whole - 1, np.where(distance <= 1.0, near, far).astype(np.float32)
 
 
 LAPLACIAN = np.outer((1.0, -2.0, 1.0), (1.0, -2.0, 1.0)).astype(np.float32) / 6.0
