@@ -55,7 +55,7 @@ from pipeline.registration import (
     middle_box,
 )
 from pipeline.replacement import opened_group
-from pipeline.storage import Place, array_in, out_of_space, place
+from pipeline.storage import Place, answering, array_in, place, space
 
 NAME = "change_between_lines"
 """The observation's variable."""
@@ -379,32 +379,33 @@ def find_changes(task: ChangeTask) -> list[dict[str, Any]] | FlareFieldError:
         For the journal, of each time: how many pixels' change is known, how many changed, and the bytes
         written. What a user has to mend comes back as a value.
     """
-    records = []
-    store = place(task.store)
     try:
-        scans = _Scans(opened_group(place(task.images), "r"), task.scales, task.aligned)
-        group = opened_group(store)
-        array = array_in(group, NAME).with_config({"write_empty_chunks": True})
-        for time, weights in sorted(task.weights.items()):
-            values = scans.change(time, weights)
-            # What an earlier attempt left behind would be read and merged, whatever state it is in.
-            sync(group.store.delete_dir(folder(time)))
-            array[time] = values
-            store.bring_to_disk(folder(time))
-            records.append(
-                {
-                    "change": time,
-                    "known": int(np.count_nonzero(np.isfinite(values))),
-                    "changed": int(np.count_nonzero(values > CHANGED)),
-                    "stored": sum(store.sizes(folder(time)).values()),
-                }
-            )
+        with space(task.store), answering(task.store):
+            return _found(task)
     except FlareFieldError as refusal:
         return refusal
-    except OSError as failure:
-        if (full := out_of_space(failure, task.store)) is not None:
-            return full
-        raise
+
+
+def _found(task: ChangeTask) -> list[dict[str, Any]]:
+    records = []
+    store = place(task.store)
+    scans = _Scans(opened_group(place(task.images), "r"), task.scales, task.aligned)
+    group = opened_group(store)
+    array = array_in(group, NAME).with_config({"write_empty_chunks": True})
+    for time, weights in sorted(task.weights.items()):
+        values = scans.change(time, weights)
+        # What an earlier attempt left behind would be read and merged, whatever state it is in.
+        sync(group.store.delete_dir(folder(time)))
+        array[time] = values
+        store.bring_to_disk(folder(time))
+        records.append(
+            {
+                "change": time,
+                "known": int(np.count_nonzero(np.isfinite(values))),
+                "changed": int(np.count_nonzero(values > CHANGED)),
+                "stored": sum(store.sizes(folder(time)).values()),
+            }
+        )
     return records
 
 
@@ -528,9 +529,9 @@ def moved(images: NDArray[np.uint16], move: tuple[float, float], rows: slice, co
         NaN where any of the four by four pixels that count is not known, or outside of the image.
     """
     shape = (len(images), rows.stop - rows.start, columns.stop - columns.start)
-    result, unused = np.zeros((2, *shape), np.float32)
+    result: Image = np.zeros(shape, np.float32)
     factors, corner = (np.float32(1.0),) * 3, (rows.start, columns.start)
-    _add_moved(images, *_taps(move[0]), *_taps(move[1]), *factors, *corner, result, unused)
+    _add_moved(images, *_taps(move[0]), *_taps(move[1]), *factors, *corner, result, np.zeros_like(result))
     return result
 
 

@@ -450,11 +450,12 @@ class _Search:
         On the way those whose values are of no use are marked.
         """
         values = image.ravel()
-        for start in range(0, values.size if unusable is not None else 0, SEGMENT):
-            part = values[start : start + SEGMENT]
-            # Whatever is not a number is not positive either.
-            if not (part.min() > 0 and part.max() < saturation):
-                unusable.ravel()[start : start + SEGMENT] |= ~((part > 0) & (part < saturation))
+        if unusable is not None:
+            for start in range(0, values.size, SEGMENT):
+                part = values[start : start + SEGMENT]
+                # Whatever is not a number is not positive either.
+                if not (part.min() > 0 and part.max() < saturation):
+                    unusable.ravel()[start : start + SEGMENT] |= ~((part > 0) & (part < saturation))
         found = np.empty(values.size, dtype=np.intp)
         hits = found[: _candidates(image, self.deep, _step(image, least), found)]
         rim = self.rim.own[
@@ -554,15 +555,16 @@ def _stands_out(excess: Image, share: float, own: Image, around: Image, noise: _
         return np.asarray(more & (excess > share * np.abs(own - around)))
 
 
-def _step(image: Numbers, least: float) -> Any:
+def _step(image: Numbers, least: float) -> np.number[Any]:
     """By how much at least numbers of an image's kind differ that differ by more than this."""
     if image.dtype.kind in "iu":
-        return image.dtype.type(min(np.floor(least), np.iinfo(image.dtype).max))
-    return image.dtype.type(least)
+        least = min(np.floor(least), np.iinfo(image.dtype).max)
+    step: np.number[Any] = image.dtype.type(least)
+    return step
 
 
 @compiled
-def _candidates(image: Numbers, deep: Mask, step: Any, found: NDArray[np.intp]) -> int:
+def _candidates(image: Numbers, deep: Mask, step: np.number[Any], found: NDArray[np.intp]) -> int:
     """Find where in an image pixels may exceed what surrounds them; none is missed.
 
     Along y the pixels at both ends of one or two, along x both neighbours. Whole numbers overflow, if ever,
@@ -591,7 +593,9 @@ def _candidates(image: Numbers, deep: Mask, step: Any, found: NDArray[np.intp]) 
 
 
 @compiled
-def _dark(image: Numbers, deep: Mask, step: Any, limit: Any, found: NDArray[np.intp]) -> int:
+def _dark(
+    image: Numbers, deep: Mask, step: np.number[Any], limit: np.number[Any], found: NDArray[np.intp]
+) -> int:
     """Find where in an image pixels below a limit may lie below both neighbours along an axis, as above."""
     rows, columns = image.shape
     level, hit = np.empty(columns, image.dtype), np.empty(columns, np.bool_)

@@ -57,7 +57,7 @@ from pipeline.provenance import flarefield_version, provenance, sha256_source, s
 from pipeline.registration import BANDS, CONFIDENT, STAYS, Mask, Shift
 from pipeline.replacement import discard, finish_swaps, opened_group, replacement, replacements, scratch, swap
 from pipeline.shards import ShardWriter
-from pipeline.storage import Place, array_in, is_url, log_at, out_of_space, place, space
+from pipeline.storage import Place, answering, array_in, is_url, log_at, place, space
 
 logger = logging.getLogger("flarefield")
 
@@ -405,40 +405,41 @@ def ingest_pair(task: PairTask) -> dict[str, Any] | FlareFieldError:
         written, and the SHA-256 of the task's files. What a user has to mend comes back as a value: trying
         again would not help, and the worker has nothing to say about it.
     """
-    pair = task.pair
-    store = place(task.store)
     try:
-        group = opened_group(store)
-        for folder in _folders(task.time):
-            # What an earlier attempt left behind would be read and merged, whatever state it is in.
-            sync(group.store.delete_dir(folder))
-        halpha, ca8542 = (MovedScan.opened(pair, line) for line in LINES)
-        shift = ca8542.displacement(halpha)
-        halpha, ca8542 = halpha.moved(task.position), ca8542.moved(_total(task.position, shift))
-        other, other_shift = None, STAYS
-        if task.other is not None:
-            other = MovedScan.opened(Pair(pair.halpha, task.other), "ca8542")
-            other_shift = other.displacement(halpha)
-            other = other.moved(_total(task.position, other_shift))
-        interpolated = other is not None and shift.applied and other_shift.applied
-        images = None
-        if task.images is not None:
-            images = BandImages(
-                (halpha.scan, ca8542.scan),
-                {one.scan.line: changes.level(one.cube, one.own_field) for one in (halpha, ca8542)},
-            )
-        overlap = _write(task, group, halpha, ca8542, other if interpolated else None, images)
-        blank = None if overlap.any() else _why_blank(halpha, ca8542)
-        for folder in _folders(task.time):
-            store.bring_to_disk(folder)
-        if images is not None and task.images is not None:
-            images.write(place(task.images), task.time)
+        with space(task.store), answering(task.store):
+            return _ingested(task)
     except FlareFieldError as refusal:
         return refusal
-    except OSError as failure:
-        if (full := out_of_space(failure, task.store)) is not None:
-            return full
-        raise
+
+
+def _ingested(task: PairTask) -> dict[str, Any]:
+    pair = task.pair
+    store = place(task.store)
+    group = opened_group(store)
+    for folder in _folders(task.time):
+        # What an earlier attempt left behind would be read and merged, whatever state it is in.
+        sync(group.store.delete_dir(folder))
+    halpha, ca8542 = (MovedScan.opened(pair, line) for line in LINES)
+    shift = ca8542.displacement(halpha)
+    halpha, ca8542 = halpha.moved(task.position), ca8542.moved(_total(task.position, shift))
+    other, other_shift = None, STAYS
+    if task.other is not None:
+        other = MovedScan.opened(Pair(pair.halpha, task.other), "ca8542")
+        other_shift = other.displacement(halpha)
+        other = other.moved(_total(task.position, other_shift))
+    interpolated = other is not None and shift.applied and other_shift.applied
+    images = None
+    if task.images is not None:
+        images = BandImages(
+            (halpha.scan, ca8542.scan),
+            {one.scan.line: changes.level(one.cube, one.own_field) for one in (halpha, ca8542)},
+        )
+    overlap = _write(task, group, halpha, ca8542, other if interpolated else None, images)
+    blank = None if overlap.any() else _why_blank(halpha, ca8542)
+    for folder in _folders(task.time):
+        store.bring_to_disk(folder)
+    if images is not None and task.images is not None:
+        images.write(place(task.images), task.time)
     contrasts = [halpha.contrast, ca8542.contrast]
     if interpolated and other is not None and other.contrast is not None:
         contrasts[1] = min(contrasts[1] or 0.0, other.contrast)

@@ -26,7 +26,7 @@ import pipeline.tiles as tiles
 from pipeline.check import check_map
 from pipeline.cluster import LocalConfig
 from pipeline.errors import InputError, MisuseError, ModelError, StoreError
-from pipeline.ingest import ingest
+from pipeline.ingest import ingest, ingest_pair
 from pipeline.invert import invert, plan_inversion
 from pipeline.journal import BATCH, Journal, read_journal
 from pipeline.observation import is_observation, open_observation
@@ -581,6 +581,31 @@ def test_a_store_that_is_lost_ends_the_run_at_once(bucket, folder, client, tmp_p
     assert invert(places["o.zarr"], places["map.zarr"], **settings).resumed > 0
     assert contents(places["map.zarr"]) == contents(folder / "map.zarr")
     assert check_map(places["map.zarr"]).sound
+
+
+def test_a_store_that_is_lost_ends_an_ingest_at_once(bucket, series, monkeypatch):
+    fsspec.register_implementation("losable", Losable, clobber=True)
+    output = f"{bucket}/lost.zarr"
+    tried = []
+
+    def work(task):
+        tried.append(task)
+        Losable.lost = True
+        return ingest_pair(task)
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr("pipeline.ingest.ingest_pair", work)
+            with pytest.raises(StoreError, match="cannot be asked") as refusal:
+                ingest([series[0]], output.replace("memory://", "losable://"), call="a test")
+    finally:
+        Losable.lost = False
+    assert refusal.value.where.startswith("losable://")
+    assert refusal.value.found == "RuntimeError: no route to host"
+    assert len(tried) == 1
+    free_lock(output)
+    ingest([series[0]], output, call="a test")
+    assert stored(output) == series[1]
 
 
 # A server
