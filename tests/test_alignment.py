@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -44,13 +45,17 @@ LINES_APART = (2.6, -1.3)
 RUINED = 3
 
 
+@cache
 def wide_scene(time: int) -> tuple[np.ndarray, np.ndarray]:
     """The Sun around the field: a tenth of the granules is new with each scan, ribbons brighten tenfold."""
     wide = (SHAPE[0] + 2 * MARGIN, SHAPE[1] + 2 * MARGIN)
     brightness = 0.3 * 10.0 ** (time / (len(TRACK) - 1))
     old, new = (scene(np.random.default_rng(seed), wide, brightness) for seed in (5, 6))
     share = 0.1 * time
-    return tuple((1.0 - share) * one + share * other for one, other in zip(old, new, strict=True))
+    cubes = tuple((1.0 - share) * one + share * other for one, other in zip(old, new, strict=True))
+    for cube in cubes:
+        cube.flags.writeable = False
+    return cubes
 
 
 def seen(cube: np.ndarray, displacement: tuple[float, float], angle: float = 0.0) -> np.ndarray:
@@ -611,7 +616,8 @@ def test_the_picture_shows_both_displacements(aligned, series, tmp_path):
 
 def test_the_command_draws_it(series, tmp_path):
     picture = tmp_path / "alignment.png"
-    arguments = ["ingest", str(series), str(tmp_path / "obs.zarr"), "--alignment-figure", str(picture)]
+    files = [str(series / file_name(line, START, time)) for time in range(2) for line in AXES]
+    arguments = ["ingest", *files, str(tmp_path / "obs.zarr"), "--alignment-figure", str(picture)]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert picture.read_bytes().startswith(b"\x89PNG")

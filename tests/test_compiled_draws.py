@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +12,7 @@ import torch
 from inn.joint import JointNetwork
 from inn.layout import QUANTITIES, Layout
 from inn.posterior import compile_draws, posterior_quantiles
+from pipeline.cli import main
 from pipeline.errors import MisuseError
 from pipeline.invert import invert, plan_inversion
 from pipeline.results import open_map
@@ -69,32 +67,18 @@ def test_a_preview_has_nothing_to_compile(tmp_path, toy, fake_model, client):
     assert refusal.value.found == "compile"
 
 
-def test_without_a_compiler_the_command_says_so(tmp_path, toy, fake_model):
-    """In a process of its own, whose variable names a compiler that is not there."""
+def test_without_a_compiler_the_command_says_so(tmp_path, fake_model, monkeypatch, capsys):
+    """The variable names a compiler that is not there when torch is loaded by the worker, a new process."""
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     (tmp_path / "one.yaml").write_text("kind: local\nworkers: 1\ndashboard: null\n")
     where = ["--cluster", tmp_path / "one.yaml", "--model", fake_model]
-    command = [
-        "-m",
-        "pipeline.cli",
-        "invert",
-        toy,
-        tmp_path / "map.zarr",
-        *where,
-        "--draws",
-        "16",
-        "--compile",
-    ]
-    run = subprocess.run(
-        [sys.executable, *map(str, command)],
-        env={**os.environ, "CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")},
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    said = " ".join((run.stdout + run.stderr).split())
-    assert run.returncode == 1, said
+    observation = write_toy_observation(tmp_path / "toy.zarr", times=1, rows=8, columns=16)
+    arguments = [observation, tmp_path / "map.zarr", *where, "--draws", 16, "--compile"]
+    with pytest.raises(SystemExit) as end:
+        main(["invert", *map(str, arguments)])
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert end.value.code == 1, said
     assert "cannot compile the network" in said
     assert "/nowhere/g++" in said
     assert "leave --compile out" in said
