@@ -172,7 +172,9 @@ def test_a_first_map_can_be_interrupted_anywhere(bucket, folder, client, monkeyp
 )
 def test_a_plan_writes_nothing_to_a_bucket(bucket, client, monkeypatch, owner, name, overwrite, found):
     """Wherever a command was interrupted, and it says what the next one does."""
+    # How long and how large is not looked at: samples are short, and laid out in one place.
     monkeypatch.setattr("pipeline.plan.SECONDS", 0.1)
+    monkeypatch.setattr("pipeline.plan.LAID_OUT", 1)
     if overwrite:
         run(bucket, client, draws=4)
     begin = objects_below(bucket)

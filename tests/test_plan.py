@@ -187,8 +187,9 @@ def foretold(folder, toy, client, settings):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """For a map, of which plans take short samples."""
+    """For a map, of which plans take short samples, and lay them out in one place."""
     monkeypatch.setattr("pipeline.plan.SECONDS", 0.1)
+    monkeypatch.setattr("pipeline.plan.LAID_OUT", 1)
     folder = tmp_path / "folder"
     folder.mkdir()
     return folder
