@@ -51,7 +51,7 @@ from pipeline.errors import FlareFieldError, InputError, MisuseError, StoreError
 from pipeline.journal import Journal
 from pipeline.moved_scan import MovedScan
 from pipeline.observation import SHARD, finish, is_observation, lay_out, microseconds, pointing_of
-from pipeline.pairing import TOLERANCE, Pair, check_alike, label, pair_scans
+from pipeline.pairing import TOLERANCE, Pair, check_alike, check_images, label, pair_scans
 from pipeline.progress import Progress
 from pipeline.provenance import flarefield_version, provenance, sha256_source, stamp
 from pipeline.registration import BANDS, CONFIDENT, STAYS, Mask, Shift
@@ -380,6 +380,7 @@ def _find_series(
         )
     pairs, unpaired = pair_scans(scans, wishes.tolerance)
     check_alike(pairs, calibrated=wishes.calibrate != "none")
+    check_images(pairs)
     for scan in unpaired:
         logger.warning(
             "%s: %s has no partner of its own within %g s", scan.name, label(scan), wishes.tolerance

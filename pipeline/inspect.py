@@ -36,7 +36,7 @@ from pipeline.defects import (
     uncorrected_wavelengths,
 )
 from pipeline.errors import FlareFieldError, InputError
-from pipeline.pairing import Pair, check_alike, completed, label, pair_scans
+from pipeline.pairing import Pair, check_alike, check_images, completed, label, pair_scans
 from pipeline.progress import Progress
 from pipeline.registration import Mask, field_of_view
 
@@ -50,7 +50,7 @@ LISTED = 5  # files, gaps or scans that are named one by one
 
 
 def unusable_numbers(scan: Scan, cube: Cube, field: Mask) -> Iterator[str]:
-    """Say how many pixels of the field have numbers without meaning, and at which wavelengths there are none.
+    """Say how many pixels of the field have numbers without meaning, where there is an image.
 
     Parameters
     ----------
@@ -67,28 +67,22 @@ def unusable_numbers(scan: Scan, cube: Cube, field: Mask) -> Iterator[str]:
     """
     kinds = {"not finite": np.zeros(scan.shape, bool)}
     kinds |= {kind: np.zeros(scan.shape, bool) for kind in ("zero or negative", "saturated")}
-    empty = []
-    for wavelength, image in zip(scan.wavelength, cube, strict=True):
+    for image in cube:
         finite = np.isfinite(image)
         seen = image[field & finite]
         if seen.size == 0 or seen.min() == seen.max():
-            empty.append(f"{wavelength - scan.window.rest_wavelength:+.3f}")
             continue
         kinds["not finite"] |= ~finite
         with np.errstate(invalid="ignore"):
             kinds["zero or negative"] |= finite & (image <= 0)
             kinds["saturated"] |= finite & (image >= scan.saturation)
-    if len(empty) == len(cube):
-        yield NO_INTENSITIES
-    elif empty:
-        yield f"no image at {', '.join(empty)} Angstrom from the line's rest: one value everywhere, or none"
     for kind, pixels in kinds.items():
         if count := int(np.count_nonzero(pixels & field)):
             yield f"{count} pixels of {int(field.sum())} in the field are {kind} at some wavelength"
 
 
 def defects(scan: Scan, cube: Cube, field: Mask) -> Iterator[str]:
-    """Say what spikes and bad pixels there are, and where the line lies if that is far from its rest.
+    """Say which images are missing, what spikes and bad pixels there are, and where the line lies if far off.
 
     Parameters
     ----------
@@ -100,12 +94,12 @@ def defects(scan: Scan, cube: Cube, field: Mask) -> Iterator[str]:
     str
     """
     found = survey(cube, field, scan.saturation)
-    # The other sentences are those of `unusable_numbers`, which tells more of them.
-    yield from replace(found, missing=(), unusable=0).sentences(())
+    # Of numbers without meaning `unusable_numbers` tells more.
+    yield from replace(found, unusable=0).sentences(np.subtract(scan.wavelength, scan.window.rest_wavelength))
     yield from line_far_from_rest(found.profile, scan)
 
 
-CHECKS: tuple[Check, ...] = (unusable_numbers, defects)
+CHECKS: tuple[Check, ...] = (defects, unusable_numbers)
 """What is looked for in a scan's intensities."""
 
 
@@ -237,6 +231,7 @@ def inspect(
         try:
             pairs, unpaired = pair_scans(scans, tolerance)
             check_alike(pairs)
+            check_images(pairs)
         except FlareFieldError as error:
             refusal = error
     return Inspection(

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from pipeline.crisp import LINES, Scan
+from pipeline.crisp import LINES, Scan, open_intensity
+from pipeline.crisp.cube import stored_numbers
 from pipeline.crisp.wavelengths import air_to_vacuum, vacuum_to_air
 from pipeline.errors import InputError
 from pipeline.spectra import shortfall
@@ -33,6 +34,8 @@ DRIFT = 0.02
 """Angstrom by which a scan's wavelengths may lie above or below those of its line's others, all by the same:
 as large as CRISP's cavity errors, as which it is recorded and taken into account. More is another axis."""
 SAMPLE = 8192  # bytes by which files of the same size are told apart before they are compared
+SOME = 16  # pixels along y and x by which images are told apart before they are compared
+LISTED = 3  # scans that a warning names one by one
 SAME_SCALE = 1e-3  # relative difference of pixel sizes, and difference of rotation matrices
 
 
@@ -281,7 +284,7 @@ def _check_copies(pairs: tuple[Pair, ...]) -> None:
         alike.setdefault((part, size, some), []).append(scan)
     for several in alike.values():
         for one, other in itertools.combinations(several, 2):
-            if filecmp.cmp(one.path, other.path, shallow=False):
+            if filecmp.cmp(one.path, other.path, shallow=False) and not _blank(one):
                 raise InputError(
                     "two files have the same content"
                     + ("" if one.line == other.line else ", but are given for different lines"),
@@ -290,6 +293,66 @@ def _check_copies(pairs: tuple[Pair, ...]) -> None:
                     expected="each scan in a file, HDU or variable of its own",
                     remedy="give the scan's own file, or leave the copy out",
                 )
+
+
+def _blank(scan: Scan) -> bool:
+    """Whether a scan has no image at any wavelength."""
+    return all(np.min(image) == np.max(image) or np.isnan(image).all() for image in open_intensity(scan))
+
+
+def check_images(pairs: tuple[Pair, ...]) -> None:
+    """Refuse images of one line that are given for the other; warn of those that are given for two times.
+
+    Noise makes any two images differ. What is compared is the first one of each scan, as it is in the file; a
+    scan whose first image is one value, or cannot be read, is passed over.
+
+    Parameters
+    ----------
+    pairs : tuple of Pair
+        In order.
+
+    Raises
+    ------
+    InputError
+        The two lines have the same image.
+    """
+    scans = {
+        (scan.path, scan.part, scan.index): scan for pair in pairs for scan in (pair.halpha, pair.ca8542)
+    }
+    first: dict[bytes, Scan] = {}
+    again: list[tuple[Scan, Scan]] = []
+    for scan in scans.values():
+        try:
+            image = stored_numbers(open_intensity(scan))[0]
+        except InputError:
+            continue
+        middle = tuple(slice(size // 2 - SOME // 2, size // 2 + SOME // 2) for size in image.shape)
+        some = np.ascontiguousarray(image[middle])
+        if some.size == 0 or not np.ptp(some) > 0:
+            continue
+        one = first.setdefault(some.tobytes(), scan)
+        if one is scan or not np.array_equal(image, stored_numbers(open_intensity(one))[0], equal_nan=True):
+            continue
+        if one.line != scan.line:
+            raise InputError(
+                "two scans have the same image, but are given for different lines",
+                where=scan.name,
+                found=f"the first image of {one.name}: {label(scan)}, and {label(one)}",
+                expected="intensities of each line",
+                remedy="give the line's own file",
+            )
+        again.append((scan, one))
+    if again:
+        named = [
+            f"{scan.name} ({label(scan)}) that of {one.name} ({label(one)})" for scan, one in again[:LISTED]
+        ]
+        more = f", and {len(again) - LISTED} more" if len(again) > LISTED else ""
+        logger.warning(
+            "images are there twice, as no two exposures are: a camera that stood still, or copies under "
+            "other times, which should be left out: %s%s",
+            "; ".join(named),
+            more,
+        )
 
 
 def _check_window(scan: Scan) -> None:

@@ -641,6 +641,8 @@ POINTING = {"reference_value": [-729.8, -313.4], "scale": 0.1}
 PLACE = {**SKY, **ARCSEC, "CDELT1": 0.1, "CDELT2": 0.1}
 PLACE |= {"CRPIX1": 4.5, "CRPIX2": 3.5, "CRVAL1": -729.8, "CRVAL2": -313.4}
 TURNED = {"PC1_1": -0.76604, "PC2_2": -0.76604, "PC1_2": -0.64279, "PC2_1": 0.64279}  # by 140 degrees
+SOLAR = {"CTYPE1": "SOLARX", "CTYPE2": "SOLAR_Y"}
+UNNAMED = {"CTYPE1": "", "CTYPE2": ""}
 DEGREES = {"CUNIT1": "deg", "CUNIT2": "deg", "CDELT1": 0.1 / 3600, "CDELT2": 0.1 / 3600}
 DEGREES |= {"CRVAL1": 360.0 - 729.8 / 3600, "CRVAL2": -313.4 / 3600}
 
@@ -699,6 +701,7 @@ class TestContradictions:
             ({**PLACE, "CRPIX2": 203.5}, {}, "pointing.reference_value", "points elsewhere"),
             ({**PLACE, **DEGREES, "CRVAL2": 0.0}, {}, "pointing.reference_value", "points elsewhere"),
             ({**PLACE, "CROTA2": 45.0}, {}, "pointing.rotation", "turned otherwise"),
+            ({**PLACE, **SOLAR, "CROTA2": 45.0}, {}, "pointing.rotation", "turned otherwise"),
             ({**PLACE, **TURNED}, {"pointing": {**POINTING, "rotation": 138}}, "pointing.rotation", "turned"),
             ({**AXIS, "CRVAL3": 8542.1}, {}, "wavelength", "the header has other wavelengths"),
             ({**AXIS, "CRVAL3": 854.21, "CDELT3": 0.02, "CUNIT3": "nm"}, {}, "wavelength", "has other wave"),
@@ -778,6 +781,10 @@ class TestContradictions:
             ({**PLACE, "CDELT1": -0.1, "CTYPE1": "RA---TAN", "CTYPE2": "DEC--TAN"}, {}),
             ({**PLACE, **TURNED}, {"pointing": {**POINTING, "rotation": 140.0}}),
             ({**PLACE, "CROTA2": 0.0}, {"pointing": {**POINTING, "rotation": 30.0}}),
+            ({**PLACE, "CROTA2": 12.5}, {"pointing": {**POINTING, "rotation": 12.5}}),
+            ({**PLACE, **SOLAR, "CROTA2": 12.5}, {"pointing": {**POINTING, "rotation": 12.5}}),
+            ({**PLACE, **SOLAR, "CROTA2": 180.0}, {"pointing": {**POINTING, "rotation": 180.0}}),
+            ({**PLACE, **UNNAMED, "CROTA2": -31.0}, {"pointing": {**POINTING, "rotation": -31.0}}),
             (AXIS, {}),
             ({**AXIS, "CDELT3": 0.1}, {}),
             ({**AXIS, "CRVAL3": 0.0, "CDELT3": "none"}, {}),

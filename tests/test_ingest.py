@@ -997,7 +997,7 @@ def test_sidecars_of_the_same_content(tmp_path):
     """Both lines' lists of times say the same: that the files are the same again is known all the same."""
     cubes = []
     for line, axis in (("halpha", WAVELENGTH_HALPHA), ("ca8542", WAVELENGTH_CA8542)):
-        cube = np.random.default_rng(1).integers(1000, 2000, (2, axis.size, 20, 30)).astype(np.int16)
+        cube = np.random.default_rng(axis.size).integers(1000, 2000, (2, axis.size, 20, 30)).astype(np.int16)
         fits.PrimaryHDU(cube).writeto(tmp_path / f"{line}.fits")
         (tmp_path / f"{line}.txt").write_text("2014-09-06T15:27:24\n2014-09-06T15:27:35\n")
         cubes.append(
@@ -1024,6 +1024,64 @@ def test_sidecars_of_the_same_content(tmp_path):
 def as_another(path, copy, how):
     copy.unlink(missing_ok=True)
     how(path, copy)
+
+
+def test_one_image_under_both_lines_headers(tmp_path):
+    halpha, ca8542 = write_pair(tmp_path, shape=(40, 50), angle=None)
+    with fits.open(halpha) as one, fits.open(ca8542, mode="update") as other:
+        other[0].data[:15] = one[0].data
+    with pytest.raises(InputError, match="same image, but are given for different lines") as caught:
+        ingest([tmp_path], tmp_path / "obs.zarr", call="test")
+    assert str(halpha) in str(caught.value)
+    assert str(ca8542) in str(caught.value)
+    assert inspect([tmp_path], tolerance=15.0).refusal.problem == caught.value.problem
+
+
+def test_one_image_at_two_times(tmp_path, caplog):
+    write_pair(tmp_path, shape=(40, 50), angle=None)
+    _, last = write_pair(tmp_path, shape=(40, 50), angle=None, number=1, seed=1)
+    ingest([tmp_path], tmp_path / "sound.zarr", call="test")
+    assert "twice" not in caplog.text
+    first = min(tmp_path.glob("*8542*.fits"))
+    with fits.open(first) as one, fits.open(last, mode="update") as other:
+        other[0].data[:] = one[0].data
+    ingest([tmp_path], tmp_path / "obs.zarr", call="test")
+    (said,) = [record.getMessage() for record in caplog.records if "twice" in record.getMessage()]
+    assert str(first) in said
+    assert str(last) in said
+    caplog.clear()
+    assert inspect([tmp_path], tolerance=15.0).refusal is None
+    assert "images are there twice" in caplog.text
+
+
+def test_scans_without_intensities_are_no_copies(tmp_path):
+    """Files without headers are alike, byte by byte, where nothing is in them."""
+    cubes = []
+    for line, axis in (("halpha", WAVELENGTH_HALPHA), ("ca8542", WAVELENGTH_CA8542)):
+        for time in range(3):
+            cube = np.random.default_rng([time, axis.size]).integers(1000, 2000, (axis.size, 20, 30))
+            if line == "halpha" and time > 0:
+                cube[:] = 0
+            fits.PrimaryHDU(cube.astype(np.int16)).writeto(tmp_path / f"{line}{time}.fits")
+            cubes.append(
+                {
+                    "files": f"{line}{time}*",
+                    "axes": ["wavelength", "y", "x"],
+                    "line": line,
+                    "wavelength": {"values": axis.tolist(), "unit": "Angstrom", "medium": "vacuum"},
+                    "time": {"values": [f"2014-09-06T15:2{time}:35"]},
+                    "pointing": {"reference_value": [-300.0, 200.0], "scale": 0.06},
+                    "unit": "DN",
+                }
+            )
+    (tmp_path / "cubes.yaml").write_text(yaml.safe_dump({"cubes": cubes}))
+    files = sorted(tmp_path.glob("*.fits"))
+    ingest(files, tmp_path / "obs.zarr", call="", description=tmp_path / "cubes.yaml")
+    assert open_observation(tmp_path / "obs.zarr").valid.any(("y", "x")).values.tolist() == [
+        True,
+        False,
+        False,
+    ]
 
 
 @pytest.mark.parametrize("how", [shutil.copyfile, os.link, os.symlink])

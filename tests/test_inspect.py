@@ -160,10 +160,20 @@ def test_what_is_wrong_is_counted(tmp_path):
     sentences = [sentence for _, sentence in group.found]
     missing = WAVELENGTH_HALPHA[8] - 6564.61
     assert sentences == [
-        f"no image at {missing:+.3f} Angstrom from the line's rest: one value everywhere, or none",
+        f"no image at {missing:+.3f} Angstrom from the line's rest: one value everywhere, none, or a copy "
+        "of the one before",
         f"4 pixels of {field.sum()} in the field are zero or negative at some wavelength",
         f"2 pixels of {field.sum()} in the field are saturated at some wavelength",
     ]
+
+
+def test_an_image_that_is_there_once_more_is_said(tmp_path):
+    cube = np.random.default_rng(2).integers(1000, 2000, (15, *SHAPE))
+    cube[4] = cube[3]
+    write_fchroma(tmp_path / "scan.fits", cube, WAVELENGTH_HALPHA, START)
+    (group,) = inspect([tmp_path], tolerance=15.0).groups
+    ((_, sentence),) = group.found
+    assert sentence.startswith(f"no image at {WAVELENGTH_HALPHA[4] - 6564.61:+.3f} Angstrom")
 
 
 @pytest.mark.parametrize("move", [0.0, 0.5, -1.81])

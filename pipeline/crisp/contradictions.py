@@ -373,7 +373,7 @@ def _plane(
     if None in steps or (not all(units) and all(step in (0.0, 1.0) for step in steps)):
         return None
     try:
-        wcs = cube.sky()
+        wcs = cube.sky(named=False)
         # wcslib makes degrees of what it knows to be angles on the sky, where the header has their unit
         found = [str(unit) if said else str(default) for unit, said in zip(wcs.wcs.cunit, units, strict=True)]
         factors = np.array([u.Unit(unit).to(u.arcsec) for unit in found])

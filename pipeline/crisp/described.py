@@ -80,10 +80,17 @@ class DescribedCube:
         """The number that FITS gives an axis: ``NAXIS1`` is the array's last."""
         return len(self.axes) - self.axes.index(axis)
 
-    def sky(self) -> WCS:
-        """Coordinates of x and y, as the header of the cube's HDU has them; wcslib's errors are its own."""
+    def sky(self, named: bool = True) -> WCS:
+        """Coordinates of x and y, as the header of the cube's HDU has them; wcslib's errors are its own.
+
+        Unless they are named there, as helioprojective ones: by other names wcslib knows no ``CROTA2``.
+        """
         header = self.headers[0].copy()
         numbers = [self.fits_number("x"), self.fits_number("y")]
+        if not named:
+            header.update(
+                {f"CTYPE{n}": name for n, name in zip(numbers, ("HPLN-TAN", "HPLT-TAN"), strict=True)}
+            )
         for number in range(1, len(self.axes) + 1):
             if number not in numbers:  # tables and the like, which nobody asks for
                 header.remove(f"CTYPE{number}", ignore_missing=True)
