@@ -147,7 +147,11 @@ def sampling_matrix(wavelength_from: ArrayLike, wavelength_to: ArrayLike) -> NDA
     """
     axis, points, left = _places(wavelength_from, wavelength_to)
     weight = (points - axis[left]) / (axis[left + 1] - axis[left])
-    return _two_a_row(left, axis.size, 1.0 - weight, weight)
+    matrix = np.zeros((points.size, axis.size))
+    rows = np.arange(points.size)
+    matrix[rows, left] = 1.0 - weight
+    matrix[rows, left + 1] = weight
+    return matrix
 
 
 def _places(
@@ -164,17 +168,6 @@ def _places(
             remedy="use scans that cover the network's windows, or a network with narrower ones",
         )
     return axis, points, np.clip(np.searchsorted(axis, points, side="right") - 1, 0, axis.size - 2)
-
-
-def _two_a_row(
-    left: NDArray[np.intp], columns: int, at_left: NDArray[np.float64], at_right: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """A matrix whose row i holds two numbers, in the columns ``left[i]`` and ``left[i] + 1``."""
-    matrix = np.zeros((left.size, columns))
-    rows = np.arange(left.size)
-    matrix[rows, left] = at_left
-    matrix[rows, left + 1] = at_right
-    return matrix
 
 
 def _like(values: ArrayLike, array: Array) -> Array:
@@ -240,39 +233,6 @@ def _end_slope(near: Array, far: Array, near_step: float, far_step: float) -> Ar
     return xp.where(overshoots, 3.0 * near, slope)
 
 
-def cubic_matrices(
-    wavelength_from: ArrayLike, wavelength_to: ArrayLike
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Cubic Hermite interpolation from one wavelength axis to another, as two matrices.
-
-    Parameters
-    ----------
-    wavelength_from, wavelength_to : array_like, shapes (n,) and (m,)
-        As for `sampling_matrix`.
-
-    Returns
-    -------
-    of_values, of_slopes : ndarray, shape (m, n), float64
-        ``spectrum_to = of_values @ spectrum_from + of_slopes @ slopes``. Points beyond the axis are on the
-        straight line that has the slope at its end.
-
-    Raises
-    ------
-    InputError
-        There is no point, or one lies more than half a sampling step beyond the axis.
-    """
-    axis, points, left = _places(wavelength_from, wavelength_to)
-    width = axis[left + 1] - axis[left]
-    inside = np.clip(points, axis[0], axis[-1])
-    t = (inside - axis[left]) / width
-    rising = t * t * (3.0 - 2.0 * t)
-    of_values = _two_a_row(left, axis.size, 1.0 - rising, rising)
-    of_slopes = _two_a_row(left, axis.size, width * t * (1.0 - t) ** 2, width * t * t * (t - 1.0))
-    of_slopes[:, 0] += np.minimum(points - axis[0], 0.0)
-    of_slopes[:, -1] += np.maximum(points - axis[-1], 0.0)
-    return of_values, of_slopes
-
-
 def check_interpolation(interpolation: str) -> None:
     """Refuse a name that is none of `Interpolation`.
 
@@ -310,8 +270,8 @@ def interpolate(
     Returns
     -------
     array, shape (pixels, m)
-        In the library, dtype and on the device of `spectra`. Where a value of a pixel is not finite, none of
-        its results is, or they are NaN.
+        In the library, dtype and on the device of `spectra`; each pixel's does not depend, to the last bit,
+        on the others that are there. NaN throughout for a pixel with a value that is not finite.
 
     Raises
     ------
@@ -321,10 +281,29 @@ def interpolate(
         There is no such interpolation.
     """
     check_interpolation(interpolation)
+    xp = array_namespace(spectra)
+    axis, points, left = _places(wavelength_from, wavelength_to)
+    width = axis[left + 1] - axis[left]
+    # No product of matrices: how such a one rounds depends on how many pixels there are.
+    ends = [xp.asarray(left + right, device=device(spectra)) for right in (0, 1)]
+
+    def between(values: Array, at_left: NDArray[np.float64], at_right: NDArray[np.float64]) -> Array:
+        before, after = (xp.take(values, end, axis=-1) for end in ends)
+        return before * _like(at_left, spectra) + after * _like(at_right, spectra)
+
     if interpolation == "linear":
-        return spectra @ _like(sampling_matrix(wavelength_from, wavelength_to), spectra).T
-    of_values, of_slopes = (_like(part, spectra) for part in cubic_matrices(wavelength_from, wavelength_to))
-    return spectra @ of_values.T + monotone_slopes(spectra, wavelength_from) @ of_slopes.T
+        weight = (points - axis[left]) / width
+        found = between(spectra, 1.0 - weight, weight)
+    else:
+        t = (np.clip(points, axis[0], axis[-1]) - axis[left]) / width
+        rising = t * t * (3.0 - 2.0 * t)
+        found = between(spectra, 1.0 - rising, rising)
+        # Beyond the ends a straight line with the slope there.
+        at_left = width * t * (1.0 - t) ** 2 + np.minimum(points - axis[0], 0.0)
+        at_right = width * t * t * (t - 1.0) + np.maximum(points - axis[-1], 0.0)
+        found = found + between(monotone_slopes(spectra, wavelength_from), at_left, at_right)
+    good = xp.isfinite(xp.sum(spectra, axis=-1))
+    return xp.where(good[:, None], found, _like(xp.nan, spectra))
 
 
 def interpolate_shifted(

@@ -1027,7 +1027,7 @@ def as_another(path, copy, how):
 
 
 def test_one_image_under_both_lines_headers(tmp_path):
-    halpha, ca8542 = write_pair(tmp_path, shape=(40, 50), angle=None)
+    halpha, ca8542, _ = write_pair(tmp_path, shape=(40, 50), angle=None)
     with fits.open(halpha) as one, fits.open(ca8542, mode="update") as other:
         other[0].data[:15] = one[0].data
     with pytest.raises(InputError, match="same image, but are given for different lines") as caught:
@@ -1039,7 +1039,7 @@ def test_one_image_under_both_lines_headers(tmp_path):
 
 def test_one_image_at_two_times(tmp_path, caplog):
     write_pair(tmp_path, shape=(40, 50), angle=None)
-    _, last = write_pair(tmp_path, shape=(40, 50), angle=None, number=1, seed=1)
+    _, last, _ = write_pair(tmp_path, shape=(40, 50), angle=None, number=1, seed=1)
     ingest([tmp_path], tmp_path / "sound.zarr", call="test")
     assert "twice" not in caplog.text
     first = min(tmp_path.glob("*8542*.fits"))

@@ -197,6 +197,19 @@ def test_flags_of_an_earlier_map_leave_pixels_out(tmp_path, toy, client, whole, 
     assert part.attrs["settings"]["skip"] == "not_positive,outside_field,saturated"
 
 
+@pytest.mark.parametrize("region", ["4:5,9:10", "7:9,8:10"])
+def test_single_pixels_of_tiles_have_the_bits_of_the_whole_map(
+    tmp_path, toy, client, whole, settings, region
+):
+    """A pixel by itself, and the corners of four tiles."""
+    output = tmp_path / "map.zarr"
+    invert(toy, output, cluster=client, region=region, **settings)
+    asked = np.zeros((2, 20, 18), dtype=bool)
+    rows, columns = (slice(*map(int, part.split(":"))) for part in region.split(","))
+    asked[:, rows, columns] = True
+    assert_part_of(open_map(output).load(), open_map(whole).load(), asked)
+
+
 def test_scattered_pixels_have_the_bits_of_the_whole_map(tmp_path, toy, client, whole, earlier, settings):
     novel = np.random.default_rng(1).random((2, 20, 18)) < 0.5
     flag(earlier, np.where(novel, np.uint16(Flag.NOVEL), np.uint16(0)))

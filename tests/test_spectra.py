@@ -13,7 +13,6 @@ from pipeline.errors import InputError, MisuseError
 from pipeline.spectra import (
     covered,
     covers,
-    cubic_matrices,
     interpolate,
     interpolate_shifted,
     monotone_slopes,
@@ -152,7 +151,7 @@ def test_monotone_cubics_are_exact_on_straight_lines_and_leave_the_axis_straight
     found = interpolate(values, axis, [3.25, 3.5], "pchip")[0]
     np.testing.assert_allclose(found, 9.0 + slope * np.array([0.25, 0.5]))
     with pytest.raises(InputError, match="too short"):
-        cubic_matrices(axis, [3.6])
+        interpolate(values, axis, [3.6], "pchip")
     with pytest.raises(InputError, match="three"):
         interpolate(values[:, :2], axis[:2], [0.5], "pchip")
 
@@ -208,6 +207,36 @@ def test_each_pixel_on_its_own_wavelengths_is_numpys_and_scipys(interpolation, d
         )
         np.testing.assert_allclose(found[pixel], expected, rtol=2e-5 if dtype is np.float32 else 1e-10)
     assert found.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("interpolation", ["linear", "pchip"])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_a_pixel_is_interpolated_alike_whatever_is_beside_it(interpolation, dtype, shifted):
+    """To the last bit: a part of a map has those of the whole."""
+    generator = np.random.default_rng(9)
+    lines = [
+        generator.uniform(0.5, 2.0, (67, axis.size)).astype(dtype) for axis in (CRISP_HALPHA, CRISP_CA8542)
+    ]
+    shifts = generator.uniform(-0.02, 0.02, (2, 67)).astype(dtype) if shifted else (None, None)
+
+    def of(pixels):
+        some = [None if shift is None else shift[pixels] for shift in shifts]
+        return network_lines(
+            *(line[pixels] for line in lines),
+            CRISP_HALPHA,
+            CRISP_CA8542,
+            LAYOUT,
+            interpolation,
+            shift_halpha=some[0],
+            shift_ca8542=some[1],
+        )[0]
+
+    together = of(slice(None))
+    for count in (1, 2, 3, 5, 16):
+        for first in (0, 17, 40):
+            some = slice(first, first + count)
+            np.testing.assert_array_equal(of(some), together[some])
 
 
 @pytest.mark.parametrize("interpolation", ["linear", "pchip"])
