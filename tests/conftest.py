@@ -13,6 +13,28 @@ from distributed import Client, LocalCluster
 from fake_model import save_fake_model
 from toy_observation import write_toy_observation
 
+LONGEST = (
+    "test_ingest",
+    "test_objects",
+    "test_faults",
+    "test_invert",
+    "test_plan",
+    "test_alignment",
+    "test_demo",
+    "test_train_job",
+    "test_notebooks",
+    "test_common_time",
+    "test_compiled_draws",
+)
+"""Files that take longest, the longest first."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files: processes that share files out do not wait for one of them at the end."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
 
 @pytest.fixture(scope="session")
 def client() -> Iterator[Client]:
