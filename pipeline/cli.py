@@ -327,7 +327,7 @@ def invert_command(
         bool,
         typer.Option(
             "--compile",
-            help="Have torch compile the network on every worker: two thirds of the time for a large map, "
+            help="Have torch compile the network on every worker: sampling takes two thirds of its time, "
             "after some seconds at the beginning. Needs a C++ compiler there, whose the last bits are.",
         ),
     ] = False,

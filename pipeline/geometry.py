@@ -204,7 +204,8 @@ def derotated(dataset: xr.Dataset) -> xr.Dataset:
     -------
     xarray.Dataset
         With new ``x``, ``y``, ``longitude`` and ``latitude``, and ``derotated_by`` (degrees, counterclockwise
-        on the sky) among its attributes. The FITS headers that it may carry describe the old frame.
+        on the sky, from solar x to the frame's own x axis; a mirrored frame is mirrored back, too) among its
+        attributes. The FITS headers that it may carry describe the old frame.
 
     Raises
     ------

@@ -31,6 +31,7 @@ MEDIUM_CARDS = ("WAVEREF", "AIRORVAC")
 MEDIUM_OF_REFERENCE = {"vacuum": "vacuum", "vac": "vacuum", "air": "air"}
 """What these say."""
 OFF = 0.05  # Angstrom: what two statements about wavelengths may differ by
+NAMED = 1.0  # Angstrom: what a line's name, a whole number, may lie outside of its wavelengths
 FILTER = 10.0  # Angstrom: what a prefilter's wavelength may differ from that of the line
 NANOMETRES = 2000.0  # a wavelength of less, whose unit is not said, is in nm
 A_SECOND = np.timedelta64(1, "s")
@@ -132,8 +133,11 @@ def _about_lines(header: fits.Header, scan: Scan) -> Iterator[str]:
             yield f"{name} = {text.strip()!r} names {other}, the wavelengths are around {own}"
     axis = vacuum_to_air(scan.wavelength) if scan.medium == "air" else np.asarray(scan.wavelength)
     if lines <= 1 and "WAVELNTH" in header:
-        stated = wavelength_stated(header, fits_files.number(header, "WAVELNTH", scan.path), scan.path)
-        if not abs(stated - axis.mean()) < FILTER:
+        try:
+            value = float(header["WAVELNTH"])  # some write it as text
+        except (TypeError, ValueError):
+            value = fits_files.number(header, "WAVELNTH", scan.path)
+        if not abs(wavelength_stated(header, value, scan.path) - axis.mean()) < FILTER:
             yield f"WAVELNTH = {header['WAVELNTH']}, the wavelengths are around {own}"
     for card in MEDIUM_CARDS:
         reference = str(header.get(card, "")).strip()
@@ -152,8 +156,9 @@ def _about_lines(header: fits.Header, scan: Scan) -> Iterator[str]:
         return
     if f"TWAVE{place}" in header:
         target = fits_files.number(header, f"TWAVE{place}", scan.path)
-        # In Angstrom by its definition, or in the axis' unit.
-        if not any(axis[0] - OFF <= target * step <= axis[-1] + OFF for step in (1.0, angstrom)):
+        # In Angstrom by its definition, or in the axis' unit. A whole number may be the line's name.
+        off = NAMED if target == round(target) else OFF
+        if not any(axis[0] - off <= target * step <= axis[-1] + off for step in (1.0, angstrom)):
             yield f"TWAVE{place} = {target}, outside of the wavelengths"
     if lines <= 1 and {"CRVAL3", "CRPIX3"} <= set(header) and {"CDELT3", "CD3_3"} & set(header):
         per_pixel = "CD3_3" if "CD3_3" in header else "CDELT3"

@@ -28,7 +28,11 @@ REFLECTIVITIES = {"halpha": (0.9330, 0.8492), "ca8542": (0.9300, 0.8520)}
 """Reflectivities of the two etalons' plates at each line."""
 FOCAL_RATIO = 165.0
 REACH = 0.6
-"""Angstrom from the peak beyond which the profile is cut: 0.2 % of it at H-alpha, 0.5 % at Ca II 8542."""
+"""Angstrom from the peak beyond which the profile is cut.
+
+Of the peak itself 0.2 % lie beyond at H-alpha, 0.5 % at Ca II 8542; the side orders of the high-resolution
+etalon, which the prefilter dims, are left out, too.
+"""
 _NODES = 241
 _REST = {line.name: line.rest_wavelength for line in (HALPHA, CA8542)}
 
