@@ -174,9 +174,10 @@ def _checked(store: Place) -> CheckReport:
             where=journal,
             remedy="put the right journal back beside the map",
         )
-    see_that_it_is_as_begun(store, header.get("begun_with"), read_journal(journal)[1])
+    begun_with, fingerprint = header.get("begun_with"), header["fingerprint"]
+    see_that_it_is_as_begun(store, begun_with, read_journal(journal)[1], fingerprint)
     dataset = open_map(store.location)
-    rows, columns = header["fingerprint"]["tile"]
+    rows, columns = fingerprint["tile"]
     grid = TileGrid((dataset.sizes["time"], dataset.sizes["y"], dataset.sizes["x"]), (rows, columns))
     receipts = np.zeros((len(grid), 32), dtype=np.uint8)
     known = np.zeros(len(grid), dtype=np.uint8)
@@ -214,7 +215,7 @@ def _checked(store: Place) -> CheckReport:
         finished,
         tuple(faults),
         time.monotonic() - started,
-        _misread(store, header["fingerprint"], finished=finished),
+        _misread(store, fingerprint, finished=finished),
     )
 
 
@@ -240,7 +241,7 @@ _NO_RECEIPT = "0" * 64  # of failed tiles in the journals of the first maps
 
 def _verdict(group: zarr.Group, tile: Tile, known: int, expected: str) -> tuple[Fault, str] | None:
     if not known:
-        return "not recorded", "the journal has no record of it"
+        return "not recorded", "the journal has no record of it that is whole"
     gone = missing_files(group.store, tile)
     if known == _NOT_SELECTED:
         there = [key for key in tile_keys(tile).values() if key not in gone]

@@ -46,7 +46,7 @@ from pipeline.cluster import (
 from pipeline.devices import Device
 from pipeline.driver import run_bounded
 from pipeline.errors import FlareFieldError, InputError, MisuseError, StoreError
-from pipeline.journal import Journal, changes, is_receipt, read_journal
+from pipeline.journal import Journal, as_listed, changes, is_receipt, read_journal, short
 from pipeline.observation import open_observation, see_that_it_is_one, see_that_it_is_whole
 from pipeline.plan import Beside, Plan, make_plan, see_that_it_fits
 from pipeline.progress import Progress
@@ -872,6 +872,7 @@ def _resume(store: Place, location: Path | str, fingerprint: Mapping[str, Any]) 
             where=location,
             remedy="put the right journal back beside the map, or start over with --overwrite",
         )
+    see_that_it_is_as_begun(store, journal.begun_with, journal.records(), journal.fingerprint)
     differing = changes(journal.fingerprint, fingerprint)
     if "method" in differing:
         previews = "a preview", "sampled from the posterior"
@@ -887,18 +888,12 @@ def _resume(store: Place, location: Path | str, fingerprint: Mapping[str, Any]) 
         raise MisuseError(
             "the map was begun with other settings",
             where=store,
-            found="; ".join(f"{name}: {_short(wanted)}" for name, (_, wanted) in differing.items()),
-            expected="; ".join(f"{name}: {_short(recorded)}" for name, (recorded, _) in differing.items()),
+            found=as_listed({name: wanted for name, (_, wanted) in differing.items()}),
+            expected=as_listed({name: recorded for name, (recorded, _) in differing.items()}),
             remedy="repeat the settings it was begun with, choose another output, or start over with "
             "--overwrite",
         )
-    see_that_it_is_as_begun(store, journal.begun_with, journal.records())
     return journal
-
-
-def _short(value: object) -> str:
-    text = "none" if value is None else str(value)
-    return f"{text[:12]}..." if len(text) == 64 else text
 
 
 # The run
@@ -996,8 +991,8 @@ class _Work:
         raise StoreError(
             "the observation has changed while the map was being made",
             where=self.spec.observation,
-            found=_short(found),
-            expected=_short(self.spec.observation_hash),
+            found=short(found),
+            expected=short(self.spec.observation_hash),
             remedy="put it back as it was and run the same command again: it does once more what was done "
             "meanwhile; or start over with --overwrite",
         )

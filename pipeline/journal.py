@@ -4,7 +4,8 @@ A journal is a log (`pipeline.storage.Log`: a file, or numbered objects) of JSON
 run: its identity, its fingerprint, which is everything that decides the map's numbers, and the hashes of what
 the map was begun with, its coordinates and metadata. Every further line
 is one record, of a finished tile or of one that was given up, and the last record of a tile counts. Only the
-client writes, only at the end, in batches that are safe before `Journal.append` forgets them. A process
+client writes, only at the end, in batches that are safe before `Journal.append` forgets them. Every line
+ends with the CRC-32 of what stands before it, so that one that was changed is none. A process
 killed at any moment therefore leaves a good journal, whose last line may be torn: its tile has no record and
 is simply done again, which is harmless, for doing a tile is idempotent.
 """
@@ -19,11 +20,16 @@ from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from zlib import crc32
 
 from pipeline.errors import StoreError
 from pipeline.storage import Log, log_at
 
-FORMAT = 1
+FORMAT = 2
+UNSEALED = 1
+"""The format before, whose lines have no checksums; what is added to such a journal has."""
+SEAL = b',"crc32":"'
+"""What stands before a line's checksum: inside of JSON's strings it cannot."""
 BATCH = 64
 """Records held back at most before they are written."""
 INTERVAL = 1.0
@@ -49,6 +55,17 @@ def changes(recorded: Fingerprint, wanted: Fingerprint) -> dict[str, tuple[Any, 
     names = [*recorded, *(name for name in wanted if name not in recorded)]
     pairs = {name: (recorded.get(name), wanted.get(name)) for name in names}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def as_listed(settings: Fingerprint) -> str:
+    """Settings in one line, hashes shortened."""
+    return "; ".join(f"{name}: {short(value)}" for name, value in settings.items())
+
+
+def short(value: object) -> str:
+    """A setting's value as a person reads it."""
+    text = "none" if value is None else str(value)
+    return f"{text[:12]}..." if len(text) == 64 else text
 
 
 HASH = re.compile("[0-9a-f]{1,64}")
@@ -77,6 +94,7 @@ class Journal:
         self.run: str = header["run"]
         self.fingerprint: dict[str, Any] = header["fingerprint"]
         self.begun_with: dict[str, str] | None = header.get("begun_with")
+        self._sealed = _is_sealed(header)
         self._held: list[dict[str, Any]] = []
         self._written = time.monotonic()
         self._log = log
@@ -134,7 +152,7 @@ class Journal:
 
     def records(self) -> Iterator[dict[str, Any]]:
         """Read the records on disk, oldest first; of several about one tile the last counts."""
-        return _records(self._log)
+        return _records(self._log, sealed=self._sealed)
 
     @property
     def finished(self) -> bool:
@@ -214,16 +232,24 @@ def read_journal(path: str | Path) -> tuple[dict[str, Any], Iterator[dict[str, A
         It is not a journal of this version.
     """
     log = log_at(path)
-    header = _parse(next(log.lines(), b""))
-    if header is None or header.get("journal") != FORMAT:
+    line = next(log.lines(), b"")
+    header = _parse(line, sealed=False)
+    if header is not None and header.get("journal") not in (FORMAT, UNSEALED):
         raise StoreError(
             "not a journal that this version of FlareField can read",
             where=path,
-            found="an unreadable first line" if header is None else f"format {header.get('journal')}",
+            found=f"format {header.get('journal')}",
             expected=f"format {FORMAT}",
             remedy="start over with --overwrite",
         )
-    return header, _records(log)
+    if header is None or (_is_sealed(header) and SEAL not in line) or not _can_begin(header):
+        raise StoreError(
+            "the journal's first line, which holds the settings, is damaged",
+            where=path,
+            found="a line that is not what was written",
+            remedy="put the journal back as it was, or start over with --overwrite",
+        )
+    return header, _records(log, sealed=_is_sealed(header))
 
 
 def is_receipt(record: Mapping[str, Any]) -> bool:
@@ -238,10 +264,10 @@ def is_receipt(record: Mapping[str, Any]) -> bool:
     return all(isinstance(record.get(name), kind) for name, kind in kinds.items())
 
 
-def _records(log: Log) -> Iterator[dict[str, Any]]:
+def _records(log: Log, *, sealed: bool) -> Iterator[dict[str, Any]]:
     for line in islice(log.lines(), 1, None):
         # A line damaged by a crash of the machine counts as no record: its tile is done again.
-        if (record := _parse(line)) is not None and _can_be(record):
+        if (record := _parse(line, sealed=sealed)) is not None and _can_be(record):
             yield record
 
 
@@ -257,11 +283,30 @@ def _can_be(record: Mapping[str, Any]) -> bool:
     )
 
 
+def _can_begin(header: Mapping[str, Any]) -> bool:
+    kinds = {"run": str, "fingerprint": dict}
+    return all(isinstance(header.get(name), kind) for name, kind in kinds.items())
+
+
+def _is_sealed(header: Mapping[str, Any]) -> bool:
+    return bool(header["journal"] != UNSEALED)
+
+
 def _line(record: Mapping[str, Any]) -> bytes:
-    return json.dumps(record, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+    body = json.dumps(record, separators=(",", ":"), allow_nan=False).encode().removesuffix(b"}")
+    return body + SEAL + _seal(body)
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def _seal(body: bytes) -> bytes:
+    return b'%08x"}\n' % crc32(body)
+
+
+def _parse(line: bytes, *, sealed: bool) -> dict[str, Any] | None:
+    """What a line says, without its checksum; None if it is not as it was written."""
+    body, mark, seal = line.rpartition(SEAL)
+    if (mark or sealed) and seal != _seal(body):
+        return None
+    line = body + b"}" if mark else line
     try:
         value = json.loads(line)
     except ValueError:

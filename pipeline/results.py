@@ -41,6 +41,7 @@ from zarr.core.sync import sync
 
 import pipeline.geometry  # noqa: F401  (gives datasets the accessor `flarefield`)
 from pipeline.errors import MisuseError, StoreError
+from pipeline.journal import Fingerprint, as_listed, changes
 from pipeline.storage import ROOT, Place, place
 
 KIND = "map"
@@ -407,11 +408,15 @@ def _files_hash(store: Store, name: str) -> str:
 
 
 def see_that_it_is_as_begun(
-    store: Place, recorded: Mapping[str, str] | None, records: Iterable[Mapping[str, Any]]
+    store: Place,
+    recorded: Mapping[str, str] | None,
+    records: Iterable[Mapping[str, Any]],
+    fingerprint: Fingerprint,
 ) -> None:
     """Compare a map's coordinates and metadata with what they were when it was laid out.
 
-    A part of them that has gone would be read as numbers that nobody has written.
+    A part of them that has gone would be read as numbers that nobody has written. The settings are in both,
+    the map's attributes and its journal.
 
     Parameters
     ----------
@@ -421,11 +426,13 @@ def see_that_it_is_as_begun(
         What `begun_with` said of it, by the first line of its journal.
     records : iterable of mapping
         Its journal's records: of the first maps, the first of them holds that in its place.
+    fingerprint : mapping
+        The settings, by the first line of its journal.
 
     Raises
     ------
     StoreError
-        Some are not what they were, or the journal does not say.
+        Some are not what they were, the journal does not say, or its settings are not the map's.
     """
     if recorded is None:
         recorded = next(iter(records), {}).get("coordinates")
@@ -443,6 +450,15 @@ def see_that_it_is_as_begun(
             where=store,
             found=f"other contents of {', '.join(changed)} than the map was begun with",
             remedy="start over with --overwrite",
+        )
+    settings = zarr.open_group(store.zarr, mode="r").attrs.get("settings")
+    if isinstance(settings, Mapping) and (differing := changes(fingerprint, settings)):
+        raise StoreError(
+            "the journal's settings are not those that the map was begun with",
+            where=store.journal,
+            found=as_listed({name: pair[0] for name, pair in differing.items()}),
+            expected=as_listed({name: pair[1] for name, pair in differing.items()}),
+            remedy="put the right journal back beside the map, or start over with --overwrite",
         )
 
 

@@ -14,6 +14,7 @@ from pipeline.check import check_map
 from pipeline.cli import main
 from pipeline.errors import MisuseError, StoreError
 from pipeline.invert import invert
+from pipeline.journal import Journal
 from pipeline.results import VARIABLES
 from pipeline.storage import Directory, lock
 from pipeline.tiles import TileGrid, tile_keys
@@ -157,17 +158,64 @@ def test_what_pixels_without_files_read_as_is_looked_at(whole, tmp_path, client,
 
 
 def test_records_of_tiles_that_cannot_be_are_none(copy):
-    journal = copy.with_name(copy.name + ".journal")
-    with journal.open("a") as lines:
+    with Journal.open(Directory(copy).journal) as journal:
         for record in (
-            '{"tile":900,"sha256":"00"}',
-            '{"tile":0,"sha256":"zz"}',
-            '{"tile":"0"}',
-            '{"tile":-1}',
-            '{"finished":true,"tiles":9}',
+            {"tile": 900, "sha256": "00"},
+            {"tile": 0, "sha256": "zz"},
+            {"tile": "0"},
+            {"tile": -1},
+            {"finished": True, "tiles": 9},
         ):
-            lines.write(record + "\n")
+            journal.append(record)
     assert check_map(copy).sound
+
+
+@pytest.mark.parametrize("number", range(1, 11))
+def test_a_record_that_was_changed_is_none_and_its_tile_is_done_again(
+    copy, whole, client, fake_model, number
+):
+    lines = Directory(copy).journal.read_text().splitlines(keepends=True)
+    changed = lines[number].replace('"answered":', '"answered":1').replace('"tiles":9', '"tiles":8')
+    assert changed != lines[number]
+    Directory(copy).journal.write_text("".join([*lines[:number], changed, *lines[number + 1 :]]))
+    report = check_map(copy)
+    assert not report.sound
+    tiles = () if number == 10 else (GRID[json.loads(lines[number])["tile"]],)
+    assert (report.finished, report.of("not recorded"), len(report.faults)) == (
+        number < 10,
+        tiles,
+        len(tiles),
+    )
+    again = invert(whole.parent / "o.zarr", copy, model=fake_model, cluster=client, **SETTINGS)
+    assert (again.resumed, again.answered) == (9 - len(tiles), answered_in(copy))
+    assert check_map(copy).sound
+
+
+def answered_in(path):
+    return int(np.isfinite(temperature_of(path)[..., 0, 0]).sum())
+
+
+@pytest.mark.parametrize("sealed", [True, False], ids=["", "without checksums"])
+@pytest.mark.parametrize(
+    ("recorded", "changed"),
+    [('"draws":8', '"draws":9'), ('"region":null', '"region":"0:1"'), ('"float32"', '"float64"')],
+)
+def test_settings_of_the_journal_that_are_not_the_maps_are_refused(
+    copy, whole, client, fake_model, recorded, changed, sealed
+):
+    first, *rest = Directory(copy).journal.read_text().splitlines()
+    if not sealed:  # as earlier versions wrote it
+        first = first[: first.rindex(',"crc32"')].replace('"journal":2', '"journal":1') + "}"
+        Directory(copy).journal.write_text("\n".join([first, *rest, ""]))
+        assert check_map(copy).sound
+    assert recorded in first
+    Directory(copy).journal.write_text("\n".join([first.replace(recorded, changed), *rest, ""]))
+    again = {"model": fake_model, "cluster": client, **SETTINGS}
+    for action in (check_map, lambda path: invert(whole.parent / "o.zarr", path, **again)):
+        with pytest.raises(StoreError, match="first line" if sealed else "not those") as refusal:
+            action(copy)
+        assert refusal.value.where == str(Directory(copy).journal)
+        assert refusal.value.remedy
 
 
 def test_what_the_journal_does_not_know_is_not_recorded(copy):
@@ -238,7 +286,7 @@ def test_a_map_that_cannot_be_written_to_is_judged_all_the_same(copy, monkeypatc
 
 def test_without_its_journal_there_is_nothing_to_check_a_map_against(copy, whole):
     journal = Directory(copy).journal
-    journal.write_text(journal.read_text().replace(zarr.open_group(copy).attrs["run"], "0" * 32))
+    Journal.create(journal, "0" * 32, zarr.open_group(copy).attrs["settings"]).close()
     with pytest.raises(StoreError, match="different runs"):
         check_map(copy)
     journal.unlink()

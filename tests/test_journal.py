@@ -1,5 +1,6 @@
 """The journal survives being killed at any moment, and says what is done and nothing else."""
 
+import binascii
 import errno
 import fcntl
 import json
@@ -49,10 +50,62 @@ def test_every_line_is_json_on_its_own(tmp_path):
     path = tmp_path / "j"
     with Journal.create(path, "a run", SETTINGS) as journal:
         journal.append({"tile": 3})
-    assert [json.loads(line) for line in lines(path)] == [
-        {"journal": 1, "run": "a run", "fingerprint": SETTINGS},
-        {"tile": 3},
-    ]
+    header, record = (json.loads(line) for line in lines(path))
+    assert header.pop("crc32")
+    assert record.pop("crc32")
+    assert header == {"journal": 2, "run": "a run", "fingerprint": SETTINGS}
+    assert record == {"tile": 3}
+
+
+def added_to(path, record):
+    """The bytes that a record adds to a journal, which stays as it is."""
+    before = path.read_bytes()
+    with Journal.open(path) as journal:
+        journal.append(record)
+    added = path.read_bytes()[len(before) :]
+    path.write_bytes(before)
+    return added
+
+
+def test_a_line_ends_with_the_checksum_of_what_stands_before_it(tmp_path):
+    path = tmp_path / "j"
+    Journal.create(path, "a run", SETTINGS).close()
+    body, seal = path.read_bytes().rsplit(b',"crc32":', 1)
+    assert seal == f'"{binascii.crc32(body):08x}"}}\n'.encode()
+
+
+@pytest.mark.parametrize("bit", range(8))
+def test_whatever_bit_is_changed_the_line_is_none_and_the_settings_are_refused(tmp_path, bit):
+    path = tmp_path / "j"
+    records = [{"tile": 0, "answered": 24}, {"tile": 1, "answered": 24}, {"finished": True}]
+    with Journal.create(path, "a run", SETTINGS) as journal:
+        for record in records:
+            journal.append(record)
+    whole = path.read_bytes()
+    begins = len(lines(path)[0]) + 1
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+        if place < begins:
+            with pytest.raises(StoreError, match=r"first line|format") as refusal:
+                Journal.open(path)
+            assert "--overwrite" in refusal.value.remedy
+        else:
+            found = list(Journal.open(path).records())
+            assert len(found) < len(records)
+            assert all(record in records for record in found)
+
+
+def test_a_journal_without_checksums_is_gone_on_with(tmp_path):
+    path = tmp_path / "j"
+    header = {"journal": 1, "run": "a run", "fingerprint": SETTINGS}
+    path.write_text(f'{json.dumps(header)}\n{{"tile":0}}\n')
+    with Journal.open(path) as journal:
+        assert (journal.run, journal.fingerprint) == ("a run", SETTINGS)
+        journal.append({"tile": 1})
+        journal.append({"tile": 2})
+    assert [entry["tile"] for entry in Journal.open(path).records()] == [0, 1, 2]
+    path.write_bytes(path.read_bytes().replace(b'"tile":2', b'"tile":3'))
+    assert [entry["tile"] for entry in Journal.open(path).records()] == [0, 1]
 
 
 def test_records_are_written_in_batches(tmp_path, monkeypatch):
@@ -82,25 +135,28 @@ def test_a_record_is_not_held_back_for_long(tmp_path, monkeypatch):
         assert len(lines(path)) == 2
 
 
-@pytest.mark.parametrize("kept", range(1, 22))
+@pytest.mark.parametrize("kept", range(1, 42))
 def test_a_torn_last_line_counts_as_nothing_and_does_no_harm(tmp_path, kept):
     path = tmp_path / "j"
     with Journal.create(path, "a run", SETTINGS) as journal:
         journal.append({"tile": 0})
     whole = path.read_bytes()
-    record = b'{"tile":1,"stored":12}\n'
+    record = added_to(path, {"tile": 1, "stored": 12})
+    assert len(record) == 42
     path.write_bytes(whole + record[:kept])
     with Journal.open(path) as journal:
         assert [entry["tile"] for entry in journal.records()] == [0]
         journal.append({"tile": 2})
-    assert path.read_bytes() == whole + b'{"tile":2}\n'
+    again = path.read_bytes()
+    path.write_bytes(whole)
+    assert whole + added_to(path, {"tile": 2}) == again
 
 
 def test_a_line_damaged_by_the_machine_counts_as_nothing(tmp_path):
     path = tmp_path / "j"
     with Journal.create(path, "a run", SETTINGS) as journal:
         journal.append({"tile": 0})
-    path.write_bytes(path.read_bytes() + b"\0" * 40 + b"\n" + b'{"tile":2}\n' + b"17\n")
+    path.write_bytes(path.read_bytes() + b"\0" * 40 + b"\n" + added_to(path, {"tile": 2}) + b"17\n")
     with Journal.open(path) as journal:
         assert [entry["tile"] for entry in journal.records()] == [0, 2]
 
