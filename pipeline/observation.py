@@ -78,7 +78,7 @@ from pipeline.defects import Defect
 from pipeline.errors import FlareFieldError, MisuseError, StoreError
 from pipeline.pairing import Pair
 from pipeline.registration import STAYS, Shift
-from pipeline.storage import AsListed, Place, array_in, place
+from pipeline.storage import AsListed, Place, array_in, kind_of, place
 
 KIND = "observation"
 SCHEMA = 1
@@ -463,10 +463,7 @@ def finish(
 def is_observation(path: str | Path) -> bool:
     """Whether a path holds an observation store."""
     store = place(path)
-    try:
-        return store.exists() and zarr.open_group(store.zarr, mode="r").attrs.get("kind") == KIND
-    except (OSError, ValueError, KeyError):
-        return False
+    return store.exists() and kind_of(store)[0] == KIND
 
 
 def see_that_it_is_one(path: str | Path) -> None:
@@ -491,6 +488,7 @@ def see_that_it_is_one(path: str | Path) -> None:
         raise StoreError(
             "not a FlareField observation",
             where=path,
+            found=kind_of(store)[1],
             expected="a Zarr store made by `flarefield ingest`",
             remedy="check the name",
         )

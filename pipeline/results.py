@@ -40,9 +40,9 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
 import pipeline.geometry  # noqa: F401  (gives datasets the accessor `flarefield`)
-from pipeline.errors import MisuseError, StoreError
+from pipeline.errors import FlareFieldError, MisuseError, StoreError
 from pipeline.journal import Fingerprint, as_listed, changes
-from pipeline.storage import ROOT, Place, place
+from pipeline.storage import ROOT, Place, kind_of, place
 
 KIND = "map"
 SCHEMA = 1
@@ -465,10 +465,7 @@ def see_that_it_is_as_begun(
 def is_map(path: str | Path) -> bool:
     """Whether there is a map store (of any run, finished or not) at a path or a URL."""
     store = place(path)
-    try:
-        return store.exists() and zarr.open_group(store.zarr, mode="r").attrs.get("kind") == KIND
-    except (OSError, ValueError, KeyError):
-        return False
+    return store.exists() and kind_of(store)[0] == KIND
 
 
 def open_map(path: str | Path, *, chunks: Any = None) -> xr.Dataset:  # noqa: ANN401
@@ -498,10 +495,22 @@ def open_map(path: str | Path, *, chunks: Any = None) -> xr.Dataset:  # noqa: AN
         raise StoreError(
             "not a FlareField map",
             where=path,
+            found=kind_of(store)[1],
             expected="a Zarr store made by `flarefield invert`",
             remedy="check the name",
         )
-    dataset: xr.Dataset = xr.open_zarr(store.zarr, chunks=chunks)
+    try:
+        dataset: xr.Dataset = xr.open_zarr(store.zarr, chunks=chunks)
+    except FlareFieldError:
+        raise
+    except Exception as failure:  # which one a damaged file raises is up to its codec
+        raise StoreError(
+            "the map is damaged",
+            where=store,
+            found=f"{type(failure).__name__}: {failure}",
+            expected="what `flarefield invert` wrote",
+            remedy="put its files back, or make it again with `flarefield invert --overwrite`",
+        ) from failure
     return dataset
 
 

@@ -919,6 +919,23 @@ def array_in(group: zarr.Group, name: str) -> zarr.Array[Any]:
     return array
 
 
+def kind_of(store: Place) -> tuple[object, str]:
+    """What kind of store something says it is, and the same in words, which say why if it says nothing.
+
+    Parameters
+    ----------
+    store : Place
+        What is there, whatever it is.
+    """
+    try:
+        kind = zarr.open_group(store.zarr, mode="r").attrs.get("kind")
+    except FlareFieldError:
+        raise
+    except Exception as failure:  # which one damaged metadata raise is up to what they describe
+        return None, f"{ROOT} cannot be read: {type(failure).__name__}: {failure}"
+    return kind, f"{ROOT} that says no kind" if kind is None else f"{ROOT} of kind {kind}"
+
+
 def _holder(lock: bytes) -> str | None:
     try:
         return str(json.loads(lock)["holder"])

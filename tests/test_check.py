@@ -15,7 +15,7 @@ from pipeline.cli import main
 from pipeline.errors import MisuseError, StoreError
 from pipeline.invert import invert
 from pipeline.journal import Journal
-from pipeline.results import VARIABLES
+from pipeline.results import VARIABLES, open_map
 from pipeline.storage import Directory, lock
 from pipeline.tiles import TileGrid, tile_keys
 
@@ -124,6 +124,29 @@ def test_metadata_that_changed_or_has_gone_is_damage(copy, file, change):
     with pytest.raises(StoreError, match=r"damaged|not a FlareField map|no such map") as refusal:
         check_map(copy)
     assert refusal.value.remedy
+
+
+def test_metadata_of_which_a_byte_changed_are_damage_that_says_where(copy, client, fake_model, whole):
+    path = copy / "zarr.json"
+    content = path.read_bytes()
+    # keys of a codec's configuration that become others, and characters anywhere
+    places = [content.index(b'"%s"' % key) + 5 for key in (b"level", b"shuffle", b"chunk_shape", b"codecs")]
+    places += [content.index(b'"map"') + 1, *np.random.default_rng(3).integers(len(content), size=60)]
+    for place in places:
+        path.write_bytes(content[:place] + bytes([content[place] ^ 8]) + content[place + 1 :])
+        with pytest.raises(StoreError) as refusal:
+            check_map(copy)
+        assert refusal.value.where == str(copy)
+        assert "zarr.json" in refusal.value.found or "the map was begun with" in refusal.value.found
+        assert refusal.value.remedy
+    place = places[0]
+    path.write_bytes(content[:place] + bytes([content[place] ^ 8]) + content[place + 1 :])
+    with pytest.raises(StoreError, match="not a FlareField map") as refusal:
+        open_map(copy)
+    assert "zarr.json cannot be read: TypeError" in refusal.value.found
+    with pytest.raises(MisuseError, match="is not a map") as refusal:
+        invert(whole.parent / "o.zarr", copy, model=fake_model, cluster=client, **SETTINGS)
+    assert "zarr.json" in refusal.value.found
 
 
 @pytest.mark.parametrize("region", [None, "0:16,0:8"])
