@@ -899,6 +899,9 @@ def _resume(store: Place, location: Path | str, fingerprint: Mapping[str, Any]) 
 # The run
 
 
+_EARLIER = "the earlier map, whose flags say what to skip,"
+
+
 @dataclass
 class _Work:
     """What is done of a map, and what is not."""
@@ -976,6 +979,7 @@ class _Work:
                     self._give_up(spec, outcome.task, outcome.error, outcome.attempts)
                 progress.advance(int(self.asked[self.grid.index(outcome.task)]))
         self._see_that_the_observation_is_the_same()
+        self._see_that_the_earlier_map_is_the_same()
         self._see_that_all_is_there()
 
     def _see_that_the_observation_is_the_same(self) -> None:
@@ -984,15 +988,30 @@ class _Work:
             found = observation_hash(self.spec.observation)
         except FileNotFoundError:
             found = "nothing"
-        if found == self.spec.observation_hash:
+        if found != self.spec.observation_hash:
+            raise self._withdrawn("the observation", self.spec.observation, found, self.spec.observation_hash)
+
+    def _see_that_the_earlier_map_is_the_same(self) -> None:
+        """Take back what was done meanwhile if its flags have changed: other pixels were skipped then."""
+        selection, expected = self.spec.selection, self.journal.fingerprint.get("skip_from")
+        if selection.skip is None:
             return
+        try:
+            _, found = selection.survey(self.grid, again=True)
+        except StoreError as failure:
+            found = failure.found
+        if found != expected:
+            raise self._withdrawn(_EARLIER, selection.skip.earlier, found, expected)
+
+    def _withdrawn(self, what: str, where: str | None, found: str | None, expected: str | None) -> StoreError:
+        """Take back what this run did, and say that something it was made from has changed."""
         for index in np.flatnonzero(self.done & ~self.before):
-            self.journal.append({"tile": int(index), "withdrawn": "the observation changed meanwhile"})
-        raise StoreError(
-            "the observation has changed while the map was being made",
-            where=self.spec.observation,
+            self.journal.append({"tile": int(index), "withdrawn": f"{what} changed meanwhile"})
+        return StoreError(
+            f"{what} has changed while the map was being made",
+            where=where,
             found=short(found),
-            expected=short(self.spec.observation_hash),
+            expected=short(expected),
             remedy="put it back as it was and run the same command again: it does once more what was done "
             "meanwhile; or start over with --overwrite",
         )
@@ -1010,13 +1029,13 @@ class _Work:
             )
 
     def _finish(self, result: TileResult) -> None:
-        left_out = result.tile.pixels - int(self.asked[self.grid.index(result.tile)])
-        if result.flags.get("not_selected", 0) != left_out:
-            raise StoreError(
-                "the earlier map, whose flags say what to skip, has changed",
-                where=self.spec.selection.skip and self.spec.selection.skip.earlier,
-                remedy="leave it alone until the new map is finished; start over with --overwrite",
-            )
+        asked = int(self.asked[self.grid.index(result.tile)])
+        if (found := result.tile.pixels - result.flags.get("not_selected", 0)) != asked:
+            self._see_that_the_earlier_map_is_the_same()
+            # It has changed, and back.
+            skip = self.spec.selection.skip
+            where = None if skip is None else skip.earlier
+            raise self._withdrawn(_EARLIER, where, f"{found} pixels of a tile", f"{asked}")
         self._count(result.tile, result.answered, result.flags, result.stored)
         self.journal.append(
             {

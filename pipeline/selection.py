@@ -20,7 +20,7 @@ import xarray as xr
 import zarr
 from numpy.typing import NDArray
 
-from pipeline.errors import MisuseError, StoreError
+from pipeline.errors import FlareFieldError, MisuseError, StoreError
 from pipeline.results import Flag, count_flags, flag_bits, open_map
 from pipeline.storage import place
 
@@ -73,11 +73,13 @@ class Skip:
         """
         try:
             return np.asarray(zarr.open_array(place(self.earlier).zarr, path="quality", mode="r")[pixels])
-        except (OSError, KeyError, ValueError) as error:
+        except FlareFieldError:
+            raise
+        except Exception as error:  # which one a damaged file raises is up to its codec
             raise StoreError(
                 "the earlier map, whose flags say what to skip, cannot be read",
                 where=self.earlier,
-                found=error,
+                found=f"{type(error).__name__}: {error}",
                 remedy="keep it where all workers see it until the new map is finished",
             ) from error
 
@@ -138,13 +140,15 @@ class Selection:
             asked &= self.skip.passing(self.skip.quality(tile.region)[0])
         return asked
 
-    def survey(self, grid: TileGrid) -> tuple[NDArray[np.int64], str | None]:
+    def survey(self, grid: TileGrid, *, again: bool = False) -> tuple[NDArray[np.int64], str | None]:
         """Count the selected pixels of every tile; the log says of how many the earlier map knows no flags.
 
         Parameters
         ----------
         grid : TileGrid
             All tiles.
+        again : bool
+            Whether the log has been told already.
 
         Returns
         -------
@@ -177,7 +181,7 @@ class Selection:
             frame[y, x] = passing
             counts[time] = _by_tile(frame, grid.tile)
             digest.update(np.packbits(passing).data)
-        if unknown:
+        if unknown and not again:
             logger.warning(
                 "%s does not know the flags of %s pixels, so none of them is skipped (%s)",
                 self.skip.earlier,

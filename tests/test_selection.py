@@ -360,7 +360,7 @@ def test_an_earlier_map_that_changed_is_refused(tmp_path, toy, client, earlier, 
         return real(cluster)
 
     monkeypatch.setattr(pipeline.invert, "opened", changing)
-    with pytest.raises(StoreError, match="has changed"):
+    with pytest.raises(StoreError, match=r"earlier map.*has changed"):
         invert(toy, tmp_path / "map.zarr", **wanted)
     monkeypatch.setattr(pipeline.invert, "opened", real)
     with pytest.raises(MisuseError, match="other settings") as refusal:
@@ -369,6 +369,48 @@ def test_an_earlier_map_that_changed_is_refused(tmp_path, toy, client, earlier, 
     shutil.rmtree(earlier)
     with pytest.raises(StoreError, match="cannot be read"):
         Skip(str(earlier), ("novel",), 32).quality((slice(0, 1), slice(0, 8), slice(0, 8)))
+
+
+def test_an_earlier_map_whose_flags_moved_is_noticed_although_there_are_as_many(
+    tmp_path, toy, client, earlier, settings, monkeypatch
+):
+    output = tmp_path / "map.zarr"
+    wanted = {"cluster": client, "skip": ["not_finite"], "skip_from": earlier, **settings}
+    before = open_map(earlier)["quality"].values
+    moved = before.copy()
+    moved[:, :8, :8] = np.roll(before, 1, axis=2)[:, :8, :8]
+    assert ((moved & Flag.NOT_FINITE) != 0).sum() == ((before & Flag.NOT_FINITE) != 0).sum() > 0
+    assert not np.array_equal(moved & Flag.NOT_FINITE, before & Flag.NOT_FINITE)
+    real = pipeline.invert.opened
+    monkeypatch.setattr(pipeline.invert, "opened", lambda cluster: (flag(earlier, moved), real(cluster))[1])
+    with pytest.raises(StoreError, match=r"earlier map.*has changed while") as refusal:
+        invert(toy, output, **wanted)
+    assert refusal.value.where == str(earlier)
+    assert refusal.value.found != refusal.value.expected
+    assert not check_map(output).sound
+    # Put back, it is the map that it would have been.
+    flag(earlier, before)
+    monkeypatch.setattr(pipeline.invert, "opened", real)
+    assert invert(toy, output, **wanted).resumed == 0
+    invert(toy, tmp_path / "undisturbed.zarr", **wanted)
+    assert check_map(output).sound
+    assert (
+        open_map(output)
+        .load()
+        .drop_attrs(deep=False)
+        .identical(open_map(tmp_path / "undisturbed.zarr").load().drop_attrs(deep=False))
+    )
+    # One that has gone meanwhile is said in the same words.
+    other = tmp_path / "other.zarr"
+    run_bounded = pipeline.invert.run_bounded
+
+    def gone(*given, **more):
+        yield from run_bounded(*given, **more)
+        shutil.rmtree(earlier)
+
+    monkeypatch.setattr(pipeline.invert, "run_bounded", gone)
+    with pytest.raises(StoreError, match=r"earlier map.*has changed while"):
+        invert(toy, other, **wanted)
 
 
 def test_flags_come_by_name_from_a_map_of_the_same_observation(tmp_path, toy, client, whole, settings):
