@@ -488,7 +488,8 @@ def _local(config: LocalConfig) -> Iterator[Client]:
             "a worker has died, or could not be started, while the cluster was being set up",
             found=error.__cause__ or error,
             remedy="run the same command again; if that does not help, look for what ends processes (too "
-            "little memory, a limit on processes)",
+            "little memory, a limit on processes; a script must do this under `if __name__ == '__main__':`, "
+            "for workers are new processes that import it)",
         ) from error
     with _closing(cluster), Client(cluster, set_as_default=False) as client:
         yield client
