@@ -55,6 +55,11 @@ DRAWS_BEYOND = 8
 """Draws that then should lie beyond the outermost quantile."""
 MOST_DRAWS = 16384
 """Draws that count as the truth when errors are measured: of more it is not known what error they leave."""
+MOST_NAMED = 1 << 20
+"""Draws that can be asked for at most: eight of them lie beyond a quantile at 1e-5, and the error that they
+leave is about a thousandth of the posterior's spread."""
+LAST_SEED = (1 << 64) - 1
+"""The largest that torch's generators take."""
 UNKNOWN: LatentKind = "sobol"
 UNKNOWN_DRAWS = 256
 """Latents of a network whose error curve is not known."""
@@ -397,9 +402,9 @@ def choose_sampling(
     model : Network
         Its ``record["sampling"]`` holds its error curves (`QuantileErrors.to_json`), if they are known.
     draws : int, optional
-        Number of draws.
+        Number of draws, at most `MOST_NAMED`.
     seed : int, optional
-        Seed of the draws.
+        Seed of the draws, at most `LAST_SEED`.
     latent : {"sobol", "gaussian", "balanced", "tuned"}, optional
         Kind of latents.
     accuracy : float, optional
@@ -426,23 +431,38 @@ def choose_sampling(
         )
     if accuracy is not None and not 0.0 < accuracy < math.inf:
         raise MisuseError("the accuracy is an error above zero", where="accuracy", found=accuracy)
-    if seed is not None and seed < 0:
-        raise MisuseError("a seed is a number from 0", where="seed", found=seed)
-    tail = min(min(level, 1.0 - level) for level in check_levels(quantiles))
+    if draws is not None and not 1 <= draws <= MOST_NAMED:
+        raise MisuseError(
+            "so many draws of each pixel cannot be had",
+            where="draws",
+            found=f"{draws:,}",
+            expected=f"1 to {MOST_NAMED:,}",
+            remedy="draw less, or leave the number out: it is then what the accuracy takes",
+        )
+    if seed is not None and not 0 <= seed <= LAST_SEED:
+        raise MisuseError(
+            "a seed is a number from 0 that 64 bits hold",
+            where="seed",
+            found=seed,
+            expected=f"0 to {LAST_SEED}",
+            remedy="choose a smaller one",
+        )
+    tail = float(min(min(level, 1.0 - level) for level in check_levels(quantiles)))
     curves = _curves(model, latent, tuned=seed is None and tail >= OUTERMOST)
     if draws is not None:
         kind, error = _best_at(curves, draws, latent)
         return Sampling(kind, draws, seed or 0, error)
     # The outermost draws themselves (levels 0 and 1) have none beyond them.
-    beyond = math.ceil(DRAWS_BEYOND / tail) if 0.0 < tail < OUTERMOST else 0
-    if beyond > MOST_DRAWS:
+    least = DRAWS_BEYOND / tail if 0.0 < tail < OUTERMOST else 0.0
+    if least > MOST_DRAWS:
         raise MisuseError(
             "quantiles so far out take very many draws",
             where="quantiles",
-            found=f"{tail:g} from the end, with {DRAWS_BEYOND} draws beyond it of {beyond:,}",
+            found=f"{tail:g} from the end, with {DRAWS_BEYOND} draws beyond it of {least:.6g}",
             expected=f"at least {DRAWS_BEYOND / MOST_DRAWS:.2g} from the ends",
             remedy="choose other levels, or name the number of draws",
         )
+    beyond = math.ceil(least)
     if not curves:
         if accuracy is not None:
             raise MisuseError(
@@ -457,9 +477,9 @@ def choose_sampling(
     needed = {kind: _draws_for(errors, wanted, kind) for kind, errors in curves.items()}
     reached = {kind: found for kind, found in needed.items() if found is not None}
     if not reached:
-        least = min(_least_error(errors, kind) for kind, errors in curves.items())
+        smallest = min(_least_error(errors, kind) for kind, errors in curves.items())
         # Rounded up: what is told can be asked for.
-        told = f"{Context(prec=3, rounding=ROUND_CEILING).create_decimal(repr(least)):f} or more"
+        told = f"{Context(prec=3, rounding=ROUND_CEILING).create_decimal(repr(smallest)):f} or more"
         if set(curves) == {"tuned"}:
             raise MisuseError(
                 "no tuned latents of this network reach the accuracy",

@@ -94,6 +94,9 @@ PREVIEW_COMMENTS = {
 }
 """What the variables of a preview say of themselves."""
 
+UNSAID: Mapping[str, Any] = {"interpolation": "linear", "precision": "float32", "compiled": False}
+"""What a map's settings leave out: maps that were begun before there was a choice go on."""
+
 HEIGHT_ZERO = "that of the grid the network was trained on: tau_500 = 1 of its starting atmosphere"
 
 
@@ -716,10 +719,7 @@ def _fingerprint(spec: TileSpec, grid: TileGrid, network: Network) -> dict[str, 
         "calibration_error": spec.calibration_error,
         "tile": list(grid.tile),
         **spec.selection.settings(),
-        # Left out by default: maps that were begun before there was a choice go on.
-        **({"interpolation": spec.interpolation} if spec.interpolation != "linear" else {}),
-        **({"precision": spec.precision} if spec.precision != "float32" else {}),
-        **({"compiled": True} if spec.compiled else {}),
+        **{name: getattr(spec, name) for name, usual in UNSAID.items() if getattr(spec, name) != usual},
         "kernel": KERNEL,
         "torch": spec.torch_version,
         "device": spec.device,
@@ -888,12 +888,19 @@ def _resume(store: Place, location: Path | str, fingerprint: Mapping[str, Any]) 
         raise MisuseError(
             "the map was begun with other settings",
             where=store,
-            found=as_listed({name: wanted for name, (_, wanted) in differing.items()}),
-            expected=as_listed({name: recorded for name, (recorded, _) in differing.items()}),
+            found=_as_asked({name: wanted for name, (_, wanted) in differing.items()}),
+            expected=_as_asked({name: recorded for name, (recorded, _) in differing.items()}),
             remedy="repeat the settings it was begun with, choose another output, or start over with "
             "--overwrite",
         )
     return journal
+
+
+def _as_asked(settings: Mapping[str, Any]) -> str:
+    """Settings as one line says them, also those that a fingerprint leaves out."""
+    said = {name: UNSAID.get(name) if value is None else value for name, value in settings.items()}
+    compiled = [f"with{'' if said.pop('compiled') else 'out'} --compile"] if "compiled" in said else []
+    return "; ".join([as_listed(said)] * bool(said) + compiled)
 
 
 # The run

@@ -263,6 +263,13 @@ def select(
     rectangle = None if region is None else _region(region, dataset)
     chosen = None if times is None else _times(times, sizes[0])
     skip = tuple(sorted({name for names in skip for name in names.split(",")}))
+    if not all(name.strip() for name in skip):
+        raise MisuseError(
+            "an empty name is no quality flag",
+            where="skip",
+            expected="names of flags, several of them separated by commas",
+            remedy="leave the empty name out: there is a comma too many, or nothing between the quotes",
+        )
     if bool(skip) != (skip_from is not None):
         raise MisuseError(
             "flags to skip need a map to take them from" if skip else "no flags to skip were named",

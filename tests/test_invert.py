@@ -331,6 +331,14 @@ def test_tiles_that_are_gone_or_damaged_are_done_again(tmp_path, toy, client, un
         ({"latent": "gaussian"}, "latent: sobol", "latent: gaussian"),
         ({"quantiles": (0.5,)}, "quantiles: [0.05, 0.16, 0.5, 0.84, 0.95]", "quantiles: [0.5]"),
         ({"calibration_error": 0.1}, "calibration_error: none", "calibration_error: 0.1"),
+        ({"interpolation": "pchip"}, "interpolation: linear", "interpolation: pchip"),
+        ({"precision": "bfloat16"}, "precision: float32", "precision: bfloat16"),
+        ({"compiled": True}, "without --compile", "with --compile"),
+        (
+            {"compiled": True, "draws": 64},
+            "draws: 32; without --compile",
+            "draws: 64; with --compile",
+        ),
     ],
 )
 def test_changed_settings_are_refused_and_named(undisturbed, toy, client, settings, change, recorded, wanted):
@@ -389,6 +397,8 @@ def test_an_output_that_is_something_else_is_left_alone(tmp_path, toy, client, s
     "setting",
     [
         {"draws": 1},
+        {"draws": 100_000_000},
+        {"seed": 2**64},
         {"latent": "uniform"},
         {"tile": 0},
         {"quantiles": (0.5, 0.2)},

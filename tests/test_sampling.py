@@ -7,7 +7,7 @@ from scipy.stats import norm
 from test_distillation import Gaussian
 
 from inn.errors import MisuseError
-from inn.latent import TunedLatents
+from inn.latent import TunedLatents, draw_latent
 from inn.sampling import SCORED, SPREAD, TAILS, Sampling, Truth, choose_sampling, quantile_errors
 
 CURVES = {
@@ -75,11 +75,37 @@ def test_without_an_error_curve_draws_are_many_and_sobol():
         ({"accuracy": 0.01, "latent": "tuned"}, "no tuned latents"),
         ({"accuracy": 0.001}, "no number of draws is known"),
         ({"quantiles": (0.0001, 0.5)}, "very many draws"),
+        ({"quantiles": (5e-324, 0.5)}, "very many draws"),
+        ({"draws": 0}, "so many draws"),
+        ({"draws": 2**20 + 1}, "so many draws"),
+        ({"draws": 100_000_000, "latent": "gaussian"}, "so many draws"),
+        ({"seed": -1}, "a seed is"),
+        ({"seed": 2**64}, "a seed is"),
     ],
 )
 def test_wishes_that_cannot_be_met_are_refused(wishes, problem):
     with pytest.raises(MisuseError, match=problem):
         choose_sampling(KNOWN, **wishes)
+
+
+@pytest.mark.parametrize("kind", ["sobol", "gaussian", "balanced"])
+def test_the_last_seed_and_no_larger_one_can_be_drawn_with(kind):
+    last = choose_sampling(KNOWN, seed=2**64 - 1, draws=16, latent=kind)
+    assert draw_latent(16, 4, last.seed, kind).isfinite().all()
+    with pytest.raises(ValueError, match="Overflow"):
+        torch.Generator().manual_seed(last.seed + 1)
+    with pytest.raises(MisuseError, match="seed") as refusal:
+        choose_sampling(KNOWN, seed=last.seed + 1, draws=16, latent=kind)
+    assert refusal.value.expected == "0 to 18446744073709551615"
+
+
+def test_levels_however_far_out_are_said_in_a_line():
+    for level in (1e-4, 1e-300, 5e-324):
+        with pytest.raises(MisuseError, match="very many draws") as refusal:
+            choose_sampling(KNOWN, quantiles=(level, 0.5))
+        assert refusal.value.found.startswith(f"{level:g} from the end")
+        assert len(refusal.value.found) < 80
+    assert choose_sampling(KNOWN, quantiles=(1e-5, 0.5), draws=800_000).draws == 800_000
 
 
 @pytest.mark.parametrize("refused", [0.01237, 0.001, 1e-300, 5e-324])

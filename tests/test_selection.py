@@ -113,6 +113,10 @@ def test_a_selection_says_what_it_is():
         {"times": "0:1:1:1"},
         {"times": ""},
         {"times": "now"},
+        {"skip": [""], "skip_from": "map.zarr"},
+        {"skip": ["novel,"], "skip_from": "map.zarr"},
+        {"skip": ["novel", " "], "skip_from": "map.zarr"},
+        {"skip": [",novel"]},
     ],
     ids=str,
 )
