@@ -169,7 +169,7 @@ class Selection:
         if self.skip is None:
             frame = np.zeros((height, width), dtype=bool)
             frame[y, x] = True
-            counts[chosen] = _by_tile(frame, grid.tile)
+            counts[chosen] = count_by_tile(frame, grid.tile)
             return counts.ravel(), None
         digest = hashlib.sha256()
         unknown: Counter[str] = Counter()
@@ -179,7 +179,7 @@ class Selection:
             unknown.update(count_flags(quality[passing] & UNKNOWN))
             frame = np.zeros((height, width), dtype=bool)
             frame[y, x] = passing
-            counts[time] = _by_tile(frame, grid.tile)
+            counts[time] = count_by_tile(frame, grid.tile)
             digest.update(np.packbits(passing).data)
         if unknown and not again:
             logger.warning(
@@ -204,8 +204,20 @@ class Selection:
 EVERYTHING = Selection()
 
 
-def _by_tile(frame: NDArray[np.bool_], tile: tuple[int, int]) -> NDArray[np.int64]:
-    """Count what is set in every tile of a frame."""
+def count_by_tile(frame: NDArray[np.bool_], tile: tuple[int, int]) -> NDArray[np.int64]:
+    """Count what is set in every tile of a frame.
+
+    Parameters
+    ----------
+    frame : ndarray of bool, shape (y, x)
+        Pixels of one time.
+    tile : tuple of int
+        Pixels of a whole tile along y and x.
+
+    Returns
+    -------
+    ndarray of int, shape (rows, columns)
+    """
     rows = np.add.reduceat(frame, np.arange(0, frame.shape[0], tile[0]), axis=0, dtype=np.int64)
     counts: NDArray[np.int64] = np.add.reduceat(rows, np.arange(0, frame.shape[1], tile[1]), axis=1)
     return counts

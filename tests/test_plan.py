@@ -28,9 +28,8 @@ from pipeline.errors import FlareFieldError, InputError, MisuseError, StoreError
 from pipeline.invert import invert, plan_inversion
 from pipeline.plan import Need, Plan, free_files, take_sample
 from pipeline.results import VARIABLES, Flag, open_map
-from pipeline.selection import EVERYTHING
 from pipeline.storage import Directory, lock
-from pipeline.tiles import TileGrid, computed_pixels
+from pipeline.tiles import TileGrid, TileSpec, computed_pixels
 
 SETTINGS = {"draws": 32, "tile": 8, "seed": 3}
 
@@ -351,6 +350,61 @@ def test_pixels_among_others_take_more_of_the_disk_and_no_longer(tmp_path, clien
         assert sum(512 * path.stat().st_blocks for path in there) <= plan.need.space, name
 
 
+@pytest.fixture
+def hurried(monkeypatch):
+    """Samples as small as they are where there is no time for any."""
+    monkeypatch.setattr("pipeline.plan.SECONDS", 0.0)
+
+
+def earlier_map(observation, path, client, flags):
+    """A map with made flags, by which to skip: the bits that are not 0."""
+    invert(observation, path, cluster=client, preview=True, region="0:1,0:1", times="0")
+    quality = zarr.open_array(path, path="quality", mode="r+")
+    quality[:] = np.uint16(Flag.NOVEL) * flags(quality.shape)
+    return {"cluster": client, "skip": ["novel"], "skip_from": path}
+
+
+@pytest.mark.parametrize("full", ["looked at", "others"])
+def test_times_of_which_more_is_asked_count_as_what_they_are(tmp_path, client, monkeypatch, hurried, full):
+    path, output, given = tmp_path / "o.zarr", tmp_path / "map.zarr", []
+    write_store(toy_observation(times=10, rows=32, columns=48), path)
+    looked_at = np.isin(np.arange(10), [0, 3, 6, 9])
+
+    def flags(shape):
+        skipped = np.ones(shape, dtype=bool)
+        some = looked_at if full == "looked at" else ~looked_at
+        skipped[some, :16, :16] = False  # a whole tile, with a corner outside of the field
+        skipped[np.ix_(~some, [5, 21], [9, 25, 41])] = False  # a pixel of every tile
+        return skipped
+
+    settings = {**earlier_map(path, tmp_path / "earlier.zarr", client, flags), "preview": True, "tile": 16}
+    plan = plan_inversion(path, output, **settings)
+    quantiles = Preview.quantiles
+
+    def previewed(preview, context, levels):
+        given.append(len(context))
+        return quantiles(preview, context, levels)
+
+    monkeypatch.setattr(Preview, "quantiles", previewed)
+    report = invert(path, output, **settings)
+    assert (plan.need.tiles, plan.need.pixels) == (report.tiles, report.pixels)
+    assert plan.need.answerable == pytest.approx(report.pixels - report.flags["outside_field"], rel=0.03)
+    assert plan.need.computed == sum(given) > 0
+    assert plan.need.stored == pytest.approx(report.stored, rel=0.05)
+
+
+def test_scattered_pixels_are_foretold_by_a_small_sample(tmp_path, client, fake_model, hurried):
+    path, output = tmp_path / "o.zarr", tmp_path / "map.zarr"
+    write_store(toy_observation(times=2, rows=48, columns=48), path)
+    random = np.random.default_rng(5)
+    skipping = earlier_map(path, tmp_path / "earlier.zarr", client, lambda shape: random.random(shape) < 0.9)
+    settings = {**skipping, "model": fake_model, "draws": 16, "tile": 16}
+    plan = plan_inversion(path, output, **settings)
+    report = invert(path, output, **settings)
+    assert plan.sampled < report.pixels
+    assert plan.need.stored == pytest.approx(report.stored, rel=0.05)
+
+
 def test_what_is_asked_for_is_computed_in_whole_batches():
     def spec(device="cpu", preview=False):
         return SimpleNamespace(device=device, draws=64, preview=preview)
@@ -374,18 +428,24 @@ def test_no_pixel_is_sampled_twice(monkeypatch):
         }
 
     monkeypatch.setattr(pipeline.plan, "_inverted", inverted)
-    spots = [(when, y, x) for when in (0, 1) for y in (3, 9, 15) for x in (3, 9, 15)]
     monkeypatch.setattr(pipeline.plan, "within_field", lambda spec, tile: np.ones(tile.shape, dtype=bool))
-    spec = SimpleNamespace(
-        quantiles=(0.05, 0.16, 0.5, 0.84, 0.95),
+    spec = TileSpec(
+        observation="o.zarr",
+        observation_hash="",
+        store="map.zarr",
         run="a test",
-        selection=EVERYTHING,
-        device="cpu",
+        model=None,
+        model_hash="",
+        torch_version="",
         draws=32,
-        preview=False,
         seed=0,
+        latent="sobol",
+        quantiles=(0.05, 0.16, 0.5, 0.84, 0.95),
+        calibration_error=None,
+        threads=1,
     )
-    sample = take_sample(spec, TileGrid((2, 20, 20), (16, 16)), 3600.0, spots)
+    grid = TileGrid((2, 20, 20), (16, 16))
+    sample = take_sample(spec, grid, 3600.0, list(grid))
     assert seen.max() == 1
     assert seen[1].sum() > 0
     assert sample.pixels == seen.sum()
