@@ -53,8 +53,8 @@ LEAST = 64
 64 take 2 % less than as many different ones, 16 take 10 % less, 8 take 20 to 50 % less."""
 LAID_OUT = 16
 """Tiles in whose places a sample is laid out, at most."""
-AREA = 1 << 16
-"""Pixels of these together, at most."""
+AREA = 1 << 15
+"""Pixels of these together, at most, if there are more than four."""
 LARGEST = 1 << 14
 """Pixels of one of them, at most; larger tiles are laid out in part."""
 TASKS = 256
@@ -567,11 +567,11 @@ def take_sample(spec: TileSpec, grid: TileGrid, seconds: float, tiles: Sequence[
                 kept, parts, others, patches, pixels, taken = side, [], [], [], 0, 0.0
                 computed = 0
             patches.append(patch)
-            wanted = _asked(spec, patch)
+            here = _asked(spec, patch)
             answered = (values["quality"] & WITHOUT_ANSWER) == 0
-            parts.append({name: array[wanted] for name, array in values.items()})
-            others.append({name: array[answered & ~wanted] for name, array in values.items()})
-            pixels += int(np.count_nonzero(answered | wanted))
+            parts.append({name: array[here] for name, array in values.items()})
+            others.append({name: array[answered & ~here] for name, array in values.items()})
+            pixels += int(np.count_nonzero(answered | here))
             computed += computed_pixels(spec, int(np.count_nonzero(_asked(everything, patch))))
         taken += last
         if parts and ((taken >= seconds and pixels >= LEAST) or pixels >= most):
@@ -582,7 +582,8 @@ def take_sample(spec: TileSpec, grid: TileGrid, seconds: float, tiles: Sequence[
         raise StoreError("no pixel of a sample can be inverted", where=spec.observation)
     # Those that nobody asked for come last: to fill tiles for which there are not enough others.
     sample = {name: np.concatenate([part[name] for part in parts + others]) for name in parts[0]}
-    added, empty, writing = _sizes(spec, grid, asked, sample)
+    wanted = sum(len(part["quality"]) for part in parts)
+    added, empty, writing = _sizes(spec, grid, asked, sample, wanted)
     return Sample(len(sample["quality"]), computed, added, empty, taken, writing)
 
 
@@ -602,9 +603,16 @@ def _inverted(spec: TileSpec, patch: Tile) -> dict[str, NDArray[Any]] | None:
 
 
 def _sizes(
-    spec: TileSpec, grid: TileGrid, tiles: Sequence[NDArray[np.bool_]], sample: Mapping[str, NDArray[Any]]
+    spec: TileSpec,
+    grid: TileGrid,
+    tiles: Sequence[NDArray[np.bool_]],
+    sample: Mapping[str, NDArray[Any]],
+    first: int,
 ) -> tuple[tuple[tuple[int, float], ...], float, float]:
-    """Lay pixels out as tiles hold those asked for: `Sample.added`, `Sample.empty` and `Sample.writing`."""
+    """Lay pixels out as tiles hold those asked for: `Sample.added`, `Sample.empty` and `Sample.writing`.
+
+    So many pixels that come first are taken, if they are enough for a tile.
+    """
     count, heights, pixels = len(sample["quality"]), sample["temperature"].shape[-1], math.prod(grid.tile)
     # Parts of tiles are to be compressed as whole ones are.
     alike = [
@@ -614,8 +622,7 @@ def _sizes(
     ]
     whole, part = alike[-1], max((n for n in alike if n <= count), default=alike[0])
     laid_out: dict[int, list[tuple[int, NDArray[np.bool_]]]] = {part: [], whole: []}
-    different = {asked.tobytes(): asked for asked in (_filled_up(asked, grid) for asked in tiles)}
-    for asked in different.values():
+    for asked in (_filled_up(asked, grid) for asked in tiles):
         number = int(np.count_nonzero(asked))
         if not number:
             continue
@@ -631,7 +638,7 @@ def _sizes(
     added, writing, lost = [], [], 0
     for width in sorted(laid_out):
         rows = [row for _, row in laid_out[width]]
-        (lost, _), *written = _written(spec, sample, [np.zeros(width, dtype=bool), *rows])
+        (lost, _), *written = _written(spec, sample, [np.zeros(width, dtype=bool), *rows], first)
         for (number, row), (stored, taken) in zip(laid_out[width], written, strict=True):
             added.append((number, (stored - lost) / np.count_nonzero(row)))
             writing.append(taken * pixels / width)
@@ -653,12 +660,12 @@ def _around(row: NDArray[np.bool_], width: int) -> NDArray[np.bool_]:
 
 
 def _written(
-    spec: TileSpec, sample: Mapping[str, NDArray[Any]], places: Sequence[NDArray[np.bool_]]
+    spec: TileSpec, sample: Mapping[str, NDArray[Any]], places: Sequence[NDArray[np.bool_]], first: int
 ) -> list[tuple[int, float]]:
-    """Write a tile for each row of places, with the sample's pixels there: bytes, and time."""
+    """Write a tile for each row of places, with the sample's pixels there, in turn: bytes, and time."""
     width, heights = places[0].size, sample["temperature"].shape[-1]
     tiles = TileGrid((len(places), 1, width), (1, width))
-    found = []
+    found, next_one = [], 0
     with TemporaryDirectory(prefix="flarefield-") as folder:
         store = Path(folder) / "sample.zarr"
         lay_out(
@@ -671,11 +678,13 @@ def _written(
         )
         for tile, asked in zip(tiles, places, strict=True):
             started = time.monotonic()
-            values = {}
+            values, number = {}, int(np.count_nonzero(asked))
+            chosen = (next_one + np.arange(number)) % max(number, first)
+            next_one += number
             for variable in VARIABLES:
                 pixels = sample[variable.name]
                 row = np.full((width, *pixels.shape[1:]), variable.fill, dtype=pixels.dtype)
-                row[asked] = pixels[: np.count_nonzero(asked)]
+                row[asked] = pixels[chosen]
                 values[variable.name] = row[None]
             size = write_tile(store, spec.run, tile, values)
             found.append((size, time.monotonic() - started))
