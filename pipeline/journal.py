@@ -233,6 +233,14 @@ def read_journal(path: str | Path) -> tuple[dict[str, Any], Iterator[dict[str, A
     """
     log = log_at(path)
     line = next(log.lines(), b"")
+    if not line:
+        raise StoreError(
+            "not a journal",
+            where=path,
+            found="nothing, or an empty file",
+            expected="a first line with the settings",
+            remedy="put the journal back as it was, or start over with --overwrite",
+        )
     header = _parse(line, sealed=False)
     if header is not None and header.get("journal") not in (FORMAT, UNSEALED):
         raise StoreError(
