@@ -456,8 +456,7 @@ class _Search:
                 # Whatever is not a number is not positive either.
                 if not (part.min() > 0 and part.max() < saturation):
                     unusable.ravel()[start : start + SEGMENT] |= ~((part > 0) & (part < saturation))
-        found = np.empty(values.size, dtype=np.intp)
-        hits = found[: _candidates(image, self.deep, _step(image, least), found)]
+        hits = _candidates(image, self.deep, _step(image, least))
         rim = self.rim.own[
             np.fmin.reduce(values[self.near], axis=0) < values[self.rim.own] - np.float32(least)
         ]
@@ -468,10 +467,9 @@ class _Search:
     def dropped(self, image: Numbers, limit: float, least: float) -> _Places:
         """Pixels two from the field's edge, below a limit and by more than `least` below what is beside."""
         values, row = image.ravel(), image.shape[1]
-        found = np.empty(values.size, dtype=np.intp)
         # A whole number is below a limit if it is below the next whole one.
         below = image.dtype.type(np.ceil(limit) if image.dtype.kind in "iu" else limit)
-        own = found[: _dark(image, self.deep, _step(image, least), below, found)]
+        own = _dark(image, self.deep, _step(image, least), below)
         beside = values[own + np.array([[-row], [row], [-1], [1]])].astype(np.float32)
         brighter = np.fmax(np.minimum(*beside[:2]), np.minimum(*beside[2:]))
         return _Places.of(self.rim.field, own[brighter - values[own] > least])
@@ -564,7 +562,17 @@ def _step(image: Numbers, least: float) -> np.number[Any]:
 
 
 @compiled
-def _candidates(image: Numbers, deep: Mask, step: np.number[Any], found: NDArray[np.intp]) -> int:
+def _collected(hit: Mask, deep: Mask, first: int, found: NDArray[np.intp], count: int) -> int:
+    """Add what is hit of a row's deep pixels to the places found, and say how many there are then."""
+    for x in range(2, hit.size - 2):
+        if hit[x] and deep[x]:
+            found[count] = first + x
+            count += 1
+    return count
+
+
+@compiled
+def _candidates(image: Numbers, deep: Mask, step: np.number[Any]) -> NDArray[np.intp]:
     """Find where in an image pixels may exceed what surrounds them; none is missed.
 
     Along y the pixels at both ends of one or two, along x both neighbours. Whole numbers overflow, if ever,
@@ -572,7 +580,7 @@ def _candidates(image: Numbers, deep: Mask, step: np.number[Any], found: NDArray
     """
     rows, columns = image.shape
     level, hit = np.empty(columns, image.dtype), np.empty(columns, np.bool_)
-    count = 0
+    found, count = np.empty(image.size, np.intp), 0
     for y in range(2, rows - 2):
         above, own, below = image[y - 1], image[y], image[y + 1]
         second_above, second_below = image[y - 2], image[y + 2]
@@ -585,21 +593,16 @@ def _candidates(image: Numbers, deep: Mask, step: np.number[Any], found: NDArray
             hit[x] = ends | ((own[x - 1] < level[x]) & (own[x + 1] < level[x]))
             some |= hit[x]
         if some:
-            for x in range(2, columns - 2):
-                if hit[x] and deep[y, x]:
-                    found[count] = y * columns + x
-                    count += 1
-    return count
+            count = _collected(hit, deep[y], y * columns, found, count)
+    return found[:count]
 
 
 @compiled
-def _dark(
-    image: Numbers, deep: Mask, step: np.number[Any], limit: np.number[Any], found: NDArray[np.intp]
-) -> int:
+def _dark(image: Numbers, deep: Mask, step: np.number[Any], limit: np.number[Any]) -> NDArray[np.intp]:
     """Find where in an image pixels below a limit may lie below both neighbours along an axis, as above."""
     rows, columns = image.shape
     level, hit = np.empty(columns, image.dtype), np.empty(columns, np.bool_)
-    count = 0
+    found, count = np.empty(image.size, np.intp), 0
     for y in range(2, rows - 2):
         above, own, below = image[y - 1], image[y], image[y + 1]
         for x in range(columns):
@@ -611,11 +614,8 @@ def _dark(
             hit[x] = between & (own[x] < limit) & (own[x] > 0)
             some |= hit[x]
         if some:
-            for x in range(2, columns - 2):
-                if hit[x] and deep[y, x]:
-                    found[count] = y * columns + x
-                    count += 1
-    return count
+            count = _collected(hit, deep[y], y * columns, found, count)
+    return found[:count]
 
 
 def _negative(image: Numbers) -> Numbers:

@@ -83,7 +83,11 @@ class DescribedCube:
     def sky(self, named: bool = True) -> WCS:
         """Coordinates of x and y, as the header of the cube's HDU has them; wcslib's errors are its own.
 
-        Unless they are named there, as helioprojective ones: by other names wcslib knows no ``CROTA2``.
+        Parameters
+        ----------
+        named : bool
+            Whether the header's names of the two axes count; helioprojective ones take their place otherwise,
+            for under names that are no angles' wcslib passes over ``CROTA2``.
         """
         header = self.headers[0].copy()
         numbers = [self.fits_number("x"), self.fits_number("y")]
