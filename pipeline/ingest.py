@@ -9,11 +9,12 @@ command resumes what was interrupted.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -43,7 +44,7 @@ from pipeline.calibration import QuietSunCalibration, Reference, calibrate_store
 from pipeline.changes import BandImages, ChangeTask, Weights
 from pipeline.cluster import ClusterConfig, opened, see_that_workers_find
 from pipeline.common_time import Other, between, other_scans, share_of_other
-from pipeline.crisp import LINES, Medium, Scan, find_scans
+from pipeline.crisp import LINES, Medium, Scan, find_scans, open_intensity
 from pipeline.crisp.headers import header_contradictions
 from pipeline.defects import NO_INTENSITIES
 from pipeline.driver import Outcome, run_bounded
@@ -64,6 +65,9 @@ logger = logging.getLogger("flarefield")
 KERNEL = 12
 """Version of what an observation's numbers depend on in this package; raised whenever they change."""
 
+
+THREADS = 2
+"""Of a task: lines are looked through side by side, and blocks resampled, compressed and written."""
 
 COMPARED = 8
 """Times that are compared in one task: neighbours share what is read and found out."""
@@ -407,25 +411,30 @@ def ingest_pair(task: PairTask) -> dict[str, Any] | FlareFieldError:
         again would not help, and the worker has nothing to say about it.
     """
     try:
-        with space(task.store), answering(task.store):
-            return _ingested(task)
+        with space(task.store), answering(task.store), ThreadPoolExecutor(THREADS) as threads:
+            return _ingested(task, threads)
     except FlareFieldError as refusal:
         return refusal
 
 
-def _ingested(task: PairTask) -> dict[str, Any]:
+def _ingested(task: PairTask, threads: ThreadPoolExecutor) -> dict[str, Any]:
     pair = task.pair
     store = place(task.store)
     group = opened_group(store)
     for folder in _folders(task.time):
         # What an earlier attempt left behind would be read and merged, whatever state it is in.
         sync(group.store.delete_dir(folder))
-    halpha, ca8542 = (MovedScan.opened(pair, line) for line in LINES)
+    cubes = [open_intensity(getattr(pair, line)) for line in LINES]
+    halpha, ca8542 = threads.map(MovedScan.looked_through, (pair, pair), LINES, cubes)
+    # Meanwhile the displacement is searched for.
+    hashes = threads.map(sha256_source, task.unhashed)
+    sharpness = threads.map(lambda scan: scan.contrast, (halpha, ca8542))
     shift = ca8542.displacement(halpha)
     halpha, ca8542 = halpha.moved(task.position), ca8542.moved(_total(task.position, shift))
     other, other_shift = None, STAYS
     if task.other is not None:
-        other = MovedScan.opened(Pair(pair.halpha, task.other), "ca8542")
+        both = Pair(pair.halpha, task.other)
+        other = MovedScan.looked_through(both, "ca8542", open_intensity(task.other))
         other_shift = other.displacement(halpha)
         other = other.moved(_total(task.position, other_shift))
     interpolated = other is not None and shift.applied and other_shift.applied
@@ -435,13 +444,13 @@ def _ingested(task: PairTask) -> dict[str, Any]:
             (halpha.scan, ca8542.scan),
             {one.scan.line: changes.level(one.cube, one.own_field) for one in (halpha, ca8542)},
         )
-    overlap = _write(task, group, halpha, ca8542, other if interpolated else None, images)
+    overlap = _write(task, group, halpha, ca8542, other if interpolated else None, images, threads)
     blank = None if overlap.any() else _why_blank(halpha, ca8542)
     for folder in _folders(task.time):
         store.bring_to_disk(folder)
     if images is not None and task.images is not None:
         images.write(place(task.images), task.time)
-    contrasts = [halpha.contrast, ca8542.contrast]
+    contrasts = list(sharpness)
     if interpolated and other is not None and other.contrast is not None:
         contrasts[1] = min(contrasts[1] or 0.0, other.contrast)
     return {
@@ -461,7 +470,7 @@ def _ingested(task: PairTask) -> dict[str, Any]:
         ],
         "stored": _stored(store, _folders(task.time)),
         "images": _images_stored(task.images, task.time),
-        "sha256": {path: sha256_source(path) for path in task.unhashed},
+        "sha256": dict(zip(task.unhashed, hashes, strict=True)),
     }
 
 
@@ -488,6 +497,7 @@ def _write(
     ca8542: MovedScan,
     other: MovedScan | None,
     images: BandImages | None,
+    threads: ThreadPoolExecutor,
 ) -> Mask:
     """Write one time; between Ca II's two scans, if there is another one. Return where it is valid."""
     writers = {line: ShardWriter(array_in(group, line)) for line in LINES}
@@ -498,28 +508,26 @@ def _write(
     found = np.where(seen, np.bitwise_or.reduce([one.defects for one in scans]), np.uint8(0))
     share = 0.0 if other is None else share_of_other(task.pair, other.scan)
     rows, columns = halpha.scan.shape
-    # A block is compressed and written while the next one is made: no more of them are in memory.
-    with ThreadPoolExecutor(1) as background:
-        writing: Future[None] | None = None
-        for number in np.ndindex(-(-rows // SHARD), -(-columns // SHARD)):
-            y, x = (
-                slice(one * SHARD, min((one + 1) * SHARD, size))
-                for one, size in zip(number, (rows, columns), strict=True)
-            )
-            for scan in (halpha, ca8542):
-                line = scan.scan.line
-                block = scan.block(y, x)
-                if images is not None:
-                    images.add(line, block, y, x)
-                if scan is ca8542 and other is not None:
-                    block = between(block, other.block(y, x), share, scan.scan.saturation)
-                    if images is not None:
-                        images.brightest(line, block, y, x)
-                if writing is not None:
-                    writing.result()
-                writing = background.submit(writers[line].write, (task.time, *number, 0), block[None])
-        assert writing is not None
-        writing.result()
+
+    def write_shard(number: tuple[int, ...], scan: MovedScan) -> None:
+        line = scan.scan.line
+        y, x = (
+            slice(one * SHARD, min((one + 1) * SHARD, size))
+            for one, size in zip(number, (rows, columns), strict=True)
+        )
+        block = scan.block(y, x)
+        if images is not None:
+            images.add(line, block, y, x)
+        if scan is ca8542 and other is not None:
+            block = between(block, other.block(y, x), share, scan.scan.saturation)
+            if images is not None:
+                images.brightest(line, block, y, x)
+        writers[line].write((task.time, *number, 0), block[None])
+
+    shards = itertools.product(np.ndindex(-(-rows // SHARD), -(-columns // SHARD)), (halpha, ca8542))
+    # As many blocks are in memory as there are threads; the first failure ends it.
+    for _ in threads.map(write_shard, *zip(*shards, strict=True)):
+        pass
     # Also where it holds nothing: a part that has gone can then be told from one that was never written.
     array_in(group, "valid").with_config({"write_empty_chunks": True})[task.time] = overlap
     array_in(group, "defects").with_config({"write_empty_chunks": True})[task.time] = found

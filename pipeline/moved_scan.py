@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.crisp import Cube, Scan, open_intensity, open_wavelength_shift
+from pipeline.crisp import Cube, Scan, open_wavelength_shift
 from pipeline.crisp.cube import PlacedCube
 from pipeline.defects import (
     Survey,
@@ -64,10 +64,9 @@ class MovedScan:
     move: Shift = STAYS
 
     @classmethod
-    def opened(cls, pair: Pair, line: str) -> MovedScan:
-        """Open a pair's scan of a line; it is not moved yet."""
+    def looked_through(cls, pair: Pair, line: str, cube: Cube) -> MovedScan:
+        """A pair's scan of a line, given its opened intensities; it is not moved yet."""
         scan: Scan = getattr(pair, line)
-        cube = open_intensity(scan)
         field = field_of_view(cube)
         somewhere = bool(field.any())
         corner = (0, 0)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 import tracemalloc
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -1026,6 +1029,22 @@ def test_files_that_are_none(tmp_path):
         read_scans(tmp_path / "c.nc", describe(tmp_path, statement(variable="intensity")))
     with pytest.raises(InputError, match="other axes"):
         read_scans(tmp_path / "c.nc", describe(tmp_path, statement(variable="text")))
+
+
+def test_a_compressed_image_read_by_two_threads_leaves_the_warnings_as_they_are(tmp_path, cube):
+    path = tmp_path / "cube.fits"
+    fits.HDUList([fits.PrimaryHDU(), fits.CompImageHDU(cube)]).writeto(path)
+    image = generic.CompressedImage(path, 1, cube.shape, cube.dtype)
+    before = list(warnings.filters)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            for block in threads.map(image.__getitem__, [(0, 0, 0)] * 40):
+                np.testing.assert_array_equal(block, cube[0, 0, 0])
+    finally:
+        sys.setswitchinterval(interval)
+    assert warnings.filters == before
 
 
 def test_a_compressed_image_larger_than_its_tiles(tmp_path, cube):

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import astropy.units as u
@@ -38,6 +39,8 @@ TIME_OF_DAY = re.compile(r"\d{1,2}:\d{2}(:\d{2}(\.\d*)?)?")
 
 FETCH_AGAIN = "fetch the file again, or leave it out"
 MEND_CARD = "mend the card, or leave the file out"
+
+_FILTERS = RLock()  # what warnings are ignored is the process's matter, not a thread's
 
 # astropy reports damage with whichever of these the damaged card or tile leads to
 DAMAGE = (
@@ -118,7 +121,7 @@ def opened(path: str | Path) -> Iterator[fits.HDUList]:
             expected=f"{SIGNATURE!r}",
             remedy="unpack it first" if start.startswith(b"\x1f\x8b") else "leave this file out",
         )
-    with warnings.catch_warnings():
+    with _FILTERS, warnings.catch_warnings():
         warnings.simplefilter("ignore", AstropyWarning)  # what astropy warns of is an error or harmless here
         with damage(file), fits.open(file, memmap=True, do_not_scale_image_data=True) as hdus:
             _check_length(hdus, file)
