@@ -133,9 +133,10 @@ def refused(answer, *args, **settings):
         answer.write_text(str(error))
 
 
-def serve(address):
+def serve(address, disturb):
     """Be a cluster, scheduler and workers, whose address is written to a file, until killed."""
     logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    disturb[0](*disturb[1:])
     with LocalCluster(
         processes=False,
         n_workers=2,
