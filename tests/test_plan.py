@@ -14,7 +14,7 @@ import zarr
 from small_disks import can_mount, on_a_small_disk
 from test_invert import APPEARED, SWAP_MOMENTS, processes  # noqa: F401
 from test_invert import run as run_and_kill
-from toy_observation import toy_observation, write_store
+from toy_observation import toy_observation, write_store, write_toy_observation
 
 import inn.posterior
 import pipeline.invert
@@ -38,6 +38,20 @@ SETTINGS = {"draws": 32, "tile": 8, "seed": 3}
 def settings(fake_model, monkeypatch):
     monkeypatch.setattr(pipeline.plan, "SECONDS", 0.1)
     return {"model": fake_model, **SETTINGS}
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """An observation of one time. Copy it before changing it."""
+    return write_toy_observation(tmp_path_factory.mktemp("single") / "o.zarr", times=1)
+
+
+@pytest.fixture
+def few(settings, monkeypatch):
+    """Settings of 4 tiles a time; how large they get is not looked at: a sample is as small as can be."""
+    for name, least in (("SECONDS", 0.0), ("LAID_OUT", 1), ("TASKS", 1)):
+        monkeypatch.setattr(pipeline.plan, name, least)
+    return {**settings, "tile": 10, "draws": 8}
 
 
 @pytest.fixture
@@ -132,18 +146,18 @@ def test_a_plan_foretells_the_map(tmp_path, toy, client, settings):
     assert again.summary() == f"{output}: 0 tiles (0 pixels) to do; 18 tiles (720 pixels) are done"
 
 
-def test_a_plan_changes_nothing_of_a_map_that_was_interrupted(tmp_path, toy, client, settings):
+def test_a_plan_changes_nothing_of_a_map_that_was_interrupted(tmp_path, toy, client, few):
     output = tmp_path / "map.zarr"
-    invert(toy, output, cluster=client, **settings)
+    invert(toy, output, cluster=client, **few)
     journal = Directory(output).journal
     lines = journal.read_bytes().splitlines(keepends=True)
-    journal.write_bytes(b"".join(lines[:9]) + lines[9][:40])
+    journal.write_bytes(b"".join(lines[:6]) + lines[6][:40])
     (output / "quality/c/0/0/0.1234.partial").write_bytes(b"half")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    plan = plan_inversion(toy, output, cluster=client, **settings)
-    assert (plan.tiles_done, plan.need.tiles) == (8, 10)
+    plan = plan_inversion(toy, output, cluster=client, **few)
+    assert (plan.tiles_done, plan.need.tiles) == (5, 3)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-    assert invert(toy, output, cluster=client, **settings).resumed == 8
+    assert invert(toy, output, cluster=client, **few).resumed == 5
     assert check_map(output).sound
     assert not (output / "quality/c/0/0/0.1234.partial").exists()
 
@@ -185,10 +199,8 @@ def foretold(folder, toy, client, settings):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """For a map, of which plans take short samples, and lay them out in one place."""
-    monkeypatch.setattr("pipeline.plan.SECONDS", 0.1)
-    monkeypatch.setattr("pipeline.plan.LAID_OUT", 1)
+def folder(tmp_path):
+    """For a map."""
     folder = tmp_path / "folder"
     folder.mkdir()
     return folder
@@ -200,43 +212,43 @@ def folder(tmp_path, monkeypatch):
         (("zarr:consolidate_metadata", 1), 0),  # half laid out
         (("pathlib:Path.rename", 1), 0),  # laid out under another name, the journal is begun
         (APPEARED, 0),
-        (("pathlib:Path.replace", 40), None),  # a file of a tile lies under a temporary name
-        (("torn record", 7), 6),
+        (("pathlib:Path.replace", 20), None),  # a file of a tile lies under a temporary name
+        (("torn record", 3), 2),
     ],
 )
 def test_a_plan_writes_nothing_to_a_map_that_was_interrupted(
     processes,  # noqa: F811
     folder,
-    toy,
+    single,
     client,
-    settings,
+    few,
     moment,
     done,
 ):
-    assert run_and_kill(processes, toy, folder / "map.zarr", moment, **settings) == -signal.SIGKILL
+    assert run_and_kill(processes, single, folder / "map.zarr", moment, **few) == -signal.SIGKILL
     assert (folder / "map.zarr.lock").exists()
-    plain, over = foretold(folder, toy, client, settings)
-    assert sum(plain) == sum(over) == 18
+    plain, over = foretold(folder, single, client, few)
+    assert sum(plain) == sum(over) == 4
     assert done is None or plain[0] == done
 
 
 def test_a_plan_writes_nothing_to_a_map_that_is_being_replaced(
     processes,  # noqa: F811
     folder,
-    toy,
+    single,
     client,
-    settings,
+    few,
 ):
     output = folder / "map.zarr"
-    invert(toy, output, cluster=client, **{**settings, "draws": 16})
+    invert(single, output, cluster=client, **{**few, "draws": 4})
     said = []
     for moment in SWAP_MOMENTS:
         if output.exists() and moment == SWAP_MOMENTS[3]:
             moment = ("pathlib:Path.rename", 2)
-        killed = run_and_kill(processes, toy, output, moment, **settings, overwrite=True)
+        killed = run_and_kill(processes, single, output, moment, **few, overwrite=True)
         assert killed == -signal.SIGKILL, moment
-        said.append(foretold(folder, toy, client, settings)[0])
-    assert said == ["the map was begun with other settings"] + 5 * [(18, 0)]
+        said.append(foretold(folder, single, client, few)[0])
+    assert said == ["the map was begun with other settings"] + 5 * [(4, 0)]
 
 
 def test_a_plan_for_a_map_that_is_being_made_is_refused_as_the_run_is(tmp_path, toy, client, settings):
@@ -312,6 +324,7 @@ def test_the_compression_is_that_of_odd_tiles_too(tmp_path, client, fake_model, 
 
 
 def test_pixels_among_others_take_more_of_the_disk_and_no_longer(tmp_path, client, fake_model, monkeypatch):
+    monkeypatch.setattr(pipeline.plan, "SECONDS", 0.5)
     path, earlier = tmp_path / "o.zarr", tmp_path / "earlier.zarr"
     write_store(toy_observation(times=1, rows=64, columns=64), path)
     always = {"model": fake_model, "draws": 32, "tile": 64, "cluster": client}
@@ -367,14 +380,14 @@ def earlier_map(observation, path, client, flags):
 @pytest.mark.parametrize("full", ["looked at", "others"])
 def test_times_of_which_more_is_asked_count_as_what_they_are(tmp_path, client, monkeypatch, hurried, full):
     path, output, given = tmp_path / "o.zarr", tmp_path / "map.zarr", []
-    write_store(toy_observation(times=10, rows=32, columns=48), path)
-    looked_at = np.isin(np.arange(10), [0, 3, 6, 9])
+    write_store(toy_observation(times=7, rows=32, columns=32), path)
+    looked_at = np.isin(np.arange(7), [0, 2, 4, 6])
 
     def flags(shape):
         skipped = np.ones(shape, dtype=bool)
         some = looked_at if full == "looked at" else ~looked_at
         skipped[some, :16, :16] = False  # a whole tile, with a corner outside of the field
-        skipped[np.ix_(~some, [5, 21], [9, 25, 41])] = False  # a pixel of every tile
+        skipped[np.ix_(~some, [5, 21], [9, 25])] = False  # a pixel of every tile
         return skipped
 
     settings = {**earlier_map(path, tmp_path / "earlier.zarr", client, flags), "preview": True, "tile": 16}
@@ -451,17 +464,18 @@ def test_no_pixel_is_sampled_twice(monkeypatch):
     assert sample.pixels == seen.sum()
 
 
-def test_pixels_that_cannot_be_read_do_not_keep_from_planning(tmp_path, client, settings, caplog):
+def test_pixels_that_cannot_be_read_do_not_keep_from_planning(tmp_path, client, few, monkeypatch):
+    monkeypatch.setattr(pipeline.plan, "SPOTS", 64)
     path = tmp_path / "o.zarr"
     chunks = {name: {"chunks": (1, 8, 8, n)} for name, n in (("halpha", 15), ("ca8542", 25))}
     write_store(toy_observation(), path, encoding=chunks)
     (path / "ca8542/c/1/0/1/0").write_bytes(b"not a chunk")
-    assert plan_inversion(path, tmp_path / "map.zarr", cluster=client, **settings).sampled > 0
+    assert plan_inversion(path, tmp_path / "map.zarr", cluster=client, **few).sampled > 0
     for chunk in (path / "ca8542/c").rglob("*"):
         if chunk.is_file():
             chunk.write_bytes(b"not a chunk")
     with pytest.raises(StoreError, match="no pixel of a sample"):
-        plan_inversion(path, tmp_path / "map.zarr", cluster=client, **settings)
+        plan_inversion(path, tmp_path / "map.zarr", cluster=client, **few)
 
 
 # What does not fit
