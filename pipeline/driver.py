@@ -203,6 +203,7 @@ def run_bounded(
     try:
         for batch in _batches(in_flight, manned):
             again: list[tuple[Task, int]] = []
+            lost: list[Future] = []
             results = _gathered(client, [future for future in batch if future.status == "finished"])
             # What is finished comes first: an error may be a reason for the caller to leave.
             for future in sorted(batch, key=lambda future: future.key not in results):
@@ -218,10 +219,12 @@ def run_bounded(
                 elif future.status == "cancelled" or client.status != "running":
                     raise _lost_cluster(client, f"task state {future.status!r}")
                 else:
-                    # The result has died with its worker, which is no fault of the task.
-                    again.append((task, attempt))
+                    # The result has died with its worker, and Dask does the task again: submitted anew, it
+                    # would be done twice at the same time.
+                    pending[future] = task, attempt
+                    lost.append(future)
             # Only now: what the caller learned from these outcomes may be that nothing more is to be done.
-            in_flight.update(submit(again) + more(len(batch) - len(again)))
+            in_flight.update(lost + submit(again) + more(len(batch) - len(lost) - len(again)))
             if len(pending) > 1:
                 time.sleep(PAUSE)
     finally:

@@ -837,9 +837,7 @@ def _write_tile(store: str | Path, run: str, tile: Tile, values: Mapping[str, ND
         )
     keys = tile_keys(tile)
     try:
-        for key in reversed(keys.values()):
-            # What an earlier attempt left behind would be read and merged otherwise, whatever state it is in.
-            sync(group.store.delete(key))
+        # Each file is replaced whole: if this worker was thought dead, another one may have done the tile.
         for name in keys:
             # An all-NaN tile is a finished tile, too.
             array = array_in(group, name).with_config({"write_empty_chunks": True})

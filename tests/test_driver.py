@@ -14,6 +14,8 @@ from pipeline.driver import run_bounded
 from pipeline.errors import ClusterError
 
 tries: Counter[int] = Counter()
+under_way: Counter[int] = Counter()
+at_once: Counter[int] = Counter()
 guard = threading.Lock()
 
 
@@ -32,7 +34,8 @@ def fail_thrice(number):
 
 @pytest.fixture(autouse=True)
 def _no_tries():
-    tries.clear()
+    for counter in (tries, under_way, at_once):
+        counter.clear()
 
 
 def test_every_task_has_one_outcome(client):
@@ -133,6 +136,50 @@ def test_nothing_is_left_on_the_cluster_afterwards(client):
     while client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.tasks)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def try_slowly(number):
+    with guard:
+        under_way[number] += 1
+        at_once[number] = max(at_once[number], under_way[number])
+        tries[number] += 1
+    time.sleep(0.3)
+    with guard:
+        under_way[number] -= 1
+    return tries[number]
+
+
+def test_a_result_that_died_with_its_worker_is_made_anew_once(monkeypatch):
+    """Two of one task at the same time would write to the same files."""
+    lost = []
+
+    async def remove(dask_scheduler, key):
+        (worker,) = (state.address for state in dask_scheduler.tasks[key].who_has)
+        await dask_scheduler.remove_worker(worker, stimulus_id="test")
+
+    real = driver._batches
+
+    def late(in_flight, manned):
+        for batch in real(in_flight, manned):
+            if not lost:
+                lost.append(batch[0])
+                client.run_on_scheduler(remove, key=batch[0].key)
+                deadline = time.monotonic() + 20
+                while batch[0].status == "finished" and time.monotonic() < deadline:
+                    time.sleep(0.01)
+            yield batch
+
+    monkeypatch.setattr(driver, "_batches", late)
+    with (
+        LocalCluster(
+            processes=False, n_workers=3, threads_per_worker=1, dashboard_address="127.0.0.1:0"
+        ) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        outcomes = list(run_bounded(client, try_slowly, range(2)))
+    assert sorted(outcome.task for outcome in outcomes) == [0, 1]
+    assert [outcome.attempts for outcome in outcomes] == [1, 1]
+    assert (sorted(tries.values()), dict(at_once)) == ([1, 2], {0: 1, 1: 1})
 
 
 def sleep_for_long(number):

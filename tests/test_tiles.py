@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import disturbed
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,7 @@ import xarray as xr
 from distributed.core import error_message
 from small_disks import can_mount
 from toy_observation import FULL, NOT_A_NUMBER, OUTSIDE, ZERO, toy_observation, write_store
+from zarr.storage import LocalStore
 
 import pipeline.tiles as tiles
 from inn.checkpoint import load_model, model_hash
@@ -33,6 +35,7 @@ from pipeline.tiles import (
     Tile,
     TileGrid,
     TileSpec,
+    compute_tile,
     invert_tile,
     judge,
     observation_hash,
@@ -444,6 +447,21 @@ def test_doing_a_tile_again_gives_the_same_bytes_whatever_was_there(spec):
     again = invert_tile(spec, tile)
     assert replace(again, seconds=0) == replace(receipt, seconds=0)
     assert {key: (Path(spec.store) / key).read_bytes() for key in files} == files
+
+
+def test_a_tile_that_is_done_again_is_there_meanwhile(spec, monkeypatch):
+    """By a worker that was thought dead, for example: another one's receipt of it may be in the journal."""
+    tile = GRID[8]
+    values = compute_tile(spec, tile)
+    stored = write_tile(spec.store, spec.run, tile, values)
+    seen = []
+
+    def look(_):
+        seen.append(sum((Path(spec.store) / key).stat().st_size for key in tile_keys(tile).values()))
+
+    monkeypatch.setattr(LocalStore, "set", disturbed.counted(LocalStore.set, look))
+    write_tile(spec.store, spec.run, tile, values)
+    assert seen == [stored] * len(VARIABLES)
 
 
 def test_a_tile_given_up_is_nan_and_says_so(spec):
