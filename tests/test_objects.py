@@ -35,7 +35,9 @@ from pipeline.storage import ObjectLog, lock, place
 from pipeline.tiles import observation_hash
 from tests.fchroma_files import write_pair
 
-SETTINGS = {"draws": 8, "tile": 8}
+SETTINGS = {"draws": 8, "tile": 10}
+NINE = {"draws": 8, "tile": 8}
+"""Tiles enough to lose a store, or the command, among them."""
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +48,14 @@ def folder(client, fake_model, tmp_path_factory):
     shutil.copytree(fake_model, folder / "model")
     invert(folder / "o.zarr", folder / "map.zarr", model=folder / "model", cluster=client, **SETTINGS)
     return folder
+
+
+@pytest.fixture(scope="module")
+def nine(folder, client):
+    """Contents of the same map in nine tiles."""
+    output = folder / "nine.zarr"
+    invert(folder / "o.zarr", output, model=folder / "model", cluster=client, **NINE)
+    return contents(output)
 
 
 @pytest.fixture
@@ -95,11 +105,11 @@ def run(url, client, work=invert, **settings):
 def test_a_map_in_a_bucket_is_the_map_on_disk(bucket, folder, client):
     report = run(bucket, client)
     assert report.output == f"{bucket}/map.zarr"
-    assert report.summary().startswith(f"{bucket}/map.zarr: 9 of 9 tiles done")
+    assert report.summary().startswith(f"{bucket}/map.zarr: 4 of 4 tiles done")
     assert names(bucket) == ["map.zarr", "map.zarr.journal", "model", "o.zarr"]
     assert contents(report.output) == contents(folder / "map.zarr")
     assert observation_hash(f"{bucket}/o.zarr") == observation_hash(folder / "o.zarr")
-    assert run(bucket, client).resumed == 9
+    assert run(bucket, client).resumed == 4
     checked = check_map(report.output)
     assert checked.sound
     xr.testing.assert_identical(
@@ -113,12 +123,12 @@ def test_damage_is_found_and_mended(bucket, folder, client):
     files = fsspec.filesystem("memory")
     run(bucket, client)
     store = f"{bucket}/map.zarr"
-    files.rm(f"{store}/temperature/c/0/1/1/0/0")
-    files.pipe_file(f"{store}/quality/c/0/2/0", b"")
+    files.rm(f"{store}/temperature/c/0/0/1/0/0")
+    files.pipe_file(f"{store}/quality/c/0/1/0", b"")
     whole = files.cat_file(f"{store}/velocity/c/0/0/0/0/0")
     files.pipe_file(f"{store}/velocity/c/0/0/0/0/0", whole[:-1] + bytes([whole[-1] ^ 1]))
     assert [one.fault for one in check_map(store).faults] == ["damaged", "missing", "damaged"]
-    assert run(bucket, client).resumed == 6
+    assert run(bucket, client).resumed == 1
     assert contents(store) == contents(folder / "map.zarr")
     files.rm(f"{store}/longitude/c/0/0")
     with pytest.raises(StoreError, match="coordinates"):
@@ -164,17 +174,17 @@ def test_a_first_map_can_be_interrupted_anywhere(bucket, folder, client, monkeyp
 @pytest.mark.parametrize(
     ("owner", "name", "overwrite", "found"),
     [
-        (storage._Objects, "put", False, (0, 9)),  # the first map is laid out
+        (storage._Objects, "put", False, (0, 4)),  # the first map is laid out
         (storage._Objects, "put", True, "the map was begun with other settings"),
-        (MemoryFileSystem, "cp_file", True, (9, 0)),  # the replacement is on its way to its place
-        (MemoryFileSystem, "rm", True, (9, 0)),
+        (MemoryFileSystem, "cp_file", True, (4, 0)),  # the replacement is on its way to its place
+        (MemoryFileSystem, "rm", True, (4, 0)),
     ],
 )
 def test_a_plan_writes_nothing_to_a_bucket(bucket, client, monkeypatch, owner, name, overwrite, found):
     """Wherever a command was interrupted, and it says what the next one does."""
-    # How long and how large is not looked at: samples are short, and laid out in one place.
-    monkeypatch.setattr("pipeline.plan.SECONDS", 0.1)
-    monkeypatch.setattr("pipeline.plan.LAID_OUT", 1)
+    # How long and how large is not looked at: a sample is as small as can be.
+    for setting, least in (("SECONDS", 0.0), ("LAID_OUT", 1), ("TASKS", 1)):
+        monkeypatch.setattr(f"pipeline.plan.{setting}", least)
     if overwrite:
         run(bucket, client, draws=4)
     begin = objects_below(bucket)
@@ -372,11 +382,11 @@ def test_a_client_that_was_thought_dead_can_do_no_harm(bucket, client, monkeypat
     real = tiles.write_tile
 
     def write_between(number):
-        if number == 4:
+        if number == 3:
             location = place(store).journal
             parts = place(location).names()
             part = f"{int(parts[-1]) + 1:08d}"
-            fsspec.filesystem("memory").pipe_file(f"{location}/{part}", b'{"tile":8,"error":"x"}\n')
+            fsspec.filesystem("memory").pipe_file(f"{location}/{part}", b'{"tile":3,"error":"x"}\n')
 
     monkeypatch.setattr(tiles, "write_tile", disturbed.counted(real, write_between))
     with pytest.raises(StoreError, match="another command has written to this journal"):
@@ -418,7 +428,7 @@ def test_local_is_another_name_of_file(folder, client):
     url = f"local://{folder}"
     report = run(url, client)
     assert report.output == folder / "map.zarr"
-    assert report.resumed == 9
+    assert report.resumed == 4
     assert check_map(f"{url}/map.zarr").sound
 
 
@@ -554,7 +564,9 @@ class Losable(MemoryFileSystem):
 
 
 @pytest.mark.parametrize("which", ["o.zarr", "map.zarr"])
-def test_a_store_that_is_lost_ends_the_run_at_once(bucket, folder, client, tmp_path, monkeypatch, which):
+def test_a_store_that_is_lost_ends_the_run_at_once(
+    bucket, folder, nine, client, tmp_path, monkeypatch, which
+):
     """Not when each of the tiles in flight has been tried three times: that may take hours."""
     fsspec.register_implementation("losable", Losable, clobber=True)
     away = bucket.replace("memory://", "losable://")
@@ -568,7 +580,7 @@ def test_a_store_that_is_lost_ends_the_run_at_once(bucket, folder, client, tmp_p
         return real(spec, tile)
 
     monkeypatch.setattr(tiles, "compute_tile", compute)
-    settings = {"model": folder / "model", "cluster": client, **SETTINGS}
+    settings = {"model": folder / "model", "cluster": client, **NINE}
     try:
         with pytest.raises(StoreError, match="cannot be asked") as refusal:
             invert(places["o.zarr"], places["map.zarr"], window=2, **settings)
@@ -581,7 +593,7 @@ def test_a_store_that_is_lost_ends_the_run_at_once(bucket, folder, client, tmp_p
     monkeypatch.setattr(tiles, "compute_tile", real)
     free_lock(f"{bucket}/map.zarr")
     assert invert(places["o.zarr"], places["map.zarr"], **settings).resumed > 0
-    assert contents(places["map.zarr"]) == contents(folder / "map.zarr")
+    assert contents(places["map.zarr"]) == nine
     assert check_map(places["map.zarr"]).sound
 
 
@@ -666,7 +678,7 @@ def test_a_map_on_an_s3_server_is_the_map_on_disk(s3, folder, client):
     assert contents(report.output) == contents(folder / "map.zarr")
     assert names(s3) == ["map.zarr", "map.zarr.journal", "model", "o.zarr"]
     assert check_map(report.output).sound
-    assert run(s3, client).resumed == 9
+    assert run(s3, client).resumed == 4
     report = run(s3, client, draws=4, overwrite=True)
     assert open_map(report.output).attrs["settings"]["draws"] == 4
     assert check_map(report.output).sound
@@ -693,7 +705,7 @@ def test_an_s3_server_excludes_a_second_client(s3, monkeypatch, caplog):
     assert "locked.zarr.lock" not in names(s3)
 
 
-def test_workers_in_processes_of_their_own_and_a_killed_command(s3, folder, client, monkeypatch):
+def test_workers_in_processes_of_their_own_and_a_killed_command(s3, nine, client, monkeypatch):
     """The command line, as it would be typed; killed when some tiles are recorded, and gone on with."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -711,9 +723,9 @@ def test_workers_in_processes_of_their_own_and_a_killed_command(s3, folder, clie
         first.kill()
         first.wait()
     assert "killed.zarr.lock" in names(s3)
-    report = invert(f"{s3}/o.zarr", output, model=f"{s3}/model", cluster=client, **SETTINGS)
+    report = invert(f"{s3}/o.zarr", output, model=f"{s3}/model", cluster=client, **NINE)
     assert report.resumed >= 2
-    assert contents(output) == contents(folder / "map.zarr")
+    assert contents(output) == nine
     assert check_map(output).sound
 
 
