@@ -316,7 +316,7 @@ def invert(
             begun = _begin(target, request.spec.run, request.fingerprint, make_store, overwrite=overwrite)
         store, journal = begun
         spec = replace(request.spec, store=str(store), run=journal.run)
-        work = _Work(spec, grid, request.asked, journal)
+        work = _Work(spec, grid, request.asked, request.selected, journal)
         with journal:
             work.take_up()
             if 0 < work.resumed < work.tiles:
@@ -421,7 +421,8 @@ def plan_inversion(
     begun = _begun(request.output, request.fingerprint, overwrite=overwrite)
     if begun is not None:
         store, journal = begun  # as they are: nothing is mended before the run itself
-        work = _Work(replace(request.spec, store=str(store)), request.grid, request.asked, journal)
+        spec = replace(request.spec, store=str(store))
+        work = _Work(spec, request.grid, request.asked, request.selected, journal)
         work.take_up()
         done = work.done
     plan = partial(
@@ -473,6 +474,7 @@ class _Request:
     spec: TileSpec
     grid: TileGrid
     asked: NDArray[np.int64]
+    selected: NDArray[np.uint32] | None
     fingerprint: dict[str, Any]
     dataset: xr.Dataset
     network: Network
@@ -575,14 +577,14 @@ def _settle(
         logger.warning("the network was trained with %s interpolation, not %s", trained, interpolation)
     if network.novelty is None:
         logger.warning("the model has no novelty measure: profiles unlike its training set are not flagged")
-    asked, skipped = selection.survey(grid)
+    asked, selected, skipped = selection.survey(grid)
     if not asked.any():
         raise MisuseError(
             "no pixel is selected", where=observation, remedy="skip fewer flags, or choose another region"
         )
     fingerprint = _fingerprint(spec, grid, network) | {"skip_from": skipped}
     drawn = None if preview else sampling
-    return _Request(target, spec, grid, asked, fingerprint, dataset, network, drawn)
+    return _Request(target, spec, grid, asked, selected, fingerprint, dataset, network, drawn)
 
 
 def _see_that_it_can_be_previewed(
@@ -906,9 +908,6 @@ def _as_asked(settings: Mapping[str, Any]) -> str:
 # The run
 
 
-_EARLIER = "the earlier map, whose flags say what to skip,"
-
-
 @dataclass
 class _Work:
     """What is done of a map, and what is not."""
@@ -916,6 +915,7 @@ class _Work:
     spec: TileSpec
     grid: TileGrid
     asked: NDArray[np.int64]
+    selected: NDArray[np.uint32] | None
     journal: Journal
     failed: list[FailedTile] = field(default_factory=list)
     flags: Counter[str] = field(default_factory=Counter)
@@ -986,7 +986,6 @@ class _Work:
                     self._give_up(spec, outcome.task, outcome.error, outcome.attempts)
                 progress.advance(int(self.asked[self.grid.index(outcome.task)]))
         self._see_that_the_observation_is_the_same()
-        self._see_that_the_earlier_map_is_the_same()
         self._see_that_all_is_there()
 
     def _see_that_the_observation_is_the_same(self) -> None:
@@ -996,32 +995,29 @@ class _Work:
         except FileNotFoundError:
             found = "nothing"
         if found != self.spec.observation_hash:
-            raise self._withdrawn("the observation", self.spec.observation, found, self.spec.observation_hash)
+            for index in np.flatnonzero(self.done & ~self.before):
+                self.journal.append({"tile": int(index), "withdrawn": "the observation changed meanwhile"})
+            raise _changed(
+                "the observation",
+                self.spec.observation,
+                short(found),
+                short(self.spec.observation_hash),
+                "it does once more what was done meanwhile",
+            )
 
-    def _see_that_the_earlier_map_is_the_same(self) -> None:
-        """Take back what was done meanwhile if its flags have changed: other pixels were skipped then."""
-        selection, expected = self.spec.selection, self.journal.fingerprint.get("skip_from")
-        if selection.skip is None:
+    def _see_that_it_is_what_was_asked(self, result: TileResult) -> None:
+        """Refuse a tile for which the earlier map had other flags than in the beginning."""
+        skip = self.spec.selection.skip
+        if self.selected is None or skip is None:
             return
-        try:
-            _, found = selection.survey(self.grid, again=True)
-        except StoreError as failure:
-            found = failure.found
-        if found != expected:
-            raise self._withdrawn(_EARLIER, selection.skip.earlier, found, expected)
-
-    def _withdrawn(self, what: str, where: str | None, found: str | None, expected: str | None) -> StoreError:
-        """Take back what this run did, and say that something it was made from has changed."""
-        for index in np.flatnonzero(self.done & ~self.before):
-            self.journal.append({"tile": int(index), "withdrawn": f"{what} changed meanwhile"})
-        return StoreError(
-            f"{what} has changed while the map was being made",
-            where=where,
-            found=short(found),
-            expected=short(expected),
-            remedy="put it back as it was and run the same command again: it does once more what was done "
-            "meanwhile; or start over with --overwrite",
-        )
+        if result.selected != self.selected[self.grid.index(result.tile)]:
+            raise _changed(
+                "the earlier map, whose flags say what to skip,",
+                skip.earlier,
+                f"other flags at {result.tile}",
+                "those of the beginning",
+                "it does what is missing",
+            )
 
     def _see_that_all_is_there(self) -> None:
         """Refuse to call a map finished that has lost tiles while it was made."""
@@ -1036,13 +1032,7 @@ class _Work:
             )
 
     def _finish(self, result: TileResult) -> None:
-        asked = int(self.asked[self.grid.index(result.tile)])
-        if (found := result.tile.pixels - result.flags.get("not_selected", 0)) != asked:
-            self._see_that_the_earlier_map_is_the_same()
-            # It has changed, and back.
-            skip = self.spec.selection.skip
-            where = None if skip is None else skip.earlier
-            raise self._withdrawn(_EARLIER, where, f"{found} pixels of a tile", f"{asked}")
+        self._see_that_it_is_what_was_asked(result)
         self._count(result.tile, result.answered, result.flags, result.stored)
         self.journal.append(
             {
@@ -1059,6 +1049,7 @@ class _Work:
         text = f"{type(error).__name__}: {error}"[:ERROR_LENGTH]
         logger.error("tile at %s failed: %s", tile, text.splitlines()[0])
         result = quarantine_tile(spec, tile)
+        self._see_that_it_is_what_was_asked(result)
         self.failed.append(FailedTile(tile, text, attempts))
         self.flags.update(result.flags)
         self.stored += result.stored
@@ -1070,6 +1061,17 @@ class _Work:
                 "attempts": attempts,
             }
         )
+
+
+def _changed(what: str, where: str, found: str, expected: str, then: str) -> StoreError:
+    return StoreError(
+        f"{what} has changed while the map was being made",
+        where=where,
+        found=found,
+        expected=expected,
+        remedy=f"put it back as it was and run the same command again: {then}; or start over with "
+        "--overwrite",
+    )
 
 
 def _size(tile: Tile, size: Callable[[str], int | None]) -> int | None:

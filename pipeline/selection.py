@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 import numpy as np
 import xarray as xr
@@ -140,20 +141,20 @@ class Selection:
             asked &= self.skip.passing(self.skip.quality(tile.region)[0])
         return asked
 
-    def survey(self, grid: TileGrid, *, again: bool = False) -> tuple[NDArray[np.int64], str | None]:
+    def survey(self, grid: TileGrid) -> tuple[NDArray[np.int64], NDArray[np.uint32] | None, str | None]:
         """Count the selected pixels of every tile; the log says of how many the earlier map knows no flags.
 
         Parameters
         ----------
         grid : TileGrid
             All tiles.
-        again : bool
-            Whether the log has been told already.
 
         Returns
         -------
         counts : ndarray of int, shape (tiles,)
             Selected pixels of every tile, in the grid's order.
+        checksums : ndarray of uint32, shape (tiles,), or None
+            `selected_checksum` of every tile with such pixels; None without `skip`.
         sha256 : str or None
             Identity of what the earlier map leaves of the rectangle and the times; None without `skip`.
 
@@ -170,7 +171,8 @@ class Selection:
             frame = np.zeros((height, width), dtype=bool)
             frame[y, x] = True
             counts[chosen] = count_by_tile(frame, grid.tile)
-            return counts.ravel(), None
+            return counts.ravel(), None, None
+        checksums = np.zeros(grid.counts, dtype=np.uint32)
         digest = hashlib.sha256()
         unknown: Counter[str] = Counter()
         for time in chosen:  # one after the other: a series need not fit into memory
@@ -180,15 +182,19 @@ class Selection:
             frame = np.zeros((height, width), dtype=bool)
             frame[y, x] = passing
             counts[time] = count_by_tile(frame, grid.tile)
+            for row, column in np.argwhere(counts[time]):
+                y0, x0 = row * grid.tile[0], column * grid.tile[1]
+                here = frame[y0 : y0 + grid.tile[0], x0 : x0 + grid.tile[1]]
+                checksums[time, row, column] = selected_checksum(here)
             digest.update(np.packbits(passing).data)
-        if unknown and not again:
+        if unknown:
             logger.warning(
                 "%s does not know the flags of %s pixels, so none of them is skipped (%s)",
                 self.skip.earlier,
                 f"{unknown.total():,}",
                 ", ".join(f"{name}: {count:,}" for name, count in sorted(unknown.items())),
             )
-        return counts.ravel(), digest.hexdigest()
+        return counts.ravel(), checksums.ravel(), digest.hexdigest()
 
     def settings(self) -> dict[str, Any]:
         """The selection as a run's settings name it, by option; None for what was not asked for."""
@@ -202,6 +208,11 @@ class Selection:
 
 
 EVERYTHING = Selection()
+
+
+def selected_checksum(asked: NDArray[np.bool_]) -> int:
+    """CRC-32 of which pixels of a tile (y, x) are selected, a bit each."""
+    return crc32(np.packbits(asked).data)
 
 
 def count_by_tile(frame: NDArray[np.bool_], tile: tuple[int, int]) -> NDArray[np.int64]:

@@ -42,7 +42,7 @@ from pipeline.devices import Device, array_library, to_torch
 from pipeline.errors import ClusterError, MisuseError, ModelError, StoreError
 from pipeline.replacement import opened_group
 from pipeline.results import NOVELTY_LEVEL, VARIABLES, WITHOUT_ANSWER, Flag, count_flags
-from pipeline.selection import EVERYTHING, Selection
+from pipeline.selection import EVERYTHING, Selection, selected_checksum
 from pipeline.shards import ShardWriter
 from pipeline.spectra import Interpolation, check_interpolation, covered, network_lines
 from pipeline.storage import ROOT, AsListed, answering, array_in, out_of_space, place
@@ -287,6 +287,8 @@ class TileResult:
         Pixels with each flag.
     seconds : float
         Time it took.
+    selected : int
+        `pipeline.selection.selected_checksum` of the pixels that were asked for, as they were found to be.
     """
 
     tile: Tile
@@ -295,6 +297,7 @@ class TileResult:
     answered: int
     flags: Mapping[str, int]
     seconds: float
+    selected: int
 
 
 # What a worker opens once: under a lock, for its tasks may run in several threads
@@ -513,6 +516,7 @@ def _receipt(tile: Tile, values: Mapping[str, NDArray[Any]], stored: int, starte
         int(np.count_nonzero((quality & WITHOUT_ANSWER) == 0)),
         count_flags(quality),
         round(time.monotonic() - started, 4),
+        selected_checksum(quality != Flag.NOT_SELECTED),
     )
 
 

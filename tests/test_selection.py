@@ -1,5 +1,6 @@
 """A part of an observation: the bits of the whole map, nothing done for the rest, and honest about that."""
 
+import binascii
 import json
 import shutil
 
@@ -15,10 +16,11 @@ import pipeline.tiles as tiles
 from pipeline.check import check_map
 from pipeline.errors import MisuseError, StoreError
 from pipeline.invert import invert
+from pipeline.journal import read_journal
 from pipeline.results import VARIABLES, Flag, flagged, open_map
 from pipeline.selection import EVERYTHING, Selection, Skip, select
 from pipeline.storage import Directory
-from pipeline.tiles import TileGrid
+from pipeline.tiles import Tile, TileGrid
 
 SETTINGS = {"draws": 32, "tile": 8, "seed": 3}
 GRID = TileGrid((2, 20, 18), (8, 8))
@@ -46,6 +48,12 @@ def earlier(tmp_path, whole):
 def flag(store, quality):
     """Write other flags into a map."""
     zarr.open_group(store, mode="r+")["quality"][...] = quality
+
+
+def receipts(output):
+    """Checksum of each tile, by the journal."""
+    records = read_journal(Directory(output).journal)[1]
+    return {record["tile"]: record["sha256"] for record in records if "sha256" in record}
 
 
 def choose(**wanted):
@@ -138,9 +146,13 @@ def test_the_survey_counts_what_tiles_select(seed, tmp_path, whole):
         Selection(skip=skip),
         EVERYTHING,
     ):
-        counts, identity = selection.survey(GRID)
-        assert counts.tolist() == [int(selection.asked(tile).sum()) for tile in GRID]
-        assert (identity is None) == (selection.skip is None)
+        counts, checksums, identity = selection.survey(GRID)
+        asked = [selection.asked(tile) for tile in GRID]
+        assert counts.tolist() == [int(pixels.sum()) for pixels in asked]
+        assert (identity is None) == (checksums is None) == (selection.skip is None)
+        if checksums is not None:
+            expected = [binascii.crc32(np.packbits(pixels).tobytes()) * pixels.any() for pixels in asked]
+            assert checksums.tolist() == expected
     quality = open_map(whole)["quality"].values
     assert Selection(skip=skip).survey(GRID)[0].sum() == ((quality & skip.bits) == 0).sum()
 
@@ -388,11 +400,11 @@ def test_an_earlier_map_whose_flags_moved_is_noticed_although_there_are_as_many(
     real = pipeline.invert.opened
     monkeypatch.setattr(pipeline.invert, "opened", lambda cluster: (flag(earlier, moved), real(cluster))[1])
     with pytest.raises(StoreError, match=r"earlier map.*has changed while") as refusal:
-        invert(toy, output, **wanted)
+        invert(toy, output, window=1, **wanted)
     assert refusal.value.where == str(earlier)
-    assert refusal.value.found != refusal.value.expected
+    assert f"{Tile(0, 0, 0, (0, 8), (0, 8))}" in refusal.value.found
     assert not check_map(output).sound
-    # Put back, it is the map that it would have been.
+    # Put back, it is the map that it would have been, also if nobody was there to notice in the end.
     flag(earlier, before)
     monkeypatch.setattr(pipeline.invert, "opened", real)
     assert invert(toy, output, **wanted).resumed == 0
@@ -404,17 +416,38 @@ def test_an_earlier_map_whose_flags_moved_is_noticed_although_there_are_as_many(
         .drop_attrs(deep=False)
         .identical(open_map(tmp_path / "undisturbed.zarr").load().drop_attrs(deep=False))
     )
-    # One that has gone meanwhile is said in the same words.
-    other = tmp_path / "other.zarr"
-    run_bounded = pipeline.invert.run_bounded
 
-    def gone(*given, **more):
-        yield from run_bounded(*given, **more)
-        shutil.rmtree(earlier)
 
-    monkeypatch.setattr(pipeline.invert, "run_bounded", gone)
-    with pytest.raises(StoreError, match=r"earlier map.*has changed while"):
-        invert(toy, other, **wanted)
+def test_an_earlier_map_that_changes_late_costs_none_of_the_tiles_before(
+    tmp_path, toy, client, earlier, settings, monkeypatch
+):
+    output = tmp_path / "map.zarr"
+    wanted = {"cluster": client, "skip": ["not_finite"], "skip_from": earlier, **settings}
+    before = open_map(earlier)["quality"].values
+    moved = before.copy()
+    moved[1, 12, 12] |= Flag.NOT_FINITE
+
+    def move(number):
+        if number == 5:
+            flag(earlier, moved)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tiles, "compute_tile", disturbed.counted(tiles.compute_tile, move))
+        with pytest.raises(StoreError, match=r"earlier map.*has changed while"):
+            invert(toy, output, window=1, **wanted)
+    flag(earlier, before)
+    assert invert(toy, output, **wanted).resumed == GRID.index(Tile(1, 1, 1, (8, 16), (8, 16)))
+    invert(toy, tmp_path / "undisturbed.zarr", **wanted)
+    assert check_map(output).sound
+    assert receipts(output) == receipts(tmp_path / "undisturbed.zarr")
+
+    def remove(number):
+        if number == 2:
+            shutil.rmtree(earlier)
+
+    monkeypatch.setattr(tiles, "compute_tile", disturbed.counted(tiles.compute_tile, remove))
+    with pytest.raises(StoreError, match=r"earlier map.*cannot be read"):
+        invert(toy, tmp_path / "other.zarr", window=1, **wanted)
 
 
 def test_flags_come_by_name_from_a_map_of_the_same_observation(tmp_path, toy, client, whole, settings):

@@ -43,7 +43,7 @@ SETTLED = 10
 
 def receipt(spec: TileSpec, tile: Tile) -> TileResult:
     """What a tile's kernel returns, and nothing else."""
-    return TileResult(tile, "0" * 64, 0, tile.pixels, {}, 0.0)
+    return TileResult(tile, "0" * 64, 0, tile.pixels, {}, 0.0, 0)
 
 
 @dataclass
@@ -151,7 +151,7 @@ def without_kernel(client: Client, tiles: int) -> Curve:
         ),
         mock.patch.multiple(engine, invert_tile=receipt, mark_unwritten=lambda *_: None),
     ):
-        work = engine._Work(spec, grid, asked, journal)
+        work = engine._Work(spec, grid, asked, None, journal)
         with sampled(client, lambda: int(work.pixels) // (64 * 64)) as curve:
             work.go_on(client, None)
         assert work.done.all()
