@@ -309,8 +309,8 @@ def invert(
     target, grid = request.output, request.grid
     make_store = partial(_make_store, request, call or f"invert({observation}, {output})")
     with target.lock(), space(target):
-        finish_swaps(target)
-        begun = _begun(target, request.fingerprint, overwrite=overwrite)
+        swapped = finish_swaps(target)
+        begun = _begun(target, request.fingerprint, overwrite=overwrite, swapped=swapped)
         if begun is None:
             _see_that_it_fits(request, np.zeros(len(grid), dtype=bool), _beside(request))
             begun = _begin(target, request.spec.run, request.fingerprint, make_store, overwrite=overwrite)
@@ -798,12 +798,16 @@ def _coordinates(dataset: xr.Dataset) -> xr.Dataset:
 MakeStore = Callable[[Place, Callable[[Mapping[str, str]], object]], None]
 
 
-def _begun(output: Place, fingerprint: Mapping[str, Any], *, overwrite: bool) -> tuple[Place, Journal] | None:
+def _begun(
+    output: Place, fingerprint: Mapping[str, Any], *, overwrite: bool, swapped: bool = False
+) -> tuple[Place, Journal] | None:
     """Find the store to go on with, the output itself or what is to replace it; None if it is to be made.
 
-    Nothing is written: of a plan, what is there may still be on its way to the output.
+    Nothing is written: of a plan, what is there may still be on its way to the output. What has just come to
+    its place is what a command that was to start over had finished.
     """
     standing, journal, unfinished = as_swapped(output)
+    replaced = [(standing, journal)] if swapped or journal != output.journal else []
     exists = standing.exists() and not _half_laid_out(standing, journal)
     if exists and not is_map(standing.location):
         raise MisuseError(
@@ -816,9 +820,9 @@ def _begun(output: Place, fingerprint: Mapping[str, Any], *, overwrite: bool) ->
             remedy="choose another output, or remove it yourself",
         )
     if overwrite:
-        for store in unfinished:
+        for store, location in (*replaced, *((store, store.journal) for store in unfinished)):
             try:
-                return store, _resume(store, store.journal, fingerprint)
+                return store, _resume(store, location, fingerprint)
             except FlareFieldError as error:
                 logger.debug("%s is of no use: %s", store, error)
         return None

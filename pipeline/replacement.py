@@ -108,12 +108,25 @@ def as_swapped(output: Place) -> tuple[Place, Path | str, list[Place]]:
     return store, journal, [one for one in replacements(output) if one.name not in known]
 
 
-def finish_swaps(output: Place) -> None:
-    """Complete what a run that was killed between its last record and its end left undone."""
+def finish_swaps(output: Place) -> bool:
+    """Complete what a run that was killed between its last record and its end left undone.
+
+    Parameters
+    ----------
+    output : Place
+        The store.
+
+    Returns
+    -------
+    bool
+        Whether another store has come to its place.
+    """
+    swapped = False
     for run in output.runs(".new.journal"):
         store = replacement(output, run)
         if _is_finished(store):
             swap(output, store)
+            swapped = True
         elif not store.exists():
             log_at(store.journal).remove()
     for ending in (".old", ".new.layout", f".new{SCRATCH}.layout"):
@@ -122,6 +135,7 @@ def finish_swaps(output: Place) -> None:
     for run in output.runs(f".new{SCRATCH}"):
         if not (store := replacement(output, run)).exists():
             scratch(store).remove()
+    return swapped
 
 
 def _is_finished(store: Place) -> bool:

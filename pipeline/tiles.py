@@ -259,12 +259,12 @@ class TileSpec:
         check_interpolation(self.interpolation)
         if self.draws < 2 and not self.preview:
             raise MisuseError("a posterior needs two draws at least", where="draws", found=self.draws)
-        if self.calibration_error is not None and not 0 <= self.calibration_error < np.inf:
+        if self.calibration_error is not None and not 0 <= self.calibration_error <= 1:
             raise MisuseError(
                 "the calibration error is a relative error",
                 where="calibration_error",
                 found=self.calibration_error,
-                expected="a number of 0 or more, for example 0.05",
+                expected="a number between 0 and 1, for example 0.05",
             )
 
 

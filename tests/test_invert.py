@@ -614,6 +614,21 @@ def test_starting_over_can_be_killed_at_any_moment(
     assert sorted(os.listdir(tmp_path)) == ["map.zarr", "map.zarr.journal"]
 
 
+def test_a_replacement_that_is_finished_is_not_made_once_more(processes, tmp_path, toy, client, settings):
+    output, other = tmp_path / "map.zarr", {**settings, "draws": 16}
+    invert(toy, output, cluster=client, **other)
+    for moment in SWAP_MOMENTS[1:3]:
+        assert run(processes, toy, output, moment, overwrite=True, **settings) == -signal.SIGKILL
+    report = invert(toy, output, cluster=client, overwrite=True, **settings)
+    assert report.resumed == 18
+    assert open_map(output).attrs["settings"]["draws"] == settings["draws"]
+    # As another map, or as what stands there already, it is.
+    assert invert(toy, output, cluster=client, overwrite=True, **settings).resumed == 0
+    assert run(processes, toy, output, SWAP_MOMENTS[1], overwrite=True, **settings) == -signal.SIGKILL
+    assert invert(toy, output, cluster=client, overwrite=True, **other).resumed == 0
+    assert sorted(os.listdir(tmp_path)) == ["map.zarr", "map.zarr.journal"]
+
+
 def test_a_replacement_goes_on_where_it_was_killed(
     processes, tmp_path, toy, client, undisturbed, settings, at_once
 ):

@@ -132,6 +132,7 @@ def test_descriptions_are_checked_where_they_are_made(make):
         {"quantiles": (0.5, 1.1)},
         {"draws": 1},
         {"calibration_error": -0.1},
+        {"calibration_error": 1.5},
         {"calibration_error": float("nan")},
     ],
 )
