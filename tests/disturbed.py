@@ -17,6 +17,7 @@ import pipeline.journal
 import pipeline.tiles
 from pipeline.cluster import LocalConfig
 from pipeline.errors import FlareFieldError
+from pipeline.ingest import ingest
 from pipeline.invert import invert
 
 
@@ -121,6 +122,12 @@ def run(observation, output, kill=None, workers=0, disturb=None, **settings):
         Client(cluster, set_as_default=False) as client,
     ):
         invert(observation, output, cluster=client, **settings)
+
+
+def run_ingest(sources, output, kill, **settings):
+    """Call `ingest` in this process, which is killed."""
+    kill_before(*kill)
+    ingest(sources, output, **settings)
 
 
 def refused(answer, *args, **settings):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dask
 import numpy as np
 import pytest
 import xarray as xr
 from astropy.io import fits
 from distributed import Client, LocalCluster
+from test_invert import processes  # noqa: F401
 
 import pipeline.ingest
 from pipeline.changes import CHANGED
@@ -183,11 +185,13 @@ class TestSeries:
         assert done == [2, 3]
         xr.testing.assert_identical(xr.open_zarr(tmp_path / "obs.zarr").load(), xr.open_zarr(output).load())
 
+    @pytest.mark.usefixtures("processes")
     def test_through_dask_and_into_a_bucket(self, interpolated, tmp_path):
         """The same bytes, with numbers of what changed in them."""
         folder, output, _ = interpolated
         bucket = "memory://common-time/obs.zarr"
         with (
+            dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}),
             LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0") as cluster,
             Client(cluster, set_as_default=False) as client,
         ):

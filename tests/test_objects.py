@@ -174,10 +174,10 @@ def test_a_first_map_can_be_interrupted_anywhere(bucket, folder, client, monkeyp
 @pytest.mark.parametrize(
     ("owner", "name", "overwrite", "found"),
     [
-        (storage._Objects, "put", False, (0, 4)),  # the first map is laid out
+        (storage._Objects, "put", False, (0, 1)),  # the first map is laid out
         (storage._Objects, "put", True, "the map was begun with other settings"),
-        (MemoryFileSystem, "cp_file", True, (4, 0)),  # the replacement is on its way to its place
-        (MemoryFileSystem, "rm", True, (4, 0)),
+        (MemoryFileSystem, "cp_file", True, (1, 0)),  # the replacement is on its way to its place
+        (MemoryFileSystem, "rm", True, (1, 0)),
     ],
 )
 def test_a_plan_writes_nothing_to_a_bucket(bucket, client, monkeypatch, owner, name, overwrite, found):
@@ -185,12 +185,13 @@ def test_a_plan_writes_nothing_to_a_bucket(bucket, client, monkeypatch, owner, n
     # How long and how large is not looked at: a sample is as small as can be.
     for setting, least in (("SECONDS", 0.0), ("LAID_OUT", 1), ("TASKS", 1)):
         monkeypatch.setattr(f"pipeline.plan.{setting}", least)
+    work = partial(run, tile=20)
     if overwrite:
-        run(bucket, client, draws=4)
+        work(bucket, client, draws=4)
     begin = objects_below(bucket)
     with monkeypatch.context() as patch:
         calls = dying(patch, owner, name, 0)
-        run(bucket, client, overwrite=overwrite)
+        work(bucket, client, overwrite=overwrite)
         total = len(calls)
     said = []
     for number in (2, total // 2, total - 1, total):
@@ -198,13 +199,13 @@ def test_a_plan_writes_nothing_to_a_bucket(bucket, client, monkeypatch, owner, n
         with monkeypatch.context() as patch:
             dying(patch, owner, name, number)
             with pytest.raises(Killed):
-                run(bucket, client, overwrite=overwrite)
+                work(bucket, client, overwrite=overwrite)
         free_lock(f"{bucket}/map.zarr")
         for again in (False, True):
             before = objects_below(bucket)
-            said.append(outcome(lambda over=again: run(bucket, client, plan_inversion, overwrite=over)))
+            said.append(outcome(lambda over=again: work(bucket, client, plan_inversion, overwrite=over)))
             assert objects_below(bucket) == before
-            assert said[-1] == outcome(lambda over=again: run(bucket, client, overwrite=over))
+            assert said[-1] == outcome(lambda over=again: work(bucket, client, overwrite=over))
             put_back(bucket, before)
     assert found in said
 
