@@ -819,6 +819,23 @@ class TestContradictions:
         path = self.fits(tmp_path, cube, cards)
         assert len(read_scans(path, describe(tmp_path, statement(**{**IMAGES, **changes})))) == 1
 
+    def test_a_frame_whose_latitude_is_not_the_second_axis(self, tmp_path, cube):
+        """Then its ``CROTA2`` is of no latitude, and turns nothing: astropy's WCS of the same cards says so."""
+        path = tmp_path / "a.fits"
+        stated = {**IMAGES, "axes": ["y", "x", "wavelength"]}
+        for turned in (2, 3):
+            cards = {f"{card[:-1]}{int(card[-1]) + 1}": value for card, value in PLACE.items()}
+            cards[f"CROTA{turned}"] = 45.0
+            hdu = fits.PrimaryHDU(np.moveaxis(cube[0, 0], 0, 2).astype(">f4"), fits.Header(cards))
+            hdu.writeto(path, overwrite=True)
+            matrix = WCS(hdu.header).celestial.pixel_scale_matrix * 3600
+            assert (abs(matrix[0, 1]) > 0.05) == (turned == 3)
+            (scan,) = read_scans(path, describe(tmp_path, statement(**stated, pointing={"header": True})))
+            np.testing.assert_allclose(scan.frame.matrix, matrix, rtol=0, atol=1e-9)
+            right = {**POINTING, "rotation": 45.0}
+            assert read_scans(path, describe(tmp_path, statement(**stated, pointing=right)))
+        self.check(path, stated, "pointing.rotation", "turned otherwise")
+
     @pytest.mark.parametrize(
         ("hdu", "changes", "key"),
         [

@@ -317,14 +317,15 @@ def _of_pixels(cube: DescribedCube, header: fits.Header, frames: Sequence[Frame]
                 f"{scale} arcsec; a negative size, or a rotation, says which way",
             )
     beside = [f"{matrix}{one}_{two}" for matrix in ("PC", "CD") for one, two in (numbers, numbers[::-1])]
+    turn = f"CROTA{numbers[1]}"  # of the latitude's axis, which is not always the second
     # Where the header turns nothing, it may be that nobody has told it.
-    if any(header.get(card, 0.0) != 0.0 for card in (*beside, "CROTA2")):
+    if any(header.get(card, 0.0) != 0.0 for card in (*beside, turn)):
         apart = max(_angle(own, other) for own, other in zip(found[0].matrix.T, stated.T, strict=True))
         if apart > TURNED:
             yield Contradiction(
                 "pointing.rotation",
                 "the header's frame is turned otherwise",
-                said + (f", CROTA2 = {header['CROTA2']!r}" if "CROTA2" in header else ""),
+                said + (f", {turn} = {header[turn]!r}" if turn in header else ""),
                 f"{cube.statement.pointing.rotation:g} degrees, {apart:.1f} from that",
             )
     places = [plane.place(frames[0].reference_pixel) for plane in alike]

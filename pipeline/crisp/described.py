@@ -87,7 +87,7 @@ class DescribedCube:
         ----------
         named : bool
             Whether the header's names of the two axes count; helioprojective ones take their place otherwise,
-            for under names that are no angles' wcslib passes over ``CROTA2``.
+            for under names that are no angles' wcslib passes over ``CROTAn``.
         """
         header = self.headers[0].copy()
         numbers = [self.fits_number("x"), self.fits_number("y")]
