@@ -327,7 +327,7 @@ def check_images(pairs: tuple[Pair, ...]) -> None:
         except InputError:
             continue
         middle = tuple(slice(size // 2 - SOME // 2, size // 2 + SOME // 2) for size in image.shape)
-        some = np.ascontiguousarray(image[middle])
+        some = np.ascontiguousarray(image[middle], dtype=np.float64)
         if some.size == 0 or not np.ptp(some) > 0:
             continue
         one = first.setdefault(some.tobytes(), scan)

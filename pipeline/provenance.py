@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import InputError
+
 
 def flarefield_version() -> str:
     """Version of the installed `flarefield` distribution.
@@ -78,11 +80,19 @@ def stamp(path: str | Path) -> tuple[int, int]:
 
     Raises
     ------
-    OSError
+    InputError
         It cannot be looked at.
     """
     files = _files(Path(path)) if Path(path).is_dir() else []
-    found = [file.stat() for file in (Path(path), *files)]
+    try:
+        found = [file.stat() for file in (Path(path), *files)]
+    except OSError as failure:
+        raise InputError(
+            "the file cannot be read",
+            where=failure.filename,
+            found=failure.strerror,
+            remedy="put it back, and run the command again",
+        ) from failure
     return sum(each.st_size for each in found), max(each.st_mtime_ns for each in found)
 
 

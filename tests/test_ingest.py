@@ -1025,10 +1025,12 @@ def as_another(path, copy, how):
     how(path, copy)
 
 
-def test_one_image_under_both_lines_headers(tmp_path):
+@pytest.mark.parametrize("kind", [">i2", ">f4"])
+def test_one_image_under_both_lines_headers(tmp_path, kind):
     halpha, ca8542, _ = write_pair(tmp_path, shape=(40, 50), angle=None)
     with fits.open(halpha) as one, fits.open(ca8542, mode="update") as other:
         other[0].data[:15] = one[0].data
+        other[0].data = other[0].data.astype(kind)
     with pytest.raises(InputError, match="same image, but are given for different lines") as caught:
         ingest([tmp_path], tmp_path / "obs.zarr", call="test")
     assert str(halpha) in str(caught.value)
@@ -1264,6 +1266,19 @@ class TestInterruption:
         assert report.resumed == 1
         assert "2 finished times are missing or damaged" in caplog.text
         assert contents(output) == contents(observation[0])
+
+    def test_a_file_that_goes_meanwhile(self, pair, tmp_path, monkeypatch):
+        found = pipeline.ingest._contradictions
+
+        def gone(series):
+            answer = found(series)
+            pair[1].unlink()
+            return answer
+
+        monkeypatch.setattr("pipeline.ingest._contradictions", gone)
+        with pytest.raises(InputError, match="the file cannot be read") as caught:
+            ingest(pair, tmp_path / "obs.zarr", call="")
+        assert str(caught.value.where) == str(pair[1])
 
     def test_a_second_command_is_refused(self, pair, tmp_path):
         output = tmp_path / "obs.zarr"
