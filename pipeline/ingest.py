@@ -52,7 +52,7 @@ from pipeline.errors import FlareFieldError, InputError, MisuseError, StoreError
 from pipeline.journal import Journal
 from pipeline.moved_scan import MovedScan
 from pipeline.observation import SHARD, finish, is_observation, lay_out, microseconds, pointing_of
-from pipeline.pairing import TOLERANCE, Pair, check_alike, check_images, label, pair_scans
+from pipeline.pairing import TOLERANCE, Pair, check_alike, check_images, check_limits, label, pair_scans
 from pipeline.progress import Progress
 from pipeline.provenance import flarefield_version, provenance, sha256_source, stamp
 from pipeline.registration import BANDS, CONFIDENT, STAYS, Mask, Shift
@@ -316,7 +316,8 @@ def ingest(
     InputError
         Scans cannot be used, do not fit together, or are of one line only.
     MisuseError
-        The output exists and is something else, another command is working on it, or a source is a URL.
+        The output exists and is something else, another command is working on it, a source is a URL, or a
+        limit is no finite number of 0 or more.
     StoreError
         There is no space left, or the store cannot be used. What is finished is kept for the next run.
     """
@@ -327,6 +328,7 @@ def ingest(
                 where=source,
                 remedy="fetch the files first, or mount the store; only the output may be a URL",
             )
+    check_limits(tolerance=tolerance, min_contrast=min_contrast, largest_jump=largest_jump)
     wishes = _Wishes(
         tolerance, calibrate, wavelength_zero, min_contrast, largest_jump if align_series else None
     )

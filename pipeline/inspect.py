@@ -36,7 +36,7 @@ from pipeline.defects import (
     uncorrected_wavelengths,
 )
 from pipeline.errors import FlareFieldError, InputError
-from pipeline.pairing import Pair, check_alike, check_images, completed, label, pair_scans
+from pipeline.pairing import Pair, check_alike, check_images, check_limits, completed, label, pair_scans
 from pipeline.progress import Progress
 from pipeline.registration import Mask, field_of_view
 
@@ -195,7 +195,10 @@ def inspect(
     ------
     InputError
         A name or pattern that nothing has.
+    MisuseError
+        A limit is no finite number of 0 or more.
     """
+    check_limits(tolerance=tolerance, min_contrast=min_contrast)
     scans: list[Scan] = []
     refused: list[InputError] = []
     passed_over: list[ForeignFileError] = []

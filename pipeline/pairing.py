@@ -17,7 +17,7 @@ from scipy.optimize import linear_sum_assignment
 from pipeline.crisp import LINES, Scan, open_intensity
 from pipeline.crisp.cube import stored_numbers
 from pipeline.crisp.wavelengths import air_to_vacuum, vacuum_to_air
-from pipeline.errors import InputError
+from pipeline.errors import InputError, MisuseError
 from pipeline.spectra import shortfall
 
 logger = logging.getLogger("flarefield")
@@ -67,6 +67,30 @@ class Pair:
         """Whether the frames have no pixel in common by the headers."""
         sizes = zip(self.placement, self.halpha.shape, self.ca8542.shape, strict=True)
         return not all(-own < corner < size for corner, size, own in sizes)
+
+
+def check_limits(**limits: float) -> None:
+    """Refuse limits that are no finite numbers of 0 or more.
+
+    Parameters
+    ----------
+    **limits : float
+        By the names of the options that set them.
+
+    Raises
+    ------
+    MisuseError
+        One is none.
+    """
+    for name, value in limits.items():
+        if not 0.0 <= value < np.inf:
+            raise MisuseError(
+                "the limit is no number",
+                where=name,
+                found=value,
+                expected="a finite number of 0 or more",
+                remedy="state a number, as large as need be",
+            )
 
 
 def completed(scans: Sequence[Scan]) -> list[Scan]:

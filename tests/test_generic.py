@@ -820,7 +820,7 @@ class TestContradictions:
         assert len(read_scans(path, describe(tmp_path, statement(**{**IMAGES, **changes})))) == 1
 
     def test_a_frame_whose_latitude_is_not_the_second_axis(self, tmp_path, cube):
-        """Then its ``CROTA2`` is of no latitude, and turns nothing: astropy's WCS of the same cards says so."""
+        """Then ``CROTA2`` is of no latitude, and turns nothing: astropy's WCS of the same cards says so."""
         path = tmp_path / "a.fits"
         stated = {**IMAGES, "axes": ["y", "x", "wavelength"]}
         for turned in (2, 3):

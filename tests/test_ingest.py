@@ -1025,6 +1025,17 @@ def as_another(path, copy, how):
     how(path, copy)
 
 
+@pytest.mark.parametrize("value", [np.inf, np.nan, -1.0])
+@pytest.mark.parametrize("name", ["tolerance", "min_contrast", "largest_jump"])
+def test_limits_that_are_none(tmp_path, name, value):
+    with pytest.raises(MisuseError, match="the limit is no number") as caught:
+        ingest([tmp_path], tmp_path / "obs.zarr", call="test", **{name: value})
+    assert caught.value.where == name
+    if name != "largest_jump":
+        with pytest.raises(MisuseError, match="the limit is no number"):
+            inspect([tmp_path], **{"tolerance": 15.0, name: value})
+
+
 @pytest.mark.parametrize("kind", [">i2", ">f4"])
 def test_one_image_under_both_lines_headers(tmp_path, kind):
     halpha, ca8542, _ = write_pair(tmp_path, shape=(40, 50), angle=None)
