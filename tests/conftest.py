@@ -4,26 +4,32 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# Threads that wait for each other must not keep the cores busy that other processes of the tests need. It
-# is read when torch is loaded, here and in every process that is started from here.
+# Threads that wait for each other must not keep the cores busy that other processes of the tests need, and
+# over arrays as small as those of tests several only wait. It is read when torch, NumPy and SciPy are loaded,
+# here and in every process that is started from here.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 from distributed import Client, LocalCluster
 from fake_model import save_fake_model
+from threadpoolctl import threadpool_limits
 from toy_observation import write_toy_observation
+
+threadpool_limits(1, user_api="blas")  # NumPy may have been loaded before: Zarr brings a plugin of pytest
 
 LONGEST = (
     "test_ingest",
     "test_objects",
-    "test_faults",
     "test_invert",
     "test_plan",
     "test_alignment",
     "test_demo",
+    "test_faults",
     "test_train_job",
-    "test_notebooks",
     "test_common_time",
+    "test_notebooks",
     "test_compiled_draws",
 )
 """Files that take longest, the longest first."""
