@@ -922,6 +922,7 @@ class _Work:
     selected: NDArray[np.uint32] | None
     journal: Journal
     failed: list[FailedTile] = field(default_factory=list)
+    lost: list[int] = field(default_factory=list)
     flags: Counter[str] = field(default_factory=Counter)
     resumed: int = 0
     answered: int = 0
@@ -955,7 +956,6 @@ class _Work:
         for number, record in enumerate(self.journal.records()):
             if (index := record.get("tile", len(last))) < len(last):
                 last[index] = number if is_receipt(record) else -1
-        lost = 0
         for number, record in enumerate(self.journal.records()):
             if (index := record.get("tile", len(last))) >= len(last) or last[index] != number:
                 continue
@@ -963,16 +963,21 @@ class _Work:
             if _size(tile, size) == record["stored"]:
                 self._count(tile, record["answered"], record["flags"], record["stored"])
             else:
-                lost += 1
+                self.lost.append(index)
         self.before = self.done.copy()
         self.resumed = int(self.done.sum())
-        if lost:
-            logger.warning("%d finished tiles are missing or damaged in the map, and are done again", lost)
+        if self.lost:
+            logger.warning(
+                "%d finished tiles are missing or damaged in the map, and are done again", len(self.lost)
+            )
 
     def go_on(self, client: Client, window: int | None) -> None:
         """Do all tiles that are not done."""
         spec = replace(self.spec, threads=threads_per_task(client))
         place(spec.store).remove_leftovers()
+        for index in self.lost:  # half done again, one may be as large as it was
+            self.journal.append({"tile": index, "spoiled": "its files were not those that it had"})
+        self.journal.flush()
         mark_unwritten(spec.store, Flag.NOT_DONE)  # it may have been finished, but for failed tiles
         missing = (self.grid[int(index)] for index in np.flatnonzero(~self.done & (self.asked > 0)))
         with (

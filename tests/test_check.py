@@ -10,6 +10,7 @@ import pytest
 import zarr
 from toy_observation import toy_observation, write_store
 
+import pipeline.tiles as tiles
 from pipeline.check import check_map
 from pipeline.cli import main
 from pipeline.errors import MisuseError, StoreError
@@ -285,6 +286,29 @@ def test_what_is_found_damaged_is_done_again_by_the_same_command(copy, whole, cl
     assert check_map(copy).sound
     assert damaged.read_bytes() == content
     assert invert(whole.parent / "o.zarr", copy, **again).resumed == 9
+
+
+def test_a_tile_that_was_half_done_again_is_not_taken_for_whole(copy, whole, client, fake_model, monkeypatch):
+    """Of one file it was known that it had gone, of another one not that it was damaged."""
+    keys = tile_keys(GRID[4])
+    damaged, gone = copy / keys["temperature"], copy / keys["electron_density"]
+    content = damaged.read_bytes()
+    damaged.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    before = gone.read_bytes()
+    gone.unlink()
+
+    def die(*_):
+        gone.write_bytes(before)
+        raise StoreError("killed")
+
+    settings = {"model": fake_model, "cluster": client, **SETTINGS}
+    with monkeypatch.context() as patch:
+        patch.setattr(tiles, "write_tile", die)
+        with pytest.raises(StoreError, match="killed"):
+            invert(whole.parent / "o.zarr", copy, **settings)
+    assert invert(whole.parent / "o.zarr", copy, **settings).resumed == 8
+    assert damaged.read_bytes() == content
+    assert check_map(copy).sound
 
 
 def test_a_map_that_is_being_worked_on_is_not_judged(copy):
