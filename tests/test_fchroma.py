@@ -244,6 +244,8 @@ def test_time_scale_is_honoured(file):
         (lambda h: h[0].header.set("DATE-AVG", "0014-09-06T15:27:24"), InputError, "time cannot be read"),
         (lambda h: h[0].header.set("DATE-AVG", "2914-09-06T15:27:24"), InputError, "time cannot be read"),
         (lambda h: h[0].header.remove("CRVAL1"), InputError, "pointing is missing"),
+        (lambda h: h[0].header.set("PC1_2", "-0.5"), InputError, "states no number"),
+        (lambda h: h[0].header.set("CROTA2", "30"), InputError, "states no number"),
         (lambda h: h[0].header.remove("CUNIT1"), InputError, "(?s)pointing is missing.*no CUNIT1"),
         (lambda h: h[0].header.set("CUNIT2", "arcmonkey"), InputError, "unit of a coordinate is not known"),
         (lambda h: h[1].header.set("BUNIT", "fathom"), InputError, "unit of a coordinate is not known"),

@@ -819,6 +819,15 @@ class TestContradictions:
         path = self.fits(tmp_path, cube, cards)
         assert len(read_scans(path, describe(tmp_path, statement(**{**IMAGES, **changes})))) == 1
 
+    @pytest.mark.parametrize("card", ["CDELT1", "CRVAL1", "CRPIX2", "CROTA2", "PC1_2", "CD1_1"])
+    def test_coordinates_that_are_written_as_text(self, tmp_path, cube, card):
+        """They are not taken for one or zero, as astropy takes them; what is stated is not held to them."""
+        path = self.fits(tmp_path, cube, {**PLACE, card: "12.5"})
+        with pytest.raises(InputError, match="states no number") as caught:
+            read_scans(path, describe(tmp_path, statement(**IMAGES, pointing={"header": True})))
+        assert f"{card} = '12.5'" in str(caught.value)
+        assert read_scans(path, describe(tmp_path, statement(**IMAGES, pointing=POINTING)))
+
     def test_a_frame_whose_latitude_is_not_the_second_axis(self, tmp_path, cube):
         """Then ``CROTA2`` is of no latitude, and turns nothing: astropy's WCS of the same cards says so."""
         path = tmp_path / "a.fits"

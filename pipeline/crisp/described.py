@@ -88,9 +88,15 @@ class DescribedCube:
         named : bool
             Whether the header's names of the two axes count; helioprojective ones take their place otherwise,
             for under names that are no angles' wcslib passes over ``CROTAn``.
+
+        Raises
+        ------
+        InputError
+            A card of theirs states no number.
         """
         header = self.headers[0].copy()
         numbers = [self.fits_number("x"), self.fits_number("y")]
+        fits_files.check_sky(header, numbers, self.file)
         if not named:
             header.update(
                 {f"CTYPE{n}": name for n, name in zip(numbers, ("HPLN-TAN", "HPLT-TAN"), strict=True)}

@@ -416,10 +416,7 @@ def _frame(header: fits.Header, file: Path) -> Frame:
             expected="helioprojective axes HPLN-TAN, HPLT-TAN with CRPIX, CRVAL, CDELT and CUNIT",
             remedy="add the cards, or leave the file out",
         )
-    # What astropy says of such cards does not name them.
-    for card in (f"{name}{axis}" for name in ("CRPIX", "CRVAL", "CDELT") for axis in (1, 2, 3)):
-        if card in header:
-            fits_files.number(header, card, file)
+    fits_files.check_sky(header, (1, 2, 3), file)
     for axis in (1, 2):
         fits_files.unit_factor(str(header[f"CUNIT{axis}"]).strip(), u.arcsec, f"CUNIT{axis}", file)
     return Frame.from_wcs(WCS(header).celestial, (header["NAXIS2"], header["NAXIS1"]), file)

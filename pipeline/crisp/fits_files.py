@@ -6,7 +6,7 @@ import re
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -279,6 +279,30 @@ def whole_number(header: fits.Header, card: str, where: object, default: int | N
     if not value.is_integer():
         raise _not_a("whole number", card, f"{card} = {value}", where)
     return int(value)
+
+
+def check_sky(header: fits.Header, axes: Sequence[int], where: object) -> None:
+    """Refuse coordinates whose cards state no numbers: wcslib passes over these, and takes 0 or 1 instead.
+
+    Parameters
+    ----------
+    header : astropy.io.fits.Header
+        The header.
+    axes : sequence of int
+        Numbers of the axes, as FITS counts them.
+    where : object
+        The file, for the error.
+
+    Raises
+    ------
+    InputError
+        A card states none, such as a text.
+    """
+    cards = [f"{name}{axis}" for name in ("CRPIX", "CRVAL", "CDELT", "CROTA") for axis in axes]
+    cards += [f"{matrix}{one}_{two}" for matrix in ("PC", "CD") for one in axes for two in axes]
+    for card in cards:
+        if card in header:
+            number(header, card, where)
 
 
 def _not_a(kind: str, card: str, found: str, where: object) -> InputError:
