@@ -552,6 +552,17 @@ class DescribedCube:
         if not self.headers:
             self.refuse("pointing.header", "there is no FITS header", self.file.name)
         numbers = [self.fits_number("x"), self.fits_number("y")]
+        needed = [
+            ("CDELT{0}", *(f"{matrix}{{0}}_{other}" for matrix in ("CD", "PC") for other in numbers)),
+            ("CRPIX{0}",),
+            ("CRVAL{0}",),
+        ]
+        missing = [
+            names[0].format(number)
+            for names in needed
+            for number in numbers
+            if not any(name.format(number) in self.headers[0] for name in names)
+        ]
         try:
             wcs = self.sky()
             types = list(wcs.wcs.ctype)
@@ -568,6 +579,13 @@ class DescribedCube:
                 "the header has no helioprojective coordinates",
                 f"CTYPE{numbers[0]}, CTYPE{numbers[1]} = {types}",
                 "HPLN-TAN, HPLT-TAN; or the other keys stated",
+            )
+        if missing:  # FITS takes 0 or 1 for them
+            self.refuse(
+                "pointing.header",
+                "the header's pointing is missing",
+                f"no {', '.join(missing)}",
+                "CRPIX, CRVAL and CDELT of both axes; or the other keys stated",
             )
         return frame
 
