@@ -9,7 +9,6 @@ command resumes what was interrupted.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import logging
 from collections import Counter
@@ -428,11 +427,19 @@ def _ingested(task: PairTask, threads: ThreadPoolExecutor) -> dict[str, Any]:
         sync(group.store.delete_dir(folder))
     cubes = [open_intensity(getattr(pair, line)) for line in LINES]
     halpha, ca8542 = threads.map(MovedScan.looked_through, (pair, pair), LINES, cubes)
-    # Meanwhile the displacement is searched for.
+    halpha = halpha.moved(task.position)
+    images = None
+    if task.images is not None:
+        images = BandImages(
+            (halpha.scan, ca8542.scan),
+            {one.scan.line: changes.level(one.cube, one.own_field) for one in (halpha, ca8542)},
+        )
+    written = _write_blocks(task, group, halpha, None, images, threads)
     hashes = threads.map(sha256_source, task.unhashed)
     sharpness = threads.map(lambda scan: scan.contrast, (halpha, ca8542))
+    # Meanwhile this thread searches for the displacement.
     shift = ca8542.displacement(halpha)
-    halpha, ca8542 = halpha.moved(task.position), ca8542.moved(_total(task.position, shift))
+    ca8542 = ca8542.moved(_total(task.position, shift))
     other, other_shift = None, STAYS
     if task.other is not None:
         both = Pair(pair.halpha, task.other)
@@ -440,21 +447,20 @@ def _ingested(task: PairTask, threads: ThreadPoolExecutor) -> dict[str, Any]:
         other_shift = other.displacement(halpha)
         other = other.moved(_total(task.position, other_shift))
     interpolated = other is not None and shift.applied and other_shift.applied
-    images = None
-    if task.images is not None:
-        images = BandImages(
-            (halpha.scan, ca8542.scan),
-            {one.scan.line: changes.level(one.cube, one.own_field) for one in (halpha, ca8542)},
-        )
-    overlap = _write(task, group, halpha, ca8542, other if interpolated else None, images, threads)
-    blank = None if overlap.any() else _why_blank(halpha, ca8542)
+    second = other if interpolated else None
+    _see_through(written)
+    written = _write_blocks(task, group, ca8542, second, images, threads)
+    overlap, found = _write_maps(task, group, halpha, ca8542, second)
+    _see_through(written)
+    if images is not None and task.images is not None:
+        images.leave_out(~overlap | found)
+        images.write(place(task.images), task.time)
     for folder in _folders(task.time):
         store.bring_to_disk(folder)
-    if images is not None and task.images is not None:
-        images.write(place(task.images), task.time)
+    blank = None if overlap.any() else _why_blank(halpha, ca8542)
     contrasts = list(sharpness)
-    if interpolated and other is not None and other.contrast is not None:
-        contrasts[1] = min(contrasts[1] or 0.0, other.contrast)
+    if second is not None and (contrast := second.contrast) is not None:
+        contrasts[1] = min(contrasts[1] or 0.0, contrast)
     return {
         "time": task.time,
         "shift_y": shift.y,
@@ -492,57 +498,66 @@ def _images_stored(images: str | None, time: int) -> int:
     return 0 if images is None else _stored(place(images), changes.image_folders(time))
 
 
-def _write(
+def _write_blocks(
     task: PairTask,
     group: zarr.Group,
-    halpha: MovedScan,
-    ca8542: MovedScan,
+    scan: MovedScan,
     other: MovedScan | None,
     images: BandImages | None,
     threads: ThreadPoolExecutor,
-) -> Mask:
-    """Write one time; between Ca II's two scans, if there is another one. Return where it is valid."""
-    writers = {line: ShardWriter(array_in(group, line)) for line in LINES}
+) -> Iterator[None]:
+    """Have a line's intensities written, between its two scans if there is another one; iterate to wait.
+
+    As many blocks are in memory as there are threads.
+    """
+    line = scan.scan.line
+    writer = ShardWriter(array_in(group, line))
+    share = 0.0 if other is None else share_of_other(task.pair, other.scan)
+    sizes = scan.own_field.shape
+
+    def write(number: tuple[int, ...]) -> None:
+        y, x = (
+            slice(one * SHARD, min((one + 1) * SHARD, size)) for one, size in zip(number, sizes, strict=True)
+        )
+        block = scan.block(y, x)
+        if images is not None:
+            images.add(line, block, y, x)
+        if other is not None:
+            block = between(block, other.block(y, x), share, scan.scan.saturation)
+            if images is not None:
+                images.brightest(line, block, y, x)
+        writer.write((task.time, *number, 0), block[None])
+
+    return threads.map(write, np.ndindex(*(-(-size // SHARD) for size in sizes)))
+
+
+def _see_through(written: Iterator[None]) -> None:
+    """Wait for all blocks; where one fails those that have not begun are given up."""
+    for _ in written:
+        pass
+
+
+def _write_maps(
+    task: PairTask, group: zarr.Group, halpha: MovedScan, ca8542: MovedScan, other: MovedScan | None
+) -> tuple[Mask, Mask]:
+    """Write what a time has beside intensities. Return where it is valid, and where anything is wrong."""
     scans = (halpha, ca8542) if other is None else (halpha, ca8542, other)
     overlap: Mask = np.logical_and.reduce([one.field for one in scans])
     # Where one line has nothing at all, the other one's field says which pixels lack it.
     seen = np.logical_and.reduce([np.ones_like(overlap), *(one.field for one in scans if not one.empty)])
     found = np.where(seen, np.bitwise_or.reduce([one.defects for one in scans]), np.uint8(0))
-    share = 0.0 if other is None else share_of_other(task.pair, other.scan)
-    rows, columns = halpha.scan.shape
-
-    def write_shard(number: tuple[int, ...], scan: MovedScan) -> None:
-        line = scan.scan.line
-        y, x = (
-            slice(one * SHARD, min((one + 1) * SHARD, size))
-            for one, size in zip(number, (rows, columns), strict=True)
-        )
-        block = scan.block(y, x)
-        if images is not None:
-            images.add(line, block, y, x)
-        if scan is ca8542 and other is not None:
-            block = between(block, other.block(y, x), share, scan.scan.saturation)
-            if images is not None:
-                images.brightest(line, block, y, x)
-        writers[line].write((task.time, *number, 0), block[None])
-
-    shards = itertools.product(np.ndindex(-(-rows // SHARD), -(-columns // SHARD)), (halpha, ca8542))
-    # As many blocks are in memory as there are threads; the first failure ends it.
-    for _ in threads.map(write_shard, *zip(*shards, strict=True)):
-        pass
-    # Also where it holds nothing: a part that has gone can then be told from one that was never written.
-    array_in(group, "valid").with_config({"write_empty_chunks": True})[task.time] = overlap
-    array_in(group, "defects").with_config({"write_empty_chunks": True})[task.time] = found
-    if images is not None:
-        images.leave_out(~overlap | (found != 0))
+    maps = {"valid": overlap, "defects": found}
     for one in (halpha, ca8542):
         # Where any scan of the series has such a map.
         if (name := f"wavelength_shift_{one.scan.line}") in group:
-            values = one.wavelength_shift()
+            maps[name] = one.wavelength_shift()
             if one is ca8542 and other is not None:
-                values = (1.0 - share) * values + share * other.wavelength_shift()
-            array_in(group, name).with_config({"write_empty_chunks": True})[task.time] = values
-    return overlap
+                share = share_of_other(task.pair, other.scan)
+                maps[name] = (1.0 - share) * maps[name] + share * other.wavelength_shift()
+    for name, values in maps.items():
+        # Also where it holds nothing: a part that has gone can then be told from one never written.
+        array_in(group, name).with_config({"write_empty_chunks": True})[task.time] = values
+    return overlap, found != 0
 
 
 def _total(position: Shift, shift: Shift) -> Shift:
