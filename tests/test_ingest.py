@@ -9,6 +9,7 @@ import signal
 import sys
 import warnings
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 import astropy.units as u
@@ -1204,22 +1205,28 @@ def killed(processes, sources, output, name, call, **settings):  # noqa: F811
 
 
 class TestInterruption:
-    def test_no_space_left(self, series, tmp_path, monkeypatch):
+    @pytest.mark.parametrize(
+        ("what", "time_of"),
+        [
+            ("ShardWriter.write", lambda writer, place, values: place[0]),  # by one of several threads
+            ("_write_maps", lambda task, *_: task.time),
+        ],
+    )
+    def test_no_space_left(self, series, tmp_path, monkeypatch, what, time_of):
         output = tmp_path / "obs.zarr"
-        write = pipeline.ingest._write
+        write = attrgetter(what)(pipeline.ingest)
 
-        def full(task, *arguments):
-            valid = write(task, *arguments)
-            if task.time == 1:
+        def full(*arguments):
+            if time_of(*arguments) == 1:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return valid
+            return write(*arguments)
 
-        monkeypatch.setattr("pipeline.ingest._write", full)
+        monkeypatch.setattr(f"pipeline.ingest.{what}", full)
         with pytest.raises(StoreError, match="no space left") as caught:
             ingest([series[0]], output, call="")
         assert "free some space" in str(caught.value)
         assert not output.exists()
-        monkeypatch.setattr("pipeline.ingest._write", write)
+        monkeypatch.setattr(f"pipeline.ingest.{what}", write)
         assert ingest([series[0]], output, call="").resumed == 1
 
     def test_resumes_only_what_is_of_the_same_files(self, tmp_path, monkeypatch):
