@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
+import dask
+import distributed  # noqa: F401
 import numpy as np
 import pytest
 
@@ -48,12 +51,17 @@ def folders(tmp_path_factory):
 
 
 def grown(folders, name, output, limit=0):
-    """Bytes by which a process grows, at most, while it makes an observation of a series."""
+    """Bytes by which a process grows, at most, while it makes an observation of a series.
+
+    As a worker of Dask's, which gives memory back that is freed.
+    """
+    of_workers = dask.config.get("distributed.nanny.pre-spawn-environ")
     process = subprocess.run(
         [sys.executable, "-c", SCRIPT, *map(str, (folders["warm"], folders[name], output, limit))],
         capture_output=True,
         text=True,
         check=False,
+        env=os.environ | {name: str(value) for name, value in of_workers.items()},
     )
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout.splitlines()[-1])
