@@ -394,7 +394,7 @@ def _found(task: ChangeTask) -> list[dict[str, Any]]:
     array = array_in(group, NAME).with_config({"write_empty_chunks": True})
     for time, weights in sorted(task.weights.items()):
         values = scans.change(time, weights)
-        # What an earlier attempt left behind would be read and merged, whatever state it is in.
+        # What a killed worker was writing would be counted with what is written now.
         sync(group.store.delete_dir(folder(time)))
         array[time] = values
         store.bring_to_disk(folder(time))

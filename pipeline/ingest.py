@@ -64,7 +64,6 @@ logger = logging.getLogger("flarefield")
 KERNEL = 12
 """Version of what an observation's numbers depend on in this package; raised whenever they change."""
 
-
 THREADS = 2
 """Of a task: lines are looked through side by side, and blocks resampled, compressed and written."""
 
@@ -423,7 +422,7 @@ def _ingested(task: PairTask, threads: ThreadPoolExecutor) -> dict[str, Any]:
     store = place(task.store)
     group = opened_group(store)
     for folder in _folders(task.time):
-        # What an earlier attempt left behind would be read and merged, whatever state it is in.
+        # What a killed worker was writing would be counted with what is written now.
         sync(group.store.delete_dir(folder))
     cubes = [open_intensity(getattr(pair, line)) for line in LINES]
     halpha, ca8542 = threads.map(MovedScan.looked_through, (pair, pair), LINES, cubes)
