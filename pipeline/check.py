@@ -22,7 +22,7 @@ from pipeline.progress import Progress
 from pipeline.results import Flag, is_map, open_map, see_that_it_is_as_begun, unwritten
 from pipeline.selection import EVERYTHING
 from pipeline.storage import Place, log_at, place
-from pipeline.tiles import Tile, TileGrid, checksum, missing_files, read_tile, tile_keys
+from pipeline.tiles import Tile, TileGrid, checksum, missing_files, read_tile, written_files
 
 logger = logging.getLogger("flarefield")
 
@@ -190,8 +190,12 @@ def _checked(store: Place) -> CheckReport:
             known[index] = _DONE if is_receipt(record) else _FAILED if "error" in record else 0
             receipt = record.get("sha256", record.get("quarantine", ""))
             receipts[index] = np.frombuffer(bytes.fromhex(receipt.zfill(64)), dtype=np.uint8)
-    if finished and np.count_nonzero(known) == tiles:
-        known[known == 0] = _NOT_SELECTED  # every tile that the run was asked for has a record
+    if finished:  # every tile that the run was asked for had a record: of lost ones, the files are there
+        lost = tiles - np.count_nonzero(known)
+        unrecorded = [int(index) for index in np.flatnonzero(known == 0)]
+        left_out = [one for one in unrecorded if not lost or not written_files(group.store, grid[one])]
+        if len(left_out) == len(unrecorded) - lost:
+            known[left_out] = _NOT_SELECTED
 
     def judge(index: int) -> FaultyTile | None:
         tile = grid[index]
@@ -244,7 +248,7 @@ def _verdict(group: zarr.Group, tile: Tile, known: int, expected: str) -> tuple[
         return "not recorded", "the journal has no record of it that is whole"
     gone = missing_files(group.store, tile)
     if known == _NOT_SELECTED:
-        there = [key for key in tile_keys(tile).values() if key not in gone]
+        there = written_files(group.store, tile)
         return ("not recorded", f"it was not selected, but there is {', '.join(there)}") if there else None
     if gone:
         return "missing", f"no {', '.join(gone)}"

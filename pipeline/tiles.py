@@ -884,6 +884,11 @@ def missing_files(store: Any, tile: Tile) -> list[str]:  # noqa: ANN401
     return [key for key in tile_keys(tile).values() if not sync(store.exists(key))]
 
 
+def written_files(store: Any, tile: Tile) -> list[str]:  # noqa: ANN401
+    """Names of a tile's files that are in a Zarr store."""
+    return [key for key in tile_keys(tile).values() if sync(store.exists(key))]
+
+
 def stored_bytes(store: Any, tile: Tile) -> int:  # noqa: ANN401
     """Bytes of a tile's files in a Zarr store.
 

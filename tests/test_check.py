@@ -252,6 +252,29 @@ def test_what_the_journal_does_not_know_is_not_recorded(copy):
     assert not report.sound
 
 
+@pytest.mark.parametrize("lost", [("record",), ("record", "files")])
+def test_a_part_that_lost_a_record_has_all_that_it_left_out_in_order(
+    tmp_path, whole, client, fake_model, lost
+):
+    output = tmp_path / "part.zarr"
+    again = {"model": fake_model, "cluster": client, **SETTINGS, "region": "0:10,0:8"}
+    report = invert(whole.parent / "o.zarr", output, **again)
+    assert 1 < report.tiles < len(GRID)
+    lines = Directory(output).journal.read_text().splitlines(keepends=True)
+    unknown = GRID[json.loads(lines[2])["tile"]]
+    Directory(output).journal.write_text("".join(lines[:2] + lines[3:]))
+    if "files" in lost:
+        for key in tile_keys(unknown).values():
+            (output / key).unlink()
+    faulty = check_map(output).of("not recorded")
+    if "files" in lost:  # nothing tells it from those that were left out
+        assert unknown in faulty
+    else:
+        assert faulty == (unknown,)
+    assert invert(whole.parent / "o.zarr", output, **again).resumed == report.tiles - 1
+    assert check_map(output).sound
+
+
 def test_a_map_that_is_not_finished_is_not_sound(copy):
     lines = Directory(copy).journal.read_text().splitlines(keepends=True)
     Directory(copy).journal.write_text("".join(lines[:-1]))
