@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 console = Console(width=None if sys.stdout.isatty() else 140, emoji=False)
 errors = Console(stderr=True, emoji=False)
 
+MAX_SEED = 2**32 - 1
+"""Of a command that makes further seeds of the one it is given."""
+
 
 class _Commands(TyperGroup):
     """Commands, some of which have names of two words."""
@@ -516,7 +519,7 @@ def report_command(
 @app.command("demo", epilog="Example: [bold]flarefield demo demo[/]")
 def demo_command(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where everything is left.")],
-    seed: Annotated[int, typer.Option(help="Decides the scene and the noise.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Decides the scene and the noise.", min=0, max=MAX_SEED)] = 0,
     scans: Annotated[int, typer.Option(help="Scans of the series.", min=1)] = 3,
     model: Annotated[
         Path | None, typer.Option(help="Model directory; the bundled model if left out.", show_default=False)
@@ -542,7 +545,12 @@ def grid_lightweaver_command(
     first: Annotated[int, typer.Option(help="Index of the first atmosphere in the design.", min=0)] = 0,
     seed: Annotated[
         int | None,
-        typer.Option(help="Seed of the design; the bundled grid's if left out.", min=0, show_default=False),
+        typer.Option(
+            help="Seed of the design; the bundled grid's if left out.",
+            min=0,
+            max=MAX_SEED,
+            show_default=False,
+        ),
     ] = None,
     cluster: ClusterOption = "local",
 ) -> None:
@@ -669,7 +677,7 @@ def validate_command(
         Path, typer.Argument(metavar="REPORT", help="The HTML page to write; numbers beside it.")
     ],
     draws: Annotated[int, typer.Option(help="Posterior draws of each observation.", min=15)] = 255,
-    seed: Annotated[int, typer.Option(help="Seed of observations and draws.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of observations and draws.", min=0, max=MAX_SEED)] = 0,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Score a network on simulations: do its intervals hold the truth as often as they say?"""
@@ -716,7 +724,7 @@ def train_command(
     recipe: Annotated[
         str, typer.Option(help="`conditional` (recommended) or `radynversion` (the paper's).")
     ] = "conditional",
-    seed: Annotated[int, typer.Option(help="Seed of everything random.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=MAX_SEED)] = 0,
     epochs: Annotated[
         int | None,
         typer.Option(

@@ -692,6 +692,7 @@ def test_the_commands(grid, undisturbed, tmp_path, capsys):
         (["train", "status", str(undisturbed)], 0, "complete"),
         (["train", "status", str(tmp_path / "nothing")], 2, "no such model"),
         (["train", str(grid), str(tmp_path / "model"), "--detach"], 2, "goes on without this command"),
+        (["train", str(grid), str(tmp_path / "model"), "--seed", str(2**32)], 2, "equal to 4294967295"),
         (["train", str(grid), str(undisturbed)], 2, "the output exists"),
     ):
         with pytest.raises(SystemExit) as exit:
