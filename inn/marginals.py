@@ -78,9 +78,12 @@ class NormalScores(nn.Module):
         def at(table: Tensor) -> Tensor:
             return table.expand(*places.shape[:-1], -1).gather(-1, places)
 
-        beyond = scores - inside
-        beyond = beyond.abs().log1p().copysign(beyond)
-        return at(knots[:, :-1]) + (position - segment + beyond / self._spacing) * at(knots.diff(dim=1))
+        share = position - segment
+        # Hardly ever anything is beyond; elsewhere than on the CPU, to look would make the host wait.
+        if scores.device.type != "cpu" or not torch.equal(inside, scores):
+            beyond = scores - inside
+            share = share + beyond.abs().log1p().copysign(beyond) / self._spacing
+        return at(knots[:, :-1]) + share * at(knots.diff(dim=1))
 
     def log_slope(self, values: Tensor) -> Tensor:
         """Logarithm of the scores' change with the numbers, shape (..., size)."""

@@ -171,18 +171,29 @@ class Preview(nn.Module):
         Tensor, shape (n, levels, atmosphere_size)
             Normal scores, never descending with the level.
         """
+        return torch.stack(self._of(context, 0, len(self.levels) - 1), dim=1)
+
+    def _of(self, context: Tensor, first: int, last: int) -> list[Tensor]:
+        """Normal scores (n, atmosphere_size) of the taught levels first to last, the median among them."""
         values = (context - self.context_mean) / self.context_scale
         for number, layer in enumerate(self.hidden):
             changed = functional.silu(_linear(layer, values))
             values = changed if number == 0 else values + changed
-        raw = _linear(self.last, _linear(self.narrow, values))
-        raw = raw.reshape(-1, *self.mean.shape) * self.scale + self.mean
-        median = raw[:, self.median, None]
-        distance = raw.clamp(math.log(CLOSEST), math.log(WIDEST)).exp()
-        below = distance[:, : self.median].flip(1).cumsum(dim=1).flip(1)
-        above = distance[:, self.median + 1 :].cumsum(dim=1)
-        quantiles: Tensor = torch.cat((median - below, median, median + above), dim=1)
-        return quantiles
+        # The standardisation is undone in the weights, of which there are fewer than of quantiles.
+        size = self.layout.atmosphere_size
+        rows = slice(first * size, (last + 1) * size)
+        scale, mean = self.scale.flatten()[rows], self.mean.flatten()[rows]
+        weight = self.last.weight[rows].to(values.dtype) * scale[:, None]
+        bias = self.last.bias[rows].to(values.dtype) * scale + mean
+        flat = functional.linear(_linear(self.narrow, values), weight, bias)
+        raw = flat.reshape(len(flat), -1, size).unbind(dim=1)
+        middle = self.median - first
+        below, above = [raw[middle]], [raw[middle]]
+        for distance in reversed(raw[:middle]):
+            below.append(below[-1] - _distance(distance))
+        for distance in raw[middle + 1 :]:
+            above.append(above[-1] + _distance(distance))
+        return [*reversed(below), *above[1:]]
 
     def quantiles(self, context: Tensor, levels: NDArray[np.float64]) -> Tensor:
         """Quantiles of any levels, in network units.
@@ -197,21 +208,32 @@ class Preview(nn.Module):
         -------
         Tensor, shape (n, m, atmosphere_size)
         """
-        deviate = torch.special.ndtri(context.new_tensor(self.levels, dtype=torch.float64))
-        wanted = torch.special.ndtri(torch.from_numpy(levels).to(deviate))
-        left = (torch.searchsorted(deviate, wanted, right=True) - 1).clamp(0, len(deviate) - 2)
-        weight = ((wanted - deviate[left]) / (deviate[left + 1] - deviate[left])).to(context.dtype)
-        taught = self(context).clamp(-FARTHEST, FARTHEST)
-        low, high = taught[:, left], taught[:, left + 1]
-        # Rounding must not lift it above its neighbour.
-        between = torch.minimum(low + weight[:, None] * (high - low), high)
-        values: Tensor = self.scores.inverse(between)
-        return values
+        places = np.interp(_deviates(levels), _deviates(self.levels), range(len(self.levels)))
+        first = min(math.floor(places.min()), self.median)
+        last = max(math.ceil(places.max()), self.median)
+        taught = [scores.clamp(-FARTHEST, FARTHEST) for scores in self._of(context, first, last)]
+        found = []
+        for place in places.tolist():
+            low, high = (taught[end(place) - first] for end in (math.floor, math.ceil))
+            if low is not high:
+                # Rounding must not lift it above its neighbour.
+                low = torch.minimum(low + (place - math.floor(place)) * (high - low), high)
+            found.append(self.scores.inverse(low))
+        return torch.stack(found, dim=1)
 
     def compact(self) -> None:
         """Bring the weights to half precision, in which they are kept; what is computed with them is not."""
         for parameter in self.parameters():
             parameter.data = parameter.data.half()
+
+
+def _deviates(levels: ArrayLike) -> NDArray[np.float64]:
+    deviates: NDArray[np.float64] = torch.special.ndtri(torch.as_tensor(levels, dtype=torch.float64)).numpy()
+    return deviates
+
+
+def _distance(raw: Tensor) -> Tensor:
+    return raw.clamp(math.log(CLOSEST), math.log(WIDEST)).exp()
 
 
 def _linear(layer: nn.Module, values: Tensor) -> Tensor:

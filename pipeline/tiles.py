@@ -47,7 +47,7 @@ from pipeline.shards import ShardWriter
 from pipeline.spectra import Interpolation, check_interpolation, covered, network_lines
 from pipeline.storage import ROOT, AsListed, answering, array_in, out_of_space, place
 
-KERNEL = 6
+KERNEL = 7
 """Version of what a tile's numbers depend on in this package; raised whenever they change."""
 
 SPREAD = (0.16, 0.84)
