@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import multiprocessing
 import os
 import socket
 from collections import defaultdict
@@ -436,8 +437,11 @@ def connect(config: ClusterConfig) -> Iterator[Client]:
     ------
     ClusterError
         The cluster cannot be started or reached, is not safe, or has other software.
+    MisuseError
+        A worker of a cluster imports a script that would start another one.
     """
     see_that_it_can_be_had(config)
+    _see_that_this_is_no_import()
     with ExitStack() as stack:
         stack.enter_context(dask.config.set({**SCHEDULER_SETTINGS, **WORKER_SETTINGS, **NANNY_SETTINGS}))
         if isinstance(config, LocalConfig):
@@ -473,6 +477,16 @@ def opened(cluster: ClusterConfig | Client) -> Iterator[Client]:
     else:
         with connect(cluster) as client:
             yield client
+
+
+def _see_that_this_is_no_import() -> None:
+    """Refuse a cluster in a process that multiprocessing still prepares, where it would wait without end."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as `multiprocessing.spawn` sees it
+        raise MisuseError(
+            "a script that starts a cluster is imported by the cluster's workers, which are new processes",
+            expected="what starts it under `if __name__ == '__main__':`",
+            remedy="put it there",
+        )
 
 
 @contextmanager

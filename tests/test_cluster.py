@@ -387,6 +387,25 @@ def test_a_worker_that_dies_while_the_cluster_is_set_up_is_an_error_with_a_remed
     assert "same command again" in refusal.value.remedy
 
 
+def test_a_script_that_its_workers_would_run_ends_and_says_so(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            from pipeline.cluster import LocalConfig, connect
+
+            with connect(LocalConfig(workers=1, dashboard=None)) as client:
+                client.submit(print, "done").result()
+            """
+        )
+    )
+    command = [sys.executable, script]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode != 0
+    assert "MisuseError: a script that starts a cluster is imported" in ended.stderr
+    assert "could not be started" in ended.stderr
+
+
 def test_a_scheduler_that_has_gone_at_the_end_spoils_nothing():
     with local() as cluster, Client(cluster, set_as_default=False) as client, verified(client):
         client.submit(lambda: 1).result()

@@ -151,8 +151,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rows", type=int, default=256, help="pixels of the observation along y")
-    parser.add_argument("--columns", type=int, default=256, help="and along x")
+    parser.add_argument("--rows", type=int, default=384, help="pixels of the observation along y")
+    parser.add_argument("--columns", type=int, default=384, help="and along x")
     parser.add_argument("--tile", type=int, default=64)
     parser.add_argument("--draws", type=int, help="of the posterior; the network's own if left out")
     parser.add_argument("--latent", help="their kind; the network's own if left out")
