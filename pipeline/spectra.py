@@ -210,7 +210,7 @@ def monotone_slopes(spectra: Array, wavelength: ArrayLike) -> Array:
     before, after = secant[:, :-1], secant[:, 1:]
     first, second = 2.0 * width[1:] + width[:-1], width[1:] + 2.0 * width[:-1]
     zero = xp.zeros_like(before)
-    same = xp.sign(before) * xp.sign(after) > 0  # the differences' own product might underflow
+    same = _agree(before, after)
     # Where the two differences disagree there is nothing to average, and a one keeps the division quiet.
     one = xp.ones_like(before)
     mean = (first + second) / (first / xp.where(same, before, one) + second / xp.where(same, after, one))
@@ -223,13 +223,22 @@ def monotone_slopes(spectra: Array, wavelength: ArrayLike) -> Array:
     return xp.concat((ends[0][:, None], inner, ends[1][:, None]), axis=-1)
 
 
+def _agree(one: Array, other: Array) -> Array:
+    """Where two slopes both rise or both fall.
+
+    Their product might underflow. `sign` and `clip` are not used: array-api-compat's, around CuPy, copy the
+    number of True values of a mask to the host.
+    """
+    return ((one > 0) & (other > 0)) | ((one < 0) & (other < 0))
+
+
 def _end_slope(near: Array, far: Array, near_step: float, far_step: float) -> Array:
     """Slope (pixels,) at an end, from the last difference and the one before it."""
     xp = array_namespace(near)
     total = float(near_step + far_step)
     slope = (float(2.0 * near_step + far_step) / total) * near - (float(near_step) / total) * far
-    slope = xp.where(xp.sign(slope) == xp.sign(near), slope, xp.zeros_like(slope))
-    overshoots = (xp.sign(near) * xp.sign(far) < 0) & (xp.abs(slope) > 3.0 * xp.abs(near))
+    slope = xp.where(_agree(slope, near), slope, xp.zeros_like(slope))
+    overshoots = _agree(near, -far) & (xp.abs(slope) > 3.0 * xp.abs(near))
     return xp.where(overshoots, 3.0 * near, slope)
 
 
@@ -349,7 +358,7 @@ def interpolate_shifted(
     middle = axis[axis.size // 2]
     knots, steps = _like(axis - middle, spectra), _like(np.diff(axis), spectra)
     wanted = _like(points - middle, spectra)[None, :] - xp.astype(shift, spectra.dtype)[:, None]
-    left = xp.clip(xp.searchsorted(knots, wanted, side="right") - 1, 0, axis.size - 2)
+    left = xp.searchsorted(knots[1:-1], wanted, side="right")  # those beyond the axis have its last interval
     start, width = (xp.reshape(xp.take(part, xp.reshape(left, (-1,))), left.shape) for part in (knots, steps))
     before, after = (xp.take_along_axis(spectra, left + right, axis=-1) for right in (0, 1))
     t = (wanted - start) / width
@@ -358,7 +367,7 @@ def interpolate_shifted(
     else:
         slopes = monotone_slopes(spectra, wavelength_from)
         slope, next_slope = (xp.take_along_axis(slopes, left + right, axis=-1) for right in (0, 1))
-        inside = xp.clip(t, 0.0, 1.0)
+        inside = xp.minimum(xp.maximum(t, _like(0.0, t)), _like(1.0, t))
         rising = inside * inside * (3.0 - 2.0 * inside)
         away = inside * (1.0 - inside)
         found = before + rising * (after - before)
