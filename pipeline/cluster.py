@@ -26,7 +26,7 @@ from uuid import uuid4
 
 import dask
 import yaml
-from dask.system import CPU_COUNT
+from dask.system import CPU_COUNT, cpu_count
 from dask.utils import key_split
 from distributed import Client, LocalCluster, Scheduler, SchedulerPlugin, SpecCluster, Worker, WorkerPlugin
 from distributed.security import Security
@@ -812,6 +812,13 @@ def verified(client: Client) -> Iterator[None]:
                 client.unregister_worker_plugin(name)
 
 
+def _cores() -> tuple[str, tuple[int, ...], int]:
+    """Host, allowed cores and how many of them the limits of the container leave, where it is run."""
+    count = cpu_count()  # now: dask-cuda binds a worker to cores when it has started
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(count)
+    return socket.gethostname(), tuple(sorted(allowed)), count
+
+
 def threads_per_task(client: Client) -> int:
     """Cores that each task of a cluster can have to itself, at least 1.
 
@@ -823,14 +830,9 @@ def threads_per_task(client: Client) -> int:
     client : distributed.Client
         A client of the cluster, with at least one worker.
     """
-
-    def cores() -> tuple[str, tuple[int, ...], int]:
-        allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(CPU_COUNT)
-        return socket.gethostname(), tuple(sorted(allowed)), CPU_COUNT
-
     tasks_at_once: dict[tuple[str, tuple[int, ...], int], int] = defaultdict(int)
     threads = client.nthreads()
-    for address, place in client.run(cores, on_error="return").items():
+    for address, place in client.run(_cores, on_error="return").items():
         if not isinstance(place, OSError):  # that worker has gone meanwhile
             tasks_at_once[place] += threads.get(address, 1)
     return max(1, min((place[2] // tasks for place, tasks in tasks_at_once.items()), default=1))

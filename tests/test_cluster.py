@@ -520,6 +520,14 @@ def test_the_cores_are_shared_out_among_the_tasks(workers, threads):
         assert threads_per_task(client) == max(1, CPU_COUNT // (workers * threads))
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores cannot be chosen here")
+def test_a_worker_is_asked_for_the_cores_that_it_has_not_for_those_of_the_client():
+    with connect(LocalConfig(workers=1, dashboard=None)) as client:  # a process of its own
+        assert threads_per_task(client) == CPU_COUNT
+        client.run(os.sched_setaffinity, 0, {min(os.sched_getaffinity(0))})
+        assert threads_per_task(client) == 1
+
+
 # SLURM
 
 

@@ -252,19 +252,24 @@ def test_quantiles_on_a_gpu_are_the_cpus(network, lines):
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("interpolation", ["linear", "pchip"])
-def test_on_a_gpu_nothing_is_copied_to_the_host_between_reading_and_sorting(network, interpolation):
+def test_on_a_gpu_nothing_is_copied_to_the_host_between_reading_and_sorting(network, interpolation, shifted):
     """By CUDA's own record, which has the copies of every library in this process."""
     cupy = pytest.importorskip("cupy")
     generator = np.random.default_rng(8)
     halpha = generator.uniform(0.5, 2.0, (300, 15)).astype(np.float32)
     ca8542 = generator.uniform(0.2, 1.0, (300, 25)).astype(np.float32)
+    shift = generator.uniform(-0.02, 0.02, 300).astype(np.float32)
     cuda = inn.load_model().to("cuda")
     latent = draw_latent(64, network.latent_size, 0)
 
     def sort():
-        arrays = array_library("cuda").asarray(halpha), array_library("cuda").asarray(ca8542)
-        values, _ = network_lines(*arrays, CRISP_HALPHA, CRISP_CA8542, network.layout, interpolation)
+        there = array_library("cuda").asarray
+        shifts = {"shift_halpha": there(shift), "shift_ca8542": there(-shift)} if shifted else {}
+        values, _ = network_lines(
+            there(halpha), there(ca8542), CRISP_HALPHA, CRISP_CA8542, network.layout, interpolation, **shifts
+        )
         assert isinstance(values, cupy.ndarray)
         tensor = to_torch(values)
         assert tensor.is_cuda
@@ -295,5 +300,6 @@ def test_a_map_made_on_gpus_is_the_cpus_to_a_step_of_its_rounding(toy, fake_mode
     assert two.attrs["settings"]["device"] == "cuda"
     assert gpus() >= 1
     xr.testing.assert_equal(one["quality"], two["quality"])
-    np.testing.assert_allclose(one["misfit"], two["misfit"], rtol=1e-3)
+    # Its products may be in half precision on one of them alone, which changes it by 0.4 % (`inn.posterior`).
+    np.testing.assert_allclose(one["misfit"], two["misfit"], rtol=0.02)
     assert_quantiles_alike(one, two, settings["draws"])
