@@ -79,8 +79,9 @@ class NormalScores(nn.Module):
             return table.expand(*places.shape[:-1], -1).gather(-1, places)
 
         share = position - segment
-        # Hardly ever anything is beyond; elsewhere than on the CPU, to look would make the host wait.
-        if scores.device.type != "cpu" or not torch.equal(inside, scores):
+        # Hardly ever anything is beyond; but to look makes a device's host wait, and breaks a compiled graph.
+        looks = scores.device.type == "cpu" and not torch.compiler.is_compiling()
+        if not (looks and torch.equal(inside, scores)):
             beyond = scores - inside
             share = share + beyond.abs().log1p().copysign(beyond) / self._spacing
         return at(knots[:, :-1]) + share * at(knots.diff(dim=1))

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from inn.checkpoint import load_model
 from inn.joint import JointNetwork
 from inn.layout import QUANTITIES, Layout
-from inn.posterior import compile_draws, posterior_quantiles
+from inn.posterior import QUANTILES, compile_draws, posterior_quantiles
 from pipeline.cli import main
 from pipeline.errors import MisuseError
 from pipeline.invert import invert, plan_inversion
@@ -35,6 +36,21 @@ def test_a_compiled_joint_network_draws_the_same():
     compiled = posterior_quantiles(network, lines, draws=16)
     for quantity in QUANTITIES:
         np.testing.assert_allclose(compiled[quantity], plain[quantity], rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+def test_the_bundled_network_can_be_compiled_too():
+    """Its draws are normal scores, which those of the other networks here are not."""
+    network = load_model()
+    lines = np.random.default_rng(1).uniform(0.2, 1.0, (32, network.layout.lines_size)).astype(np.float32)
+    plain = posterior_quantiles(network, lines, 0.7, draws=64)
+    compile_draws(network)
+    compiled = posterior_quantiles(network, lines, 0.7, draws=64)
+    for quantity in QUANTITIES:
+        low, high = (plain[quantity][:, QUANTILES.index(level)] for level in (0.16, 0.84))
+        change = np.abs(compiled[quantity] - plain[quantity]) / (0.5 * (high - low))[:, None]
+        assert change.max() < 0.01
+        assert np.sqrt(np.mean(np.square(change))) < 1e-3
 
 
 @needs_compiler
