@@ -246,11 +246,10 @@ _NO_RECEIPT = "0" * 64  # of failed tiles in the journals of the first maps
 def _verdict(group: zarr.Group, tile: Tile, known: int, expected: str) -> tuple[Fault, str] | None:
     if not known:
         return "not recorded", "the journal has no record of it that is whole"
-    gone = missing_files(group.store, tile)
     if known == _NOT_SELECTED:
         there = written_files(group.store, tile)
         return ("not recorded", f"it was not selected, but there is {', '.join(there)}") if there else None
-    if gone:
+    if gone := missing_files(group.store, tile):
         return "missing", f"no {', '.join(gone)}"
     try:
         found = checksum(read_tile(group, tile))

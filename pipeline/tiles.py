@@ -879,14 +879,15 @@ def read_tile(group: zarr.Group, tile: Tile) -> dict[str, NDArray[Any]]:
     return values
 
 
-def missing_files(store: Any, tile: Tile) -> list[str]:  # noqa: ANN401
-    """Names of a tile's files that are not in a Zarr store."""
-    return [key for key in tile_keys(tile).values() if not sync(store.exists(key))]
-
-
 def written_files(store: Any, tile: Tile) -> list[str]:  # noqa: ANN401
     """Names of a tile's files that are in a Zarr store."""
     return [key for key in tile_keys(tile).values() if sync(store.exists(key))]
+
+
+def missing_files(store: Any, tile: Tile) -> list[str]:  # noqa: ANN401
+    """Names of a tile's files that are not in a Zarr store."""
+    written = written_files(store, tile)
+    return [key for key in tile_keys(tile).values() if key not in written]
 
 
 def stored_bytes(store: Any, tile: Tile) -> int:  # noqa: ANN401
